@@ -1,0 +1,65 @@
+"""One trained LoRA adapter, checked and in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The low-rank factors of one module.
+
+    Attributes:
+        a: `lora_A`, float32, (r, in).
+        b: `lora_B`, float32, (out, r).
+        scaling: alpha / r, or alpha / sqrt(r) with rsLoRA.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """The rank r of this module's delta."""
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter that passed every check of the loader, on the CPU in float32.
+
+    Immutable and compared by identity of content: two adapters are equal when their digests are.
+
+    Attributes:
+        digest: sha256 of the tensors and of the config fields that change the adapter's effect.
+        modules: {full module name in the base: factors}, sorted by name.
+        config: The config fields that matter to a reader (r, lora_alpha, use_rslora, patterns,
+            target_modules), as plain JSON values.
+        nbytes: Bytes of the tensor file.
+    """
+
+    digest: str
+    modules: Mapping[str, Factors]
+    config: Mapping[str, object] = field(default_factory=dict)
+    nbytes: int = 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Adapter) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank over the adapter's modules."""
+        return max(factors.rank for factors in self.modules.values())
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained numbers."""
+        return sum(f.a.numel() + f.b.numel() for f in self.modules.values())

@@ -1,0 +1,1 @@
+"""The wire contract of Superpose: protobuf messages and gRPC stubs (generated)."""
