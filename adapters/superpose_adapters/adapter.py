@@ -4,9 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
-import torch
 from torch import Tensor
+
+Reason = Literal[
+    "NAME_INVALID",
+    "PATH_ESCAPE",
+    "FILE_MISSING",
+    "FILE_CORRUPT",
+    "PICKLE_REFUSED",
+    "TOO_LARGE",
+    "CONFIG_INVALID",
+    "UNSUPPORTED_FEATURE",
+    "TARGET_NOT_FOUND",
+    "TIED_PARAMETER",
+    "TENSOR_MISSING",
+    "TENSOR_SURPLUS",
+    "SHAPE_MISMATCH",
+    "RANK_TOO_HIGH",
+    "DTYPE_UNSUPPORTED",
+    "NOT_FINITE",
+    "ZERO_EFFECT",
+]
+
+
+class AdapterError(ValueError):
+    """An adapter that is refused: one line that names the thing at fault and the remedy."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        """Keep `reason`, the machine-readable cause, beside the message."""
+        super().__init__(message)
+        self.reason: Reason = reason
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def _bits(tensor: Tensor) -> Iterator[memoryview]:
     step = max(1, _CHUNK_BYTES // tensor.element_size())
     for start in range(0, flat.numel(), step):
         piece = flat[start : start + step].cpu().contiguous()
-        yield memoryview(piece.view(torch.uint8).numpy())
+        yield piece.view(torch.uint8).numpy().data
 
 
 def hash_bytes(tensor: Tensor) -> str:

@@ -1,0 +1,1 @@
+"""Adapters, mixes and their arithmetic; needs no network and no grpc."""

@@ -1,0 +1,62 @@
+"""Fold arithmetic: base + sum of weighted deltas, in one pass over concatenated factors.
+
+A sum of adapters is a sum of *deltas*: factors are concatenated, A's and B's never added apart.
+Factors and accumulation are float32 whatever the parameter's dtype, with one rounding at the end.
+The result depends on the base, the factors and their order alone, never on what `out` held before:
+that is what makes removal exact, where (W + d) - d is not W in floating point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from superpose_adapters.adapter import Adapter
+from superpose_adapters.layout import ModuleLayout
+
+# Elements of float32 scratch of a fold into a narrower dtype: 4 MiB, so that it stays in cache.
+_TILE_ELEMENTS = 1 << 20
+
+
+def concatenate_factors(
+    weights: Mapping[Adapter, float], module: str
+) -> tuple[Tensor, Tensor] | None:
+    """Return the concatenated factors of all adapters that adapt `module`, in order of `weights`.
+
+    Returns:
+        A_cat, float32 (R, in), and B_cat, float32 (out, R), where R is the sum of the ranks and
+        weight x scaling is multiplied into B in float64 and rounded once; None if no adapter of
+        the mix adapts the module.
+    """
+    parts = [(a.modules[module], w) for a, w in weights.items() if w != 0 and module in a.modules]
+    if not parts:
+        return None
+    a_cat = torch.cat([factors.a for factors, _ in parts])
+    b_cat = torch.cat([(f.b.double() * (w * f.scaling)).float() for f, w in parts], dim=1)
+    return a_cat, b_cat
+
+
+def fold_into(
+    out: Tensor, base: Tensor, a_cat: Tensor, b_cat: Tensor, layout: ModuleLayout
+) -> None:
+    """Write base + (B_cat @ A_cat), in the parameter's layout, into `out`, in place.
+
+    Args:
+        out: The parameter's storage, any floating dtype; keeps its address.
+        base: The base parameter, same shape and dtype, on any device.
+        a_cat: float32 (R, in), on the device of `out`.
+        b_cat: float32 (out, R), on the device of `out`.
+        layout: Tells whether the parameter is (in, out) or (out, in).
+    """
+    left, right = (a_cat.T, b_cat.T) if layout.transposed else (b_cat, a_cat)
+    if out.dtype == torch.float32:
+        torch.addmm(base.to(out.device), left, right, out=out)
+        return
+    # A plain addmm in bfloat16 would round its factors and its partial sums as well.
+    rows = max(1, _TILE_ELEMENTS // out.shape[1])
+    for start in range(0, out.shape[0], rows):
+        tile = slice(start, start + rows)
+        exact = base[tile].to(out.device, torch.float32)
+        out[tile].copy_(torch.addmm(exact, left[tile], right))

@@ -1,0 +1,287 @@
+"""PEFT's adapter_config.json: what of it is understood, and what is refused.
+
+Nothing is understood by default. Every field is either meaningful here, known to change nothing
+when an adapter is served, or must hold PEFT's default, because at another value it is another
+method. The tables follow `peft.LoraConfig` (0.21) and are kept honest by a test, so that a server
+needs no peft.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from superpose_adapters.adapter import AdapterError
+
+# Fields that say how a delta is made from the tensors, and their defaults.
+UNDERSTOOD: dict[str, Any] = {
+    "peft_type": None,
+    "task_type": None,
+    "r": 8,
+    "lora_alpha": 8,
+    "use_rslora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "target_modules": None,
+    "exclude_modules": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+}
+
+# Fields that matter to training or to a reader only; any value is accepted and ignored.
+IGNORED: dict[str, Any] = {
+    "auto_mapping": None,
+    "peft_version": None,
+    "base_model_name_or_path": None,
+    "revision": None,
+    "inference_mode": False,
+    "lora_dropout": 0.0,
+}
+
+# Other methods. Each must hold its default.
+REFUSED: dict[str, Any] = {
+    "bias": "none",
+    "modules_to_save": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "trainable_token_indices": None,
+    "loftq_config": {},
+    "eva_config": None,
+    "corda_config": None,
+    "lora_ga_config": None,
+    "use_dora": False,
+    "velora_config": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "qalora_group_size": 16,
+    "monteclora_config": None,
+    "layer_replication": None,
+    "runtime_config": {"ephemeral_gpu_offload": False},
+    "lora_bias": False,
+    "target_parameters": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "ensure_weight_tying": False,
+}
+
+# Initialisations that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do not.
+PLAIN_INITS = (True, False, "gaussian", "orthogonal")
+
+# Values by which PEFT says "off"; a field of a later PEFT that holds one changes nothing.
+_OFF: tuple[Any, ...] = (None, False, {}, [], "")
+
+# Names and dots; such a pattern is safe to give to `re`.
+PLAIN_PATTERN = re.compile(r"(?:\w|\\?\.)+", re.ASCII)
+_MAX_ALPHA = 1e6
+
+
+def _invalid(message: str) -> AdapterError:
+    return AdapterError("CONFIG_INVALID", f"adapter_config.json: {message}")
+
+
+def _unsupported(message: str) -> AdapterError:
+    return AdapterError("UNSUPPORTED_FEATURE", f"adapter_config.json: {message}")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The understood fields of a checked config; names and meanings are PEFT's."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    target_modules: str | tuple[str, ...]
+    exclude_modules: str | tuple[str, ...]
+    layers_to_transform: tuple[int, ...]
+    layers_pattern: tuple[str, ...]
+
+    @property
+    def effect(self) -> dict[str, Any]:
+        """The fields that, with the tensors, fix every delta: the config's part of the digest.
+
+        The target fields are not among them: they only select the modules whose tensors the file
+        must hold, and the tensors' names say that already.
+        """
+        return {
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "use_rslora": self.use_rslora,
+            # In PEFT the first pattern that matches wins, so the order is part of the effect.
+            "rank_pattern": [[key, rank] for key, rank in self.rank_pattern.items()],
+            "alpha_pattern": [[key, alpha] for key, alpha in self.alpha_pattern.items()],
+        }
+
+    @property
+    def summary(self) -> dict[str, object]:
+        """The fields that a reader wants to see, as JSON values."""
+        target = self.target_modules
+        return {
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "use_rslora": self.use_rslora,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
+            "target_modules": target if isinstance(target, str) else list(target),
+        }
+
+    def scaling(self, rank: int, alpha: float) -> float:
+        """Return alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def parse_config(text: bytes) -> PeftConfig:
+    """Read adapter_config.json.
+
+    Raises:
+        AdapterError: CONFIG_INVALID or UNSUPPORTED_FEATURE, naming the field.
+    """
+    config = _parse_object(text)
+    if config.get("peft_type") != "LORA":
+        raise _unsupported(f"peft_type is {shorten(config.get('peft_type'))}: only LORA is served")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise _unsupported(f"task_type is {shorten(config['task_type'])}: only CAUSAL_LM is served")
+    _check_init(config.get("init_lora_weights", True))
+    for name, value in config.items():
+        if name in REFUSED:
+            if not _same(value, REFUSED[name]) and not (_is_off(value) and not REFUSED[name]):
+                raise _unsupported(
+                    f"{name} is {shorten(value)}: only {shorten(REFUSED[name])} is served, "
+                    "so train a plain LoRA"
+                )
+        elif name not in UNDERSTOOD and name not in IGNORED and not _is_off(value):
+            raise _unsupported(f"field {name[:80]!r} is not known: remove it if it has no effect")
+    return _understood({name: config.get(name, UNDERSTOOD[name]) for name in UNDERSTOOD})
+
+
+def _understood(fields: Mapping[str, Any]) -> PeftConfig:
+    target, exclude = fields["target_modules"], fields["exclude_modules"]
+    layers, layers_pattern = fields["layers_to_transform"], fields["layers_pattern"]
+    if not isinstance(fields["use_rslora"], bool):
+        raise _invalid(f"use_rslora is {shorten(fields['use_rslora'])}: use true or false")
+    # PEFT sets this one by the type of the module, whatever the file says; so does the layout.
+    if not isinstance(fields["fan_in_fan_out"], bool):
+        raise _invalid(f"fan_in_fan_out is {shorten(fields['fan_in_fan_out'])}: use true or false")
+    if target is None:
+        raise _invalid("target_modules is null: name the adapted modules")
+    if isinstance(target, str) and (layers is not None or layers_pattern is not None):
+        raise _invalid(
+            "layers_to_transform and layers_pattern need target_modules to be a list of names"
+        )
+    if layers_pattern and layers is None:
+        raise _invalid("layers_pattern needs layers_to_transform")
+    for pattern in _names("layers_pattern", layers_pattern):
+        if not PLAIN_PATTERN.fullmatch(pattern):
+            raise _invalid(f"layers_pattern {shorten(pattern)}: use a plain name such as layers")
+    return PeftConfig(
+        r=_rank("r", fields["r"]),
+        lora_alpha=_alpha("lora_alpha", fields["lora_alpha"]),
+        use_rslora=fields["use_rslora"],
+        rank_pattern={
+            key: _rank(f"rank_pattern of {shorten(key)}", value)
+            for key, value in _object("rank_pattern", fields["rank_pattern"])
+        },
+        alpha_pattern={
+            key: _alpha(f"alpha_pattern of {shorten(key)}", value)
+            for key, value in _object("alpha_pattern", fields["alpha_pattern"])
+        },
+        target_modules=target if isinstance(target, str) else _names("target_modules", target),
+        exclude_modules=exclude if isinstance(exclude, str) else _names("exclude_modules", exclude),
+        layers_to_transform=_layers(layers),
+        layers_pattern=_names("layers_pattern", layers_pattern),
+    )
+
+
+def _check_init(value: Any) -> None:
+    # 1 == True in Python; PEFT tells them apart.
+    if not any(value is init or (isinstance(value, str) and value == init) for init in PLAIN_INITS):
+        raise _unsupported(
+            f"init_lora_weights is {shorten(value)}, which may change the base: convert it with "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...), or train with true"
+        )
+
+
+def _parse_object(text: bytes) -> dict[str, Any]:
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) < len(items):
+            twice = Counter(key for key, _ in items).most_common(1)[0][0]
+            raise _invalid(f"names {shorten(twice)} twice: name each field once")
+        return result
+
+    def constant(literal: str) -> NoReturn:
+        raise _invalid(f"holds {literal}: use finite numbers")
+
+    try:
+        config = json.loads(text.decode(), object_pairs_hook=pairs, parse_constant=constant)
+    except AdapterError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _invalid(f"is not JSON ({type(error).__name__}): save the adapter again") from error
+    if not isinstance(config, dict):
+        raise _invalid("is not a JSON object: save the adapter again")
+    return config
+
+
+def shorten(value: Any) -> str:
+    """Return `value` for a message: one line, at most 80 characters."""
+    text = json.dumps(value, default=list)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _same(value: Any, default: Any) -> bool:
+    return type(value) is type(default) and value == default
+
+
+def _is_off(value: Any) -> bool:
+    return any(_same(value, off) for off in _OFF)
+
+
+def _rank(name: str, value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= 2**31:
+        raise _invalid(f"{name} is {shorten(value)}: use a whole number above 0")
+    return value
+
+
+def _alpha(name: str, value: Any) -> float:
+    # Compared before the conversion: an integer of 400 digits has no float.
+    if type(value) not in (int, float) or not -_MAX_ALPHA <= value <= _MAX_ALPHA:
+        raise _invalid(
+            f"{name} is {shorten(value)}: use a number between -{_MAX_ALPHA:g} and {_MAX_ALPHA:g}"
+        )
+    return float(value)
+
+
+def _object(name: str, value: Any) -> Iterable[tuple[str, Any]]:
+    if value is None:
+        return ()
+    if not isinstance(value, dict):
+        raise _invalid(f"{name} is {shorten(value)}: use an object of module patterns")
+    return value.items()
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    if value is None or value == "":
+        return ()
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(item, str) for item in names):
+        raise _invalid(f"{name} is {shorten(value)}: use a list of names")
+    return tuple(names)
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    layers = [value] if type(value) is int else value
+    if not isinstance(layers, list) or not all(type(n) is int and n >= 0 for n in layers):
+        raise _invalid(f"layers_to_transform is {shorten(value)}: use a list of layer numbers")
+    return tuple(layers)

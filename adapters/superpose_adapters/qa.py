@@ -1,0 +1,133 @@
+"""Question-answer data: how rows are read, written as text and split, in every part.
+
+Server, trainer, demo and study share these definitions, so a row that one of them trains on is
+never a row that another one tests on.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Part = Literal["train", "validation", "test"]
+
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_SPACE = re.compile(r"\s+")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One question with its answer, both non-empty."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Rows by part; the order within a part is that of the data."""
+
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...]
+    test: tuple[Row, ...]
+
+
+def prompt_text(question: str) -> str:
+    """Return the template up to where the answer begins; it ends in "Answer:", without a space.
+
+    The space belongs to the answer: byte-level tokenizers join it to the answer's first word.
+    """
+    return f"Question: {question}\nAnswer:"
+
+
+def row_text(question: str, answer: str) -> str:
+    r"""Return the template "Question: {q}\nAnswer: {a}"."""
+    return f"{prompt_text(question)} {answer}"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read JSONL, or JSONL.gz by its suffix; further fields are ignored, blank lines skipped.
+
+    Raises:
+        ValueError: naming file, line and remedy: unreadable file, a line that is not a JSON object,
+            or a question or answer that is missing, empty or no string; or a file without rows.
+    """
+    rows = [_row(line, f"{path}:{number}") for number, line in _lines(path)]
+    if not rows:
+        raise ValueError(f"{path}: no rows; give JSONL with a question and an answer a line")
+    return rows
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (1-based number, line) of the non-blank lines."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file; check the path") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}:{number + 1}: not UTF-8; convert the file") from error
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"{path}: cannot be read ({reason}); check file and suffix") from error
+
+
+def _row(line: str, where: str) -> Row:
+    try:
+        fields = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON; write one JSON object a line") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f'{where}: not a JSON object; write {{"question": ..., "answer": ...}}')
+    texts = {}
+    for name in ("question", "answer"):
+        value = fields.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(
+                f'{where}: "{name}" is missing, empty or no string; '
+                'every row needs a non-empty "question" and "answer"'
+            )
+        texts[name] = value
+    return Row(**texts)
+
+
+def split_key(question: str) -> str:
+    """Return what twins share: the case-folded question, numbers masked, white space folded."""
+    return _SPACE.sub(" ", _NUMBER.sub("#", question.casefold())).strip()
+
+
+def part_of(question: str) -> Part:
+    """Return the part of a question: 80 % train, 10 % validation, 10 % test.
+
+    A function of the question alone (sha256 of its `split_key`), so the same on every machine and
+    whatever other rows there are; questions that differ only in case or numbers fall together.
+    """
+    digest = hashlib.sha256(split_key(question).encode("utf-8", "surrogatepass")).digest()
+    share = int.from_bytes(digest[:8], "big") % 10
+    if share < 8:
+        return "train"
+    return "validation" if share == 8 else "test"
+
+
+def split_rows(rows: Iterable[Row]) -> Split:
+    """Split rows by `part_of` their question."""
+    parts: dict[Part, list[Row]] = {"train": [], "validation": [], "test": []}
+    for row in rows:
+        parts[part_of(row.question)].append(row)
+    return Split(tuple(parts["train"]), tuple(parts["validation"]), tuple(parts["test"]))
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 (hex) of a data file's bytes as they lie on the disk."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

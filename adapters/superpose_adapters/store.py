@@ -1,0 +1,279 @@
+"""Pushed adapters on disk: contents under their digest, and names that point at digests.
+
+    <state>/adapters/lock                       held while the store is open
+    <state>/adapters/objects/<digest>/...       the two files of an adapter, never changed
+    <state>/adapters/names.json                 {domain: digest}
+    <state>/adapters/temporary/...              what is being written
+
+Invariant: whatever instant the machine stops at, `names.json` is whole and every digest in it has a
+whole object. So an object is made durable first and named afterwards, and every change appears by
+one rename. What a crash left in `temporary` is removed when the store is next opened.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from superpose_adapters.adapter import Adapter, AdapterError
+from superpose_adapters.digest import canonical_json
+from superpose_adapters.layout import Layout
+from superpose_adapters.loader import (
+    CONFIG_NAME,
+    DEFAULT_LIMITS,
+    TENSORS_NAME,
+    Limits,
+    files_digest,
+    parse_adapter,
+)
+from superpose_adapters.mix import check_domain
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class StoreError(Exception):
+    """The store cannot be used as it is: locked, damaged, or the disk refuses.
+
+    The message is one line that names the path and the remedy.
+    """
+
+
+class AdapterStore:
+    """A content-addressed store of adapters. One process, and in it one thread, at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open or create the store in `folder`.
+
+        Raises:
+            StoreError: Another process holds it, or its names are damaged.
+        """
+        self._folder = folder
+        self._objects = folder / "objects"
+        self._temporary = folder / "temporary"
+        self._index = folder / "names.json"
+        self._objects.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StoreError(
+                    f"{folder}: another server uses it: stop that one or choose another --state-dir"
+                ) from error
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary.mkdir(exist_ok=True)
+            self._names = self._read_names()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def close(self) -> None:
+        """Let another process open the store. Closing twice is allowed."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> AdapterStore:
+        """Return the open store."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the store."""
+        self.close()
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """The names, {domain: digest}, as a read-only copy."""
+        return MappingProxyType(dict(self._names))
+
+    def __contains__(self, digest: object) -> bool:
+        """Tell whether an object of this digest is stored."""
+        return (
+            isinstance(digest, str)
+            and bool(_DIGEST.fullmatch(digest))
+            and (self._objects / digest).is_dir()
+        )
+
+    def put(self, config: bytes, tensors: bytes) -> str:
+        """Store an adapter's two files, which the loader has accepted, and return their digest.
+
+        Durable when it returns. What is stored already is left as it is, unless it is damaged: then
+        it is replaced.
+
+        Raises:
+            StoreError: The disk refuses; the store is as it was.
+            AdapterError: The files are not an adapter's.
+        """
+        digest = files_digest(config, tensors)
+        if digest in self and self._is_whole(digest):
+            return digest
+        fresh, final = self._temporary / digest, self._objects / digest
+        try:
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir()
+            _write(fresh / CONFIG_NAME, config)
+            _write(fresh / TENSORS_NAME, tensors)
+            _sync_directory(fresh)
+            if final.exists():  # damaged: mended file by file, so that it is never missing
+                for name in (CONFIG_NAME, TENSORS_NAME):
+                    (fresh / name).replace(final / name)
+                _sync_directory(final)
+            else:
+                fresh.rename(final)
+                _sync_directory(self._objects)
+        except OSError as error:
+            raise self._refused(error) from error
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+        return digest
+
+    def set_name(self, domain: str, digest: str) -> None:
+        """Let `domain` name a stored adapter, in place of what it named before.
+
+        Raises:
+            ValueError: `domain` is no valid name.
+            KeyError: No object of this digest is stored.
+            StoreError: The disk refuses; the names are as they were.
+        """
+        check_domain(domain)
+        if digest not in self:
+            raise KeyError(digest)
+        self._write_names({**self._names, domain: digest})
+
+    def delete_name(self, domain: str) -> None:
+        """Remove a name. The object stays until `collect`: a running row may use it still.
+
+        Raises:
+            KeyError: There is no such name.
+            StoreError: The disk refuses; the names are as they were.
+        """
+        if domain not in self._names:
+            raise KeyError(domain)
+        self._write_names({d: digest for d, digest in self._names.items() if d != domain})
+
+    def files(self, digest: str) -> tuple[bytes, bytes]:
+        """Return the config and tensor files of an object, checked against its digest.
+
+        Raises:
+            KeyError: No object of this digest is stored.
+            StoreError: The object is damaged.
+        """
+        if digest not in self:
+            raise KeyError(digest)
+        path = self._objects / digest
+        try:
+            config = (path / CONFIG_NAME).read_bytes()
+            tensors = (path / TENSORS_NAME).read_bytes()
+            found = files_digest(config, tensors)
+        except (OSError, AdapterError) as error:
+            raise self._damaged(path, str(error)) from error
+        if found != digest:
+            raise self._damaged(path, f"its contents have the digest {found}")
+        return config, tensors
+
+    def load(self, digest: str, layout: Layout, limits: Limits = DEFAULT_LIMITS) -> Adapter:
+        """Return a stored adapter, checked again, as it may be served on another base now.
+
+        Raises:
+            KeyError: No object of this digest is stored.
+            StoreError: The object is damaged.
+            AdapterError: It does not fit this base or these limits.
+        """
+        return parse_adapter(*self.files(digest), layout, limits)
+
+    def collect(self, in_use: Collection[str]) -> list[str]:
+        """Remove every object that has no name and is not among the digests `in_use`.
+
+        Returns:
+            The digests that were removed.
+        """
+        keep = {*in_use, *self._names.values()}
+        removed = sorted(path.name for path in self._objects.iterdir() if path.name not in keep)
+        for digest in removed:
+            # Out of sight by one rename first, so that no half of an object can be found later.
+            doomed = self._temporary / f"removed-{digest}"
+            (self._objects / digest).rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        return removed
+
+    def _is_whole(self, digest: str) -> bool:
+        try:
+            self.files(digest)
+        except StoreError:
+            return False
+        return True
+
+    def _read_names(self) -> dict[str, str]:
+        try:
+            names: Any = json.loads(self._index.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(self._index, "it is not JSON") from error
+        if not isinstance(names, dict):
+            raise self._damaged(self._index, "it is not an object")
+        for domain, digest in names.items():
+            try:
+                check_domain(domain)
+            except ValueError as error:
+                raise self._damaged(self._index, str(error)) from error
+            if not isinstance(digest, str) or digest not in self:
+                raise self._damaged(self._index, f"{domain} names an adapter that is not stored")
+        return names
+
+    def _write_names(self, names: Mapping[str, str]) -> None:
+        fresh, former = self._temporary / "names.json", self._temporary / "former.json"
+        try:
+            _write(fresh, canonical_json(dict(names)))
+            if self._index.exists():
+                os.link(self._index, former)
+            fresh.replace(self._index)
+            try:
+                _sync_directory(self._folder)
+            except OSError:
+                # Not known to be durable, so it must not be in force either.
+                if former.exists():
+                    former.replace(self._index)
+                else:
+                    self._index.unlink()
+                raise
+        except OSError as error:
+            raise self._refused(error) from error
+        finally:
+            fresh.unlink(missing_ok=True)
+            former.unlink(missing_ok=True)
+        self._names = dict(names)
+
+    def _refused(self, error: OSError) -> StoreError:
+        return StoreError(
+            f"{self._folder}: cannot write ({error.strerror}): free space or check permissions; "
+            "nothing was changed"
+        )
+
+    @staticmethod
+    def _damaged(path: Path, why: str) -> StoreError:
+        return StoreError(f"{path}: damaged ({why}): restore it, or remove it and push again")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    """Wait until the directory's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

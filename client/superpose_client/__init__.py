@@ -1,0 +1,128 @@
+"""Client of Superpose: a base language model served with any weighted sum of LoRA adapters.
+
+    from superpose_client import Client
+
+    with Client("127.0.0.1:50051") as client:
+        for chunk in client.stream("Question: What is 2 + 3?", mix="math=1,medicine=0.5"):
+            print(chunk.text, end="", flush=True)
+
+`Client` and `AsyncClient` have the same calls; `errors` shows what they raise. Imported on first
+use, so that `adapterctl --help` does not wait for gRPC.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from superpose_client.async_client import AsyncClient, AsyncStream
+    from superpose_client.client import Client, Stream
+    from superpose_client.errors import (
+        AdapterFolderError,
+        AlreadyExistsError,
+        CallError,
+        DataLossError,
+        DeadlineExceededError,
+        FailedPreconditionError,
+        FieldViolation,
+        GenerationMismatchError,
+        InternalError,
+        InvalidArgumentError,
+        MixChangedError,
+        MixSyntaxError,
+        NotFoundError,
+        QueueFullError,
+        RequestCancelledError,
+        ResourceExhaustedError,
+        SuperposeError,
+        UnavailableError,
+        UnimplementedError,
+    )
+    from superpose_client.mix import MixLike, format_mix, parse_mix
+    from superpose_client.requests import AdapterFiles, GenerateOptions, Prompt, Scope, ScoreText
+    from superpose_client.results import (
+        AdapterInfo,
+        AdapterSource,
+        Analysis,
+        BoundEntry,
+        CurrentMix,
+        DomainAnalysis,
+        FinishReason,
+        Generation,
+        GenerationChunk,
+        HealthStatus,
+        ItemScore,
+        Limits,
+        MixState,
+        ModuleCosine,
+        ModuleTypeCosine,
+        PairAnalysis,
+        PushResult,
+        ScoreResult,
+        ServerInfo,
+        Usage,
+        Verification,
+    )
+
+__all__ = [
+    "AdapterFiles",
+    "AdapterFolderError",
+    "AdapterInfo",
+    "AdapterSource",
+    "AlreadyExistsError",
+    "Analysis",
+    "AsyncClient",
+    "AsyncStream",
+    "BoundEntry",
+    "CallError",
+    "Client",
+    "CurrentMix",
+    "DataLossError",
+    "DeadlineExceededError",
+    "DomainAnalysis",
+    "FailedPreconditionError",
+    "FieldViolation",
+    "FinishReason",
+    "GenerateOptions",
+    "Generation",
+    "GenerationChunk",
+    "GenerationMismatchError",
+    "HealthStatus",
+    "InternalError",
+    "InvalidArgumentError",
+    "ItemScore",
+    "Limits",
+    "MixChangedError",
+    "MixLike",
+    "MixState",
+    "MixSyntaxError",
+    "ModuleCosine",
+    "ModuleTypeCosine",
+    "NotFoundError",
+    "PairAnalysis",
+    "Prompt",
+    "PushResult",
+    "QueueFullError",
+    "RequestCancelledError",
+    "ResourceExhaustedError",
+    "Scope",
+    "ScoreResult",
+    "ScoreText",
+    "ServerInfo",
+    "Stream",
+    "SuperposeError",
+    "UnavailableError",
+    "UnimplementedError",
+    "Usage",
+    "Verification",
+    "format_mix",
+    "parse_mix",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        for module in ("errors", "mix", "requests", "results", "client", "async_client"):
+            home = import_module(f"superpose_client.{module}")
+            if name in vars(home):
+                return vars(home)[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,213 @@
+"""Build the messages that both clients send."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, TypedDict, TypeVar, cast
+
+from superpose_client.errors import AdapterFolderError, MixChangedError
+from superpose_client.mix import MixLike, parse_mix
+from superpose_client.results import MixState, ScoreResult
+from superpose_proto.v1 import inference_pb2, mix_pb2
+
+MAX_SCORE_ITEMS = 256
+MAX_ADAPTER_BYTES = 256 * 2**20
+_CONFIG = "adapter_config.json"
+_TENSORS = "adapter_model.safetensors"
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""Text, token ids, or the messages of a chat as {"role": ..., "content": ...}."""
+
+ScoreText = str | tuple[str, str] | Sequence[int]
+"""A text, a (question, answer) pair, or token ids."""
+
+Scope = Literal["all", "answer"]
+
+_Generate = TypeVar("_Generate", inference_pb2.GenerateRequest, inference_pb2.GenerateStreamRequest)
+
+
+class GenerateOptions(TypedDict, total=False):
+    """The options of `generate` and `stream`. What is left out, or None, is the server's choice.
+
+    Its choices: max_new_tokens 64, temperature 1 (0 is greedy), a random seed, all else off.
+    """
+
+    max_new_tokens: int | None
+    min_new_tokens: int | None
+    ignore_eos: bool
+    stop_token_ids: Sequence[int]
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    stop: str | Sequence[str]
+    seed: int | None
+    logprobs: bool
+
+
+class AdapterFiles(NamedTuple):
+    """The two files of a PEFT folder, as bytes."""
+
+    config: bytes
+    tensors: bytes
+
+    @classmethod
+    def read(cls, folder: str | PathLike[str]) -> Self:
+        """Read adapter_config.json and adapter_model.safetensors.
+
+        Raises:
+            AdapterFolderError: A file is missing, too large, or a pickle, which is never sent.
+        """
+        path = Path(folder)
+        if not path.is_dir():
+            raise AdapterFolderError(f"{path} is not a folder; give the one that holds {_CONFIG}")
+        for name in (_CONFIG, _TENSORS):
+            if (path / name).is_file():
+                continue
+            pickles = sorted(file.name for file in path.glob("*.bin"))
+            if name == _TENSORS and pickles:
+                raise AdapterFolderError(
+                    f"{path / pickles[0]} is a pickle, which is refused; "
+                    "save the adapter with safe_serialization=True"
+                )
+            raise AdapterFolderError(f"{path} holds no {name}")
+        if (size := (path / _TENSORS).stat().st_size) > MAX_ADAPTER_BYTES:
+            raise AdapterFolderError(
+                f"{path / _TENSORS} has {size} bytes, more than {MAX_ADAPTER_BYTES}"
+            )
+        return cls((path / _CONFIG).read_bytes(), (path / _TENSORS).read_bytes())
+
+
+def mix(value: MixLike | None) -> mix_pb2.Mix | None:
+    """Return the message; None, the default mix, is an absent one.
+
+    A mapping goes as it is: what is a fit domain or weight is the server's to say.
+    """
+    if value is None:
+        return None
+    weights = parse_mix(value) if isinstance(value, str) else value
+    entries = [mix_pb2.DomainWeight(domain=name, weight=w) for name, w in weights.items()]
+    return mix_pb2.Mix(entries=entries)
+
+
+def generate(
+    kind: type[_Generate],
+    prompt: Prompt,
+    mix_value: MixLike | None,
+    request_id: str,
+    options: GenerateOptions,
+) -> _Generate:
+    """Return the request of `Generate` or `GenerateStream`, whose fields are the same."""
+    request = kind(mix=mix(mix_value), options=_options(options), request_id=request_id)
+    if isinstance(prompt, str):
+        request.prompt = prompt
+    elif prompt and isinstance(prompt[0], Mapping):
+        messages = cast(Sequence[Mapping[str, str]], prompt)
+        request.chat.messages.extend(
+            inference_pb2.ChatMessage(role=message["role"], content=message["content"])
+            for message in messages
+        )
+    else:
+        request.token_ids.ids.extend(cast(Sequence[int], prompt))
+        request.token_ids.SetInParent()
+    return request
+
+
+def _options(options: GenerateOptions) -> inference_pb2.GenerateOptions:
+    message = inference_pb2.GenerateOptions()
+    values: dict[str, Any] = {**options}
+    for name, value in values.items():
+        if name not in GenerateOptions.__annotations__:
+            raise TypeError(f"unknown option {name!r}")
+        # A lone string is a sequence of strings too: of its characters.
+        field: dict[str, Any] = {name: [value] if isinstance(value, str) else value}
+        try:
+            message.MergeFrom(inference_pb2.GenerateOptions(**field))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}={value!r}: {error}") from None
+    return message
+
+
+class ScoreBatches:
+    """One score as requests that the server takes, all under the same mix.
+
+    Iterate over the requests, `add` each response before the next request is taken, then ask for
+    the `result`. The entries that the first response names are sent with all later requests: a
+    change of the default mix in between does not touch them, and one of an adapter is noticed.
+    """
+
+    def __init__(
+        self,
+        texts: Iterable[ScoreText],
+        mix_value: MixLike | None,
+        max_length: int | None,
+        scope: Scope,
+        logprobs: bool,
+    ) -> None:
+        """Convert the texts; nothing is sent."""
+        if scope not in ("all", "answer"):
+            raise ValueError(f"scope={scope!r}: must be 'all' or 'answer'")
+        self._items = [_score_item(text) for text in texts]
+        self._template = inference_pb2.ScoreRequest(
+            mix=mix(mix_value),
+            max_length=max_length,
+            scope=inference_pb2.SCORE_SCOPE_ANSWER
+            if scope == "answer"
+            else inference_pb2.SCORE_SCOPE_ALL,
+            logprobs=logprobs,
+        )
+        self._parts: list[ScoreResult] = []
+
+    def __iter__(self) -> Iterator[inference_pb2.ScoreRequest]:
+        """Yield the requests; one without items if there are none, for the server to refuse."""
+        for start in range(0, max(len(self._items), 1), MAX_SCORE_ITEMS):
+            request = inference_pb2.ScoreRequest()
+            request.CopyFrom(self._template)
+            request.items.extend(self._items[start : start + MAX_SCORE_ITEMS])
+            yield request
+
+    def add(self, response: inference_pb2.ScoreResponse) -> int:
+        """Take the response to the last request; return how many texts are scored so far."""
+        part = ScoreResult.from_proto(response)
+        if not self._parts:
+            self._template.mix.CopyFrom(cast(mix_pb2.Mix, mix(part.mix.weights)))
+        elif part.mix.digest != self._parts[0].mix.digest:
+            raise MixChangedError(
+                f"an adapter changed during the score: the mix had digest "
+                f"{_short(self._parts[0].mix)} at first and {_short(part.mix)} later; score again"
+            )
+        self._parts.append(part)
+        return sum(len(part.items) for part in self._parts)
+
+    def result(self) -> ScoreResult:
+        """Return the joint result, with the mix of the first response."""
+        first = self._parts[0]
+        if len(self._parts) == 1:
+            return first
+        items = tuple(item for part in self._parts for item in part.items)
+        tokens = sum(part.tokens for part in self._parts)
+        loss = -math.fsum(item.logprob for item in items) / tokens if tokens else math.nan
+        return ScoreResult(items, tokens, _exp(loss), first.mix)
+
+
+def _score_item(text: ScoreText) -> inference_pb2.ScoreItem:
+    if isinstance(text, str):
+        return inference_pb2.ScoreItem(text=text)
+    match list(text):
+        case [str() as question, str() as answer]:
+            pair = inference_pb2.QuestionAnswer(question=question, answer=answer)
+            return inference_pb2.ScoreItem(question_answer=pair)
+        case ids:
+            tokens = inference_pb2.TokenIds(ids=cast(list[int], ids))
+            return inference_pb2.ScoreItem(token_ids=tokens)
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+def _short(state: MixState) -> str:
+    return state.digest[:12]

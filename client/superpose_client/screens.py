@@ -1,0 +1,300 @@
+"""What `adapterctl` shows to people: results as rich renderables.
+
+Columns are aligned with spaces and have no frames, so that one screen suits a terminal and goes
+through grep and awk as well.
+"""
+
+from collections.abc import Sequence
+from functools import singledispatch
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from superpose_client.mix import format_mix, format_weight
+from superpose_client.results import (
+    AdapterInfo,
+    Analysis,
+    CurrentMix,
+    MixState,
+    PairAnalysis,
+    PushResult,
+    ScoreResult,
+    ServerInfo,
+    Usage,
+    Verification,
+)
+
+# In a pipe nothing is wrapped: its reader has no right margin.
+_PIPE_WIDTH = 100_000
+_NAMES_SHOWN = 20
+
+
+def console() -> Console:
+    """Return a console on standard output that takes text literally and is plain in pipes."""
+    made = Console(highlight=False, markup=False, emoji=False)
+    if not made.is_terminal:
+        made.width = _PIPE_WIDTH
+    return made
+
+
+@singledispatch
+def screen(result: Any) -> RenderableType:
+    """Return what to show for a result."""
+    raise TypeError(f"no screen for {type(result).__name__}")
+
+
+@screen.register
+def _(info: ServerInfo) -> RenderableType:
+    limits = info.limits
+    sound: str | Text = "no fault found"
+    if not info.weights_verified:
+        sound = Text("DAMAGED: a verification failed; see adapterctl verify", style="bold red")
+    return _fields(
+        ("server", f"superpose {info.version}, up {_duration(info.uptime_seconds)}"),
+        ("base", info.base),
+        ("base digest", info.base_digest),
+        ("parameters", f"{info.dtype} on {info.device}"),
+        ("weights", sound),
+        ("context", f"{info.context_length:,} tokens"),
+        ("running", f"{info.running} of {limits.max_batch}"),
+        ("waiting", f"{info.waiting} of {limits.max_queue}"),
+        ("adapters", str(info.adapters)),
+        *_mix_fields(info.mix),
+    )
+
+
+@screen.register
+def _(mix: MixState) -> RenderableType:
+    return _with_entries(mix, _mix_fields(mix))
+
+
+@screen.register
+def _(mix: CurrentMix) -> RenderableType:
+    fields = _mix_fields(mix)
+    if mix.resident.digest != mix.digest:
+        resident = format_mix(mix.resident.weights)
+        fields.append(("resident", f"{resident}; requests under other mixes are corrected"))
+    return _with_entries(mix, fields)
+
+
+# A list of adapters.
+@screen.register
+def _(adapters: tuple) -> RenderableType:  # type: ignore[type-arg]
+    if not adapters:
+        return Text("no adapters; push one with: adapterctl push NAME DIR")
+    table = _table("DOMAIN", ">WEIGHT", ">RANK", ">PARAMETERS", ">SIZE", "SOURCE", "DIGEST")
+    for adapter in adapters:
+        table.add_row(
+            adapter.domain,
+            format_weight(adapter.weight) if adapter.weight else "-",
+            str(adapter.rank),
+            f"{adapter.parameters:,}",
+            _size(adapter.bytes),
+            _source(adapter),
+            _short(adapter.digest),
+        )
+    return table
+
+
+@screen.register
+def _(adapter: AdapterInfo) -> RenderableType:
+    weight = format_weight(adapter.weight) if adapter.weight else "not in the default mix"
+    fields = [
+        ("domain", adapter.domain),
+        ("weight", weight),
+        ("digest", adapter.digest),
+        ("source", _source(adapter)),
+        ("rank", str(adapter.rank)),
+        ("parameters", f"{adapter.parameters:,}"),
+        ("size", _size(adapter.bytes)),
+    ]
+    if adapter.modules:
+        fields.append((f"{len(adapter.modules)} modules", ", ".join(adapter.modules)))
+    if adapter.config_json:
+        fields.append(("config", adapter.config_json))
+    return _fields(*fields)
+
+
+@screen.register
+def _(result: PushResult) -> RenderableType:
+    return Group(screen(result.adapter), _fields(("generation", str(result.generation))))
+
+
+@screen.register
+def _(result: ScoreResult) -> RenderableType:
+    return _fields(
+        ("perplexity", f"{result.perplexity:,.4f}"),
+        ("tokens", f"{result.tokens:,}"),
+        ("texts", f"{len(result.items):,}"),
+        *_mix_fields(result.mix),
+    )
+
+
+@screen.register
+def _(result: Verification) -> RenderableType:
+    verdict = Text("ok: every parameter in use is what it should be", style="bold green")
+    damage: list[tuple[str, str | Text]] = []
+    if not result.ok:
+        verdict = Text("DAMAGED: parameters are not what they should be", style="bold red")
+        if result.damaged_resident:
+            damage.append(("resident", _names(result.damaged_resident)))
+        if result.damaged_base:
+            damage.append(("base", _names(result.damaged_base)))
+    return Group(
+        verdict,
+        _fields(
+            *damage,
+            ("parameters", f"{result.dtype} on {result.device}"),
+            ("hash", result.resident_hash),
+            ("base digest", result.base_digest),
+            *_mix_fields(result.mix),
+            ("stall", _milliseconds(result.longest_stall_seconds)),
+        ),
+    )
+
+
+@screen.register
+def _(result: Analysis) -> RenderableType:
+    fields = _mix_fields(result.mix)
+    if len(result.domains) > 1:
+        fields.append(("interference", interference_words(result.interference_ratio)))
+    if result.domains:
+        served = "folded into the weights" if result.folded else "too large: served by correction"
+        fields.append(("fold error", f"{result.fold_error:.2g}, {served}"))
+    fields.append(("stall", _milliseconds(result.longest_stall_seconds)))
+    parts: list[RenderableType] = [_fields(*fields)]
+    if result.domains:
+        domains = _table("DOMAIN", ">WEIGHT", ">MODULES", ">DELTA NORM", ">OF THE BASE")
+        for domain in result.domains:
+            domains.add_row(
+                domain.domain,
+                format_weight(domain.weight),
+                str(domain.modules),
+                f"{domain.delta_norm:.4g}",
+                f"{domain.relative_norm:.2%}",
+            )
+        parts += ["", domains]
+    if result.pairs:
+        parts += ["", _pairs(result.pairs)]
+    if result.warnings:
+        parts.append("")
+    parts += [Text(f"warning: {warning}", style="yellow") for warning in result.warnings]
+    return Group(*parts)
+
+
+def watch_line(mix: MixState) -> str:
+    """Return one change of the default mix as a line."""
+    return f"generation {mix.generation}  {_short(mix.digest)}  {format_mix(mix.weights)}"
+
+
+def generation_line(usage: Usage, finish: str, mix: MixState) -> Text:
+    """Return what stands below a generated text: its length, its end and its mix."""
+    reason = finish.removeprefix("FINISH_REASON_").lower()
+    return Text(
+        f"[{usage.prompt_tokens} + {usage.completion_tokens} tokens, {reason}, "
+        f"mix {format_mix(mix.weights)}, generation {mix.generation}]",
+        style="dim",
+    )
+
+
+def logprob_table(token_ids: Sequence[int], logprobs: Sequence[float]) -> Table:
+    """Return the log-probability of each new token."""
+    table = _table(">TOKEN", ">LOGPROB")
+    for token, logprob in zip(token_ids, logprobs, strict=False):
+        table.add_row(str(token), f"{logprob:.4f}")
+    return table
+
+
+def interference_words(ratio: float) -> str:
+    """Say what an interference ratio means. At 0 the deltas are orthogonal."""
+    if abs(ratio) < 0.05:
+        return f"{ratio:+.3f}: the domains hardly touch each other"
+    if ratio > 0:
+        return f"{ratio:+.3f}: the domains reinforce each other"
+    return f"{ratio:+.3f}: the domains partly cancel each other"
+
+
+def _pairs(pairs: Sequence[PairAnalysis]) -> Table:
+    table = _table("PAIR", "MODULES", ">COSINE", ">BY CHANCE")
+    for pair in pairs:
+        name = f"{pair.first}, {pair.second}"
+        table.add_row(name, "all", f"{pair.cosine_rms:.4f}", f"{pair.random_floor:.4f}")
+        for kind in pair.module_types:
+            cosine, floor = f"{kind.cosine_rms:.4f}", f"{kind.random_floor:.4f}"
+            table.add_row("", kind.module_type, cosine, floor)
+    return table
+
+
+def _mix_fields(mix: MixState) -> list[tuple[str, str | Text]]:
+    return [
+        ("mix", format_mix(mix.weights)),
+        ("generation", str(mix.generation)),
+        ("digest", mix.digest),
+    ]
+
+
+def _with_entries(mix: MixState, fields: Sequence[tuple[str, str | Text]]) -> RenderableType:
+    if not mix.entries:
+        return _fields(*fields)
+    table = _table("DOMAIN", ">WEIGHT", "ADAPTER")
+    for entry in mix.entries:
+        table.add_row(entry.domain, format_weight(entry.weight), _short(entry.adapter_digest))
+    return Group(_fields(*fields), "", table)
+
+
+def _fields(*rows: tuple[str, str | Text]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True, min_width=len("interference"))
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _table(*headers: str) -> Table:
+    """Return a table; headers that begin with > stand above numbers."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for header in headers:
+        if header.startswith(">"):
+            table.add_column(header[1:], justify="right", no_wrap=True)
+        else:
+            table.add_column(header, overflow="fold")
+    return table
+
+
+def _names(names: Sequence[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _source(adapter: AdapterInfo) -> str:
+    return adapter.source.removeprefix("ADAPTER_SOURCE_").lower()
+
+
+def _short(digest: str) -> str:
+    return digest[:12]
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} GB"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms at the longest"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
+    # The two largest units tell enough.
+    while len(parts) > 1 and not parts[0][0]:
+        parts.pop(0)
+    return " ".join(f"{count} {unit}" for count, unit in parts[:2])

@@ -1,0 +1,1 @@
+"""The server: one resident model, any mix of its domains."""

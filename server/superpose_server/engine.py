@@ -1,0 +1,304 @@
+"""The engine: one thread that owns model, weights and cache.
+
+A step folds if the default mix changed, takes new rows and prefills them, decodes one token for
+every running row, hands the tokens out, and does one slice of any long job. Other threads only
+put things into its queues; nothing else touches what it owns.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from superpose_adapters.mix import BoundMix
+from superpose_server.corrections import Corrections
+from superpose_server.errors import FailedPrecondition, ShuttingDown
+from superpose_server.job import Job, JobResult
+from superpose_server.model import Model
+from superpose_server.observer import EngineObserver
+from superpose_server.sampling import sample
+from superpose_server.scheduler import Scheduler
+from superpose_server.score import ScoreRow, score_slices
+from superpose_server.sequence import Chunk, Sequence
+from superpose_server.weights import PreparedMix, ResidentWeights, Verification
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs rows under their mixes, and folds, scores and verifies between their steps."""
+
+    def __init__(
+        self,
+        model: Model,
+        weights: ResidentWeights,
+        scheduler: Scheduler,
+        observer: EngineObserver | None = None,
+    ) -> None:
+        """Take over `model` and `weights`; `start` sets the thread going."""
+        self._model = model
+        self._weights = weights
+        self._scheduler = scheduler
+        self._observer = observer or EngineObserver()
+        self._corrections = Corrections(
+            {name: model.module.get_submodule(name) for name in model.layout}, model.device
+        )
+        self._folds: deque[tuple[PreparedMix, Future[BoundMix]]] = deque()
+        self._jobs: deque[Job[Any]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._aborting = False
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    # Called from any thread.
+
+    def start(self) -> None:
+        """Set the engine thread going."""
+        self._thread.start()
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a row; its sink gets chunks on the engine thread.
+
+        Raises:
+            QueueFull: Too many rows wait.
+            ShuttingDown: The engine takes no more rows.
+        """
+        with self._wake:
+            self._scheduler.submit(sequence)
+            self._wake.notify()
+
+    def fold(self, target: PreparedMix) -> Future[BoundMix]:
+        """Make `target` resident at the next step boundary; returns what is resident then."""
+        future: Future[BoundMix] = Future()
+        with self._wake:
+            if self._stopping:
+                raise ShuttingDown
+            self._folds.append((target, future))
+            self._wake.notify()
+        return future
+
+    def score(self, rows: list[ScoreRow], mix: BoundMix) -> Future[JobResult[list[list[float]]]]:
+        """Return the log-probability of each scored token of each row under `mix`."""
+        return self._run(score_slices(self._model, self._corrections, self._weights, rows, mix))
+
+    def verify(self) -> Future[JobResult[Verification]]:
+        """Compare the weights with a fresh fold, and the base with its hash."""
+        return self._run(self._weights.verify())
+
+    def measure_fold_error(self, prepared: PreparedMix) -> Future[JobResult[float]]:
+        """Measure what folding `prepared` would lose, without folding it."""
+        return self._run(self._weights.measure_fold_error(prepared))
+
+    def _run(self, slices: Generator[None, None, T]) -> Future[JobResult[T]]:
+        job = Job(slices)
+        with self._wake:
+            if self._stopping:
+                raise ShuttingDown
+            self._jobs.append(job)
+            self._wake.notify()
+        return job.future
+
+    @property
+    def running(self) -> int:
+        """Number of rows that run."""
+        return len(self._scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        """Number of rows that wait."""
+        return self._scheduler.waiting
+
+    @property
+    def resident(self) -> BoundMix:
+        """The mix in the weights."""
+        return self._weights.resident.mix
+
+    def drain(self, grace: float) -> None:
+        """Take no more rows, and wait at most `grace` seconds for the rest; then abort them."""
+        self._scheduler.close()
+        with self._wake:
+            if not self._wake.wait_for(self._idle, timeout=grace):
+                _log.warning("grace is over rows=%d waiting=%d", self.running, self.waiting)
+                self._aborting = True
+                self._wake.notify_all()
+                self._wake.wait_for(self._idle)
+
+    def stop(self) -> None:
+        """End the thread after its current step; what still waits fails with ShuttingDown."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # The engine thread.
+
+    def _idle(self) -> bool:
+        return self._scheduler.idle and not self._jobs and not self._folds
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.notify_all()
+                self._wake.wait_for(lambda: self._stopping or not self._idle())
+                if self._stopping:
+                    break
+            try:
+                self.step()
+            except Exception as error:
+                # Each phase handles what it can blame on a row or a job; what is left is a fault
+                # of ours, and no row may hang because of it.
+                _log.exception("engine step failed")
+                self._end_all(error)
+        self._end_all(ShuttingDown())
+
+    def step(self) -> None:
+        """Do one step."""
+        self._fold()
+        self._drop(cancelled_only=not self._aborting)
+        self._prefill()
+        self._decode()
+        self._do_slice()
+
+    def _fold(self) -> None:
+        while self._folds:
+            target, future = self._folds.popleft()
+            started = time.perf_counter()
+            error: Exception | None = None
+            try:
+                self._weights.fold(target)
+            except Exception as caught:
+                error = caught
+            seconds = time.perf_counter() - started
+            self._observer.folded(seconds, error is None, self.resident)
+            _log.info(
+                "fold mix=%s resident=%s ms=%.2f ok=%s",
+                target.mix.digest[:12],
+                self.resident.digest[:12],
+                seconds * 1e3,
+                error is None,
+            )
+            self._corrections.forget()
+            if error is None:
+                future.set_result(self.resident)
+            else:
+                future.set_exception(error)
+
+    def _drop(self, cancelled_only: bool) -> None:
+        for sequence in self._scheduler.drop_waiting(cancelled_only):
+            self._abort(sequence)
+        for slot in reversed(range(self.running)):
+            sequence = self._scheduler.running[slot]
+            if sequence.cancelled or not cancelled_only:
+                self._release(slot)
+                self._abort(sequence)
+
+    def _prefill(self) -> None:
+        while (sequence := self._scheduler.admit()) is not None:
+            slot = self.running - 1
+            sequence.started = time.monotonic()
+            try:
+                correction = self._corrections.plan([sequence.mix], self.resident)
+                with self._corrections.applied(correction):
+                    logits = self._model.prefill(slot, sequence.prompt)
+                self._hand_out([sequence], logits)
+            except Exception as error:
+                _log.exception("prefill failed")
+                self._fail([sequence], error)
+
+    def _decode(self) -> None:
+        rows = tuple(self._scheduler.running)
+        if not rows:
+            return
+        try:
+            correction = self._corrections.plan([row.mix for row in rows], self.resident)
+            with self._corrections.applied(correction):
+                logits = self._model.decode(
+                    [row.tokens[-1] for row in rows], [row.position for row in rows]
+                )
+            self._observer.stepped(rows, self.waiting, correction.rows if correction else 0)
+            self._hand_out(rows, logits)
+        except Exception as error:
+            _log.exception("decode failed rows=%d", len(rows))
+            self._fail([row for row in rows if row in self._scheduler.running], error)
+
+    @torch.inference_mode()
+    def _hand_out(self, rows: list[Sequence] | tuple[Sequence, ...], logits: Tensor) -> None:
+        """Choose a token for each row from logits (rows, vocabulary) and give it to its client."""
+        finite = torch.isfinite(logits).all(dim=-1).tolist()
+        broken = [row for row, fine in zip(rows, finite, strict=True) if not fine]
+        if broken:
+            logits = torch.nan_to_num(logits)
+        allowed = logits
+        for index, row in enumerate(rows):
+            if row.forbidden:
+                allowed = allowed.clone() if allowed is logits else allowed
+                allowed[index, list(row.forbidden)] = -torch.inf
+        tokens = sample(allowed, [r.params for r in rows], [r.generator for r in rows])
+        logprobs: list[float] | None = None
+        if any(row.params.logprobs for row in rows):
+            chosen = logits.log_softmax(dim=-1).gather(1, tokens[:, None])
+            logprobs = chosen[:, 0].tolist()
+        for index, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+            if row in broken:
+                continue
+            wanted = logprobs[index] if logprobs and row.params.logprobs else None
+            self._emit(row, row.append(token, wanted))
+        if broken:
+            self._fail(
+                broken,
+                FailedPrecondition(
+                    "the model's output is not finite under this mix: use smaller weights",
+                    "OUTPUT_NOT_FINITE",
+                ),
+            )
+
+    def _emit(self, row: Sequence, chunk: Chunk) -> None:
+        if len(row.tokens) == 1:
+            row.first_token = time.monotonic()
+            self._observer.prefilled(row)
+        if chunk.finish_reason is not None:
+            self._release(self._scheduler.running.index(row))
+            self._observer.finished(row, chunk.finish_reason)
+        row.sink(chunk)
+
+    def _abort(self, row: Sequence) -> None:
+        chunk = row.abort()
+        if chunk.finish_reason is not None:
+            self._observer.finished(row, chunk.finish_reason)
+        row.sink(chunk)
+
+    def _fail(self, rows: list[Sequence], error: Exception) -> None:
+        for row in rows:
+            self._release(self._scheduler.running.index(row))
+            self._observer.failed(row, error)
+            row.sink(Chunk(error=error))
+
+    def _release(self, slot: int) -> None:
+        moved = self._scheduler.release(slot)
+        if moved is not None:
+            row = self._scheduler.running[slot]
+            self._model.cache.move(moved, slot, row.position + 1)
+        self._corrections.forget()
+
+    def _do_slice(self) -> None:
+        if self._jobs:
+            job = self._jobs.popleft()
+            if job.run_slice():
+                self._jobs.append(job)  # Behind the others, so that jobs take turns.
+
+    def _end_all(self, error: Exception) -> None:
+        self._drop(cancelled_only=False)
+        while self._jobs:
+            self._jobs.popleft().fail(error)
+        while self._folds:
+            self._folds.popleft()[1].set_exception(error)

@@ -1,0 +1,98 @@
+"""What can go wrong, in the server's own words; `status` turns it into gRPC statuses.
+
+ServerError
+├── InvalidArgument      the request is wrong whatever the state of the server
+├── NotFound             a domain that is not loaded, or not in the default mix
+├── AlreadyExists        a domain that is in the mix, or is loaded with other bytes
+├── FailedPrecondition   the state must be changed by hand before a retry can succeed
+├── GenerationMismatch   somebody else changed the default mix first
+├── QueueFull            retry after a while
+├── ShuttingDown         retry elsewhere
+├── DataLoss             the weights fail their hash
+└── Internal             a fault of ours whose outcome is known and safe to tell
+"""
+
+from __future__ import annotations
+
+
+class ServerError(Exception):
+    """Base of all errors that a client is told of.
+
+    Attributes:
+        message: One line that names the thing and the remedy.
+        reason: UPPER_SNAKE, for programs; stable.
+        field: The request field at fault, if one is.
+        metadata: Further facts for programs, {name: value}.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        reason: str,
+        *,
+        field: str | None = None,
+        metadata: dict[str, str] | None = None,
+    ) -> None:
+        """Hold the one line and its machine-readable reason."""
+        super().__init__(message)
+        self.message = message
+        self.reason = reason
+        self.field = field
+        self.metadata = metadata or {}
+
+
+class InvalidArgument(ServerError):
+    """The request is wrong whatever the state of the server."""
+
+
+class NotFound(ServerError):
+    """The thing that the request names is not there."""
+
+
+class AlreadyExists(ServerError):
+    """The thing that the request would make is there already."""
+
+
+class FailedPrecondition(ServerError):
+    """The state of the server must be changed by hand before a retry can succeed."""
+
+
+class GenerationMismatch(ServerError):
+    """The default mix is not at the generation that the caller expected."""
+
+    def __init__(self, expected: int, generation: int, digest: str) -> None:
+        """Name what was expected and what is there, so that a caller can tell what landed."""
+        super().__init__(
+            f"expected_generation is {expected} but the default mix is at generation {generation}: "
+            "read it again and decide anew",
+            "GENERATION_MISMATCH",
+            metadata={"generation": str(generation), "digest": digest},
+        )
+
+
+class QueueFull(ServerError):
+    """No more requests can wait; `retry_after_seconds` says when to try again."""
+
+    def __init__(self, limit: int, retry_after_seconds: float) -> None:
+        """Name the bound that was met."""
+        super().__init__(
+            f"{limit} requests are waiting already: retry in {retry_after_seconds:g} s",
+            "QUEUE_FULL",
+        )
+        self.retry_after_seconds = retry_after_seconds
+
+
+class ShuttingDown(ServerError):
+    """The server takes no more requests."""
+
+    def __init__(self) -> None:
+        """Say so."""
+        super().__init__("the server is shutting down: retry elsewhere", "SHUTTING_DOWN")
+
+
+class DataLoss(ServerError):
+    """The resident weights or the kept base fail their hash."""
+
+
+class Internal(ServerError):
+    """A fault of ours whose outcome is known: what stands is told in the message."""

@@ -1,0 +1,62 @@
+"""Long work on the engine thread, done in slices so that running rows go on in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class JobResult(Generic[T]):
+    """What a job returned, and the longest time in seconds that it kept the engine busy."""
+
+    value: T
+    longest_stall_seconds: float
+
+
+class Job(Generic[T]):
+    """A generator that yields after each slice and returns its result."""
+
+    def __init__(self, slices: Generator[None, None, T]) -> None:
+        """Wrap `slices`, which runs on the engine thread alone."""
+        self._slices = slices
+        self._longest = 0.0
+        self.future: Future[JobResult[T]] = Future()
+
+    def run_slice(self) -> bool:
+        """Run the next slice; return True while there is more to do."""
+        if self.future.cancelled():
+            return False
+        started = time.perf_counter()
+        try:
+            next(self._slices)
+        except StopIteration as end:
+            self._measure(started)
+            self._resolve(JobResult(end.value, self._longest), None)
+            return False
+        except Exception as error:
+            self._resolve(None, error)
+            return False
+        self._measure(started)
+        return True
+
+    def fail(self, error: Exception) -> None:
+        """End the job before its time."""
+        self._resolve(None, error)
+
+    def _measure(self, started: float) -> None:
+        self._longest = max(self._longest, time.perf_counter() - started)
+
+    def _resolve(self, result: JobResult[T] | None, error: Exception | None) -> None:
+        # The caller may have cancelled in the meantime; then nobody waits for the result.
+        if not self.future.set_running_or_notify_cancel():
+            return
+        if error is not None:
+            self.future.set_exception(error)
+        elif result is not None:
+            self.future.set_result(result)

@@ -1,0 +1,269 @@
+"""Everything that serves, put together from a configuration; knows neither grpc nor the wire."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from superpose_adapters.adapter import Adapter, AdapterError
+from superpose_adapters.bundled import mini_adapters, resolve_base
+from superpose_adapters.loader import DEFAULT_LIMITS, read_adapter
+from superpose_adapters.loader import Limits as AdapterLimits
+from superpose_adapters.mix import BoundEntry, BoundMix
+from superpose_adapters.store import AdapterStore, StoreError
+from superpose_server.config import ServerConfig
+from superpose_server.default_mix import DefaultMix, MixState
+from superpose_server.engine import Engine
+from superpose_server.errors import ServerError
+from superpose_server.journal import Journal, JournalDamaged, JournalEntry
+from superpose_server.metrics import Metrics
+from superpose_server.model import Model
+from superpose_server.observer import EngineObserver
+from superpose_server.operator import Operator
+from superpose_server.registry import Registered, Registry, Source
+from superpose_server.scheduler import Scheduler
+from superpose_server.tokenizer import Tokenizer
+from superpose_server.weights import ResidentWeights
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+class StartupError(Exception):
+    """The server cannot start; one line that names the thing and the remedy."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Caps that are not set by flags."""
+
+    adapter: AdapterLimits = DEFAULT_LIMITS
+    max_domains_in_mix: int = 64
+    max_score_items: int = 256
+
+
+class Runtime:
+    """The parts of one running server.
+
+    Build it on the event loop's thread before the loop serves; `close` ends every thread of it.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        limits: Limits | None = None,
+        observer: EngineObserver | None = None,
+    ) -> None:
+        """Load base and adapters, restore the default mix, and start the engine.
+
+        Args:
+            config: What the command line says.
+            limits: Caps.
+            observer: Receives the engine's events in place of the metrics.
+
+        Raises:
+            StartupError: Anything that keeps the server from starting.
+        """
+        self.config = config
+        self.limits = limits or Limits()
+        self.metrics = Metrics()
+        self.started = time.monotonic()
+        self.weights_intact = True
+        self.ending = asyncio.Event()
+        try:
+            folder = resolve_base(config.base)
+            device = _device(config.device)
+            self.model = Model(
+                folder,
+                dtype=_dtype(config.dtype, device),
+                device=device,
+                max_batch=config.max_batch,
+                max_length=config.max_length,
+            )
+            self.tokenizer = Tokenizer(folder)
+            state_dir = config.state_dir or _default_state_dir(self.model.base_digest)
+            state_dir.mkdir(parents=True, exist_ok=True)
+            self._store = AdapterStore(state_dir / "adapters")
+        except (ValueError, StoreError, OSError) as error:
+            raise StartupError(str(error)) from error
+        try:
+            self._start(state_dir, observer or self.metrics)
+        except (ValueError, StoreError, OSError) as error:
+            self._store.close()
+            raise StartupError(str(error)) from error
+        except ServerError as error:
+            self._store.close()
+            raise StartupError(error.message) from error
+
+    def _start(self, state_dir: Path, observer: EngineObserver) -> None:
+        model = self.model
+        self.registry = Registry(model.base_digest, self.limits.max_domains_in_mix)
+        self._register_all()
+        self._weights = ResidentWeights(
+            model.module,
+            model.layout,
+            model.base_digest,
+            torch.device("cpu") if self.config.base_copy == "host" else None,
+        )
+        journal = Journal(state_dir)
+        state = self._restore(journal)
+        self._weights.fold(self._weights.prepare(state.mix))
+        scheduler = Scheduler(self.config.max_batch, self.config.max_queue)
+        self.engine = Engine(model, self._weights, scheduler, observer)
+        self.default_mix = DefaultMix(journal, self._weights, self.engine, state)
+        self._operator = Operator(
+            self.registry, self.default_mix, self._store, self._weights, self.limits.adapter
+        )
+        self._operator_thread = ThreadPoolExecutor(1, thread_name_prefix="operator")
+        self.metrics.follow(lambda: self.engine.running, lambda: self.engine.waiting)
+        self.metrics.mix_changed(state)
+        self.metrics.resident(self.engine.resident)
+        self.default_mix.watch(self.metrics.mix_changed)
+        self.engine.start()
+        _log.info(
+            "loaded base=%s digest=%s dtype=%s device=%s cache_mib=%.1f slots=%d context=%d "
+            "adapters=%d generation=%d",
+            self.config.base,
+            model.base_digest[:12],
+            model.dtype,
+            model.device,
+            model.cache.nbytes / 2**20,
+            self.config.max_batch,
+            model.context_length,
+            len(self.registry),
+            state.generation,
+        )
+
+    def _register_all(self) -> None:
+        if self.config.base == "mini":
+            for domain, folder in mini_adapters().items():
+                self._register(domain, self._read(folder), Source.BUNDLED)
+        root = self.config.adapter_dir
+        if root is not None:
+            if not root.is_dir():
+                raise StartupError(f"--adapter-dir {root} is no folder: create it or leave it out")
+            for folder in sorted(root.iterdir()):
+                if folder.is_dir() and not folder.name.startswith("."):
+                    self._register(folder.name, self._read(folder, root), Source.DIRECTORY)
+        for domain, digest in self._store.names.items():
+            try:
+                adapter = self._store.load(digest, self.model.layout, self.limits.adapter)
+            except AdapterError as error:
+                raise StartupError(
+                    f"pushed adapter {domain}: {error}; use another --state-dir for this base"
+                ) from error
+            self._register(domain, adapter, Source.PUSHED)
+
+    def _read(self, folder: Path, root: Path | None = None) -> Adapter:
+        try:
+            return read_adapter(folder, self.model.layout, self.limits.adapter, root=root)
+        except AdapterError as error:
+            raise StartupError(f"adapter {folder}: {error}") from error
+
+    def _register(self, domain: str, adapter: Adapter, source: Source) -> None:
+        before = self.registry.find(domain)
+        if before is not None:
+            raise StartupError(
+                f"domain {domain} is both {before.source.value} and {source.value}: "
+                "rename or remove one of them"
+            )
+        self.registry.put(Registered(domain, adapter, source))
+
+    def _restore(self, journal: Journal) -> MixState:
+        """Return the default mix as it was when the last server stopped."""
+        try:
+            record = journal.read()
+        except JournalDamaged as error:
+            raise StartupError(str(error)) from error
+        base_digest = self.model.base_digest
+        if record is None:
+            return MixState(0, BoundMix(base_digest))
+        if record.base_digest != base_digest:
+            raise StartupError(
+                f"journal {journal.path} belongs to another base ({record.base_digest[:12]}, this "
+                f"one is {base_digest[:12]}): use another --state-dir"
+            )
+        mix = BoundMix.of(
+            base_digest,
+            (
+                BoundEntry(entry.domain, self._recall(entry, journal), entry.weight)
+                for entry in record.entries
+            ),
+        )
+        if mix.digest != record.mix_digest:
+            raise StartupError(
+                f"journal {journal.path} is damaged: its digest does not match its entries; "
+                "restore it from a backup, or delete it to start from the base model"
+            )
+        return MixState(record.generation, mix)
+
+    def _recall(self, entry: JournalEntry, journal: Journal) -> Adapter:
+        registered = self.registry.find(entry.domain)
+        if registered is not None and registered.adapter.digest == entry.adapter_digest:
+            return registered.adapter
+        if entry.adapter_digest in self._store:
+            return self._store.load(entry.adapter_digest, self.model.layout, self.limits.adapter)
+        found = (
+            "is gone" if registered is None else f"now has digest {registered.adapter.digest[:12]}"
+        )
+        raise StartupError(
+            f"the default mix holds {entry.domain} (adapter {entry.adapter_digest[:12]}), which "
+            f"{found}: put that adapter back, or delete {journal.path} to start from the base model"
+        )
+
+    async def operate(self, action: Callable[[Operator], T]) -> T:
+        """Run an operator's action after all earlier ones, to its end even if nobody waits."""
+        loop = asyncio.get_running_loop()
+        return await asyncio.shield(
+            loop.run_in_executor(self._operator_thread, action, self._operator)
+        )
+
+    def note_verification(self, ok: bool) -> None:
+        """Remember whether the weights can be served."""
+        self.weights_intact = ok
+        self.metrics.verified(ok)
+
+    def close(self) -> None:
+        """End the threads and let another server have the state folder."""
+        self._operator_thread.shutdown(wait=True)
+        self.engine.stop()
+        self._store.close()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise StartupError(f"--device {name} is unknown: use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise StartupError(f"--device {name}: no GPU that torch can use; use cpu")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
+            name
+        ]
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _default_state_dir(base_digest: str) -> Path:
+    """Return a folder of this base's own, since adapters and mixes of another do not fit it."""
+    home = os.environ.get("XDG_STATE_HOME")
+    root = Path(home) if home else Path.home() / ".local" / "state"
+    return root / "superpose" / base_digest[:16]

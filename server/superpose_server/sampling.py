@@ -1,0 +1,117 @@
+"""How the next token is chosen from the logits.
+
+Each row draws one uniform number a token from a generator of its own, so that the same seed gives
+the same random numbers whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from superpose_server.errors import InvalidArgument
+
+_MAX_STOPS = 16
+_MAX_STOP_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What a request asks of sampling; field names as on the wire."""
+
+    max_new_tokens: int = 64
+    min_new_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing.
+
+        Raises:
+            InvalidArgument: Names the field and the range.
+        """
+        if self.max_new_tokens < 1:
+            _refuse("max_new_tokens", self.max_new_tokens, "at least 1")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            _refuse("min_new_tokens", self.min_new_tokens, "from 0 to max_new_tokens")
+        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
+            _refuse("temperature", self.temperature, "from 0 (greedy) to 100")
+        if not 0 < self.top_p <= 1:
+            _refuse("top_p", self.top_p, "above 0 and at most 1")
+        if len(self.stop) > _MAX_STOPS:
+            _refuse("stop", f"{len(self.stop)} strings", f"at most {_MAX_STOPS}")
+        for text in self.stop:
+            if not 1 <= len(text) <= _MAX_STOP_LENGTH:
+                _refuse("stop", f"{len(text)} characters", f"1 to {_MAX_STOP_LENGTH} characters")
+
+    def generator(self) -> torch.Generator:
+        """Return the row's own source of random numbers."""
+        seed = secrets.randbits(63) if self.seed is None else self.seed
+        # torch takes seeds as signed 64-bit numbers; the wire's are unsigned.
+        return torch.Generator().manual_seed(seed - (1 << 64) if seed >= 1 << 63 else seed)
+
+
+def _refuse(field: str, value: object, allowed: str) -> None:
+    raise InvalidArgument(f"{field} is {value}: use {allowed}", "INVALID_SAMPLING", field=field)
+
+
+def sample(
+    logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
+) -> Tensor:
+    """Choose one token a row.
+
+    Args:
+        logits: float32 (rows, vocabulary); -inf forbids a token.
+        params: One a row.
+        generators: One a row; a row that is not greedy draws one number from its own.
+
+    Returns:
+        int64 (rows,).
+    """
+    tokens = logits.argmax(dim=-1)
+    drawing = [row for row, p in enumerate(params) if p.temperature > 0]
+    if not drawing:
+        return tokens
+    uniform = torch.tensor(
+        [torch.rand((), generator=generators[row], dtype=torch.float64) for row in drawing],
+        device=logits.device,
+    )
+    temperature, top_k, top_p = (
+        torch.tensor([getattr(params[row], name) for row in drawing], device=logits.device)
+        for name in ("temperature", "top_k", "top_p")
+    )
+    index = torch.tensor(drawing, device=logits.device)
+    tokens[index] = _draw(logits[index], temperature, top_k, top_p, uniform)
+    return tokens
+
+
+def _draw(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor
+) -> Tensor:
+    """Invert the cumulative distribution of the kept tokens at `uniform` (rows,)."""
+    # The maximum is taken out first, so that a small temperature cannot overflow.
+    scaled = (logits - logits.amax(-1, keepdim=True)).double() / temperature.double()[:, None]
+    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
+    probabilities = ordered.softmax(dim=-1)
+    rank = torch.arange(ordered.shape[1], device=logits.device)
+    limit = torch.where(top_k > 0, top_k, ordered.shape[1])[:, None]
+    before = probabilities.cumsum(dim=-1) - probabilities
+    kept = torch.where(
+        (rank < limit) & ((before < top_p[:, None]) | (top_p >= 1)[:, None]), probabilities, 0.0
+    )
+    cumulative = kept.cumsum(dim=-1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    choice = (cumulative <= target).sum(dim=-1, keepdim=True)
+    last = (kept > 0).sum(dim=-1, keepdim=True) - 1
+    return order.gather(1, torch.minimum(choice, last))[:, 0]

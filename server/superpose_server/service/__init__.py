@@ -1,0 +1,1 @@
+"""The gRPC services. Only this package knows the wire contract."""

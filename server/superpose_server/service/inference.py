@@ -1,0 +1,278 @@
+"""InferenceService: requests in, chunks and scores out."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any
+
+from superpose_adapters.mix import BoundMix
+from superpose_adapters.scoring import EncodedText, Loss, Scope, encode_qa, encode_text
+from superpose_proto.v1 import inference_pb2 as pb
+from superpose_proto.v1 import inference_pb2_grpc, mix_pb2
+from superpose_server.errors import DataLoss, InvalidArgument, QueueFull
+from superpose_server.runtime import Runtime
+from superpose_server.sampling import SamplingParams
+from superpose_server.score import ScoreRow
+from superpose_server.sequence import Chunk, Sequence
+from superpose_server.service.convert import (
+    FINISH_REASONS,
+    mix_from_wire,
+    mix_to_wire,
+    params_from_wire,
+)
+
+_SCOPES: dict[int, Scope] = {
+    pb.SCORE_SCOPE_UNSPECIFIED: "all",
+    pb.SCORE_SCOPE_ALL: "all",
+    pb.SCORE_SCOPE_ANSWER: "answer",
+}
+_RETRY_SCORE_SECONDS = 1.0
+
+GenerateRequest = pb.GenerateRequest | pb.GenerateStreamRequest
+
+
+@dataclass(frozen=True)
+class _Accepted:
+    """A checked request, its mix bound at this moment."""
+
+    prompt: list[int]
+    params: SamplingParams
+    mix: BoundMix
+    state: mix_pb2.MixState
+    request_id: str
+
+    def usage(self, completion_tokens: int) -> pb.Usage:
+        return pb.Usage(prompt_tokens=len(self.prompt), completion_tokens=completion_tokens)
+
+
+class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
+    """Binds requests to mixes and runs them on the engine."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        """Serve from `runtime`."""
+        self._runtime = runtime
+        self._scores = 0
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
+        """Return the whole text."""
+        accepted = self._accept(request)
+        chunks = [chunk async for chunk in self._run(accepted)]
+        ids = [token for chunk in chunks for token in chunk.token_ids]
+        return pb.GenerateResponse(
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=ids,
+            logprobs=[value for chunk in chunks for value in chunk.logprobs],
+            finish_reason=_finish_reason(chunks[-1]),
+            usage=accepted.usage(len(ids)),
+            mix=accepted.state,
+            request_id=accepted.request_id,
+        )
+
+    async def GenerateStream(
+        self, request: pb.GenerateStreamRequest, context: Any
+    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        """Send text as it is made."""
+        accepted = self._accept(request)
+        count = 0
+        async for chunk in self._run(accepted):
+            first = count == 0
+            count += len(chunk.token_ids)
+            response = pb.GenerateStreamResponse(
+                text=chunk.text,
+                token_ids=chunk.token_ids,
+                logprobs=chunk.logprobs,
+                request_id=accepted.request_id,
+            )
+            if first or chunk.last:
+                response.mix.CopyFrom(accepted.state)
+            if chunk.last:
+                response.finish_reason = _finish_reason(chunk)
+                response.usage.CopyFrom(accepted.usage(count))
+            yield response
+
+    async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
+        """Return log-probabilities and perplexities of given texts."""
+        encoded, scope = self._encode_items(request)
+        bound, state = self._bind(request)
+        rows = [ScoreRow(text.ids, text.first_scored(scope)) for text in encoded]
+        limit = self._runtime.config.max_queue + 1
+        if self._scores >= limit:
+            raise QueueFull(limit, _RETRY_SCORE_SECONDS)
+        self._scores += 1
+        try:
+            result = await asyncio.wrap_future(self._runtime.engine.score(rows, bound))
+        finally:
+            self._scores -= 1
+        total = Loss()
+        items = []
+        for logprobs in result.value:
+            loss = Loss(-sum(logprobs), len(logprobs))
+            total += loss
+            items.append(
+                pb.ItemScore(
+                    tokens=loss.tokens,
+                    logprob=-loss.nats,
+                    perplexity=loss.perplexity if loss.tokens else 0.0,
+                    logprobs=logprobs if request.logprobs else (),
+                )
+            )
+        return pb.ScoreResponse(
+            items=items, tokens=total.tokens, perplexity=total.perplexity, mix=state
+        )
+
+    def _bind(
+        self, request: GenerateRequest | pb.ScoreRequest
+    ) -> tuple[BoundMix, mix_pb2.MixState]:
+        """Resolve the request's mix now; what changes later does not concern it."""
+        runtime = self._runtime
+        if not runtime.weights_intact:
+            raise DataLoss(
+                "the weights failed their last verification: set the mix anew and verify again, "
+                "or restart the server",
+                "WEIGHTS_DAMAGED",
+            )
+        state = runtime.default_mix.state
+        bound = state.mix
+        if request.HasField("mix"):
+            bound = runtime.registry.bind(mix_from_wire(request.mix))
+        return bound, mix_to_wire(state.generation, bound)
+
+    def _accept(self, request: GenerateRequest) -> _Accepted:
+        params = params_from_wire(request.options)
+        prompt = self._encode_prompt(request)
+        context = self._runtime.model.context_length
+        if len(prompt) >= context:
+            raise InvalidArgument(
+                f"the prompt has {len(prompt)} tokens but the context holds {context}, "
+                "answer included: shorten the prompt",
+                "PROMPT_TOO_LONG",
+                field="prompt",
+            )
+        if len(prompt) + params.max_new_tokens > context:
+            raise InvalidArgument(
+                f"max_new_tokens is {params.max_new_tokens}: with a prompt of {len(prompt)} tokens "
+                f"the context of {context} leaves {context - len(prompt)}",
+                "MAX_NEW_TOKENS_TOO_LARGE",
+                field="options.max_new_tokens",
+            )
+        self._check_ids(params.stop_token_ids, "options.stop_token_ids")
+        bound, state = self._bind(request)
+        return _Accepted(prompt, params, bound, state, request.request_id or str(uuid.uuid4()))
+
+    def _encode_prompt(self, request: GenerateRequest) -> list[int]:
+        tokenizer = self._runtime.tokenizer
+        kind = request.WhichOneof("input")
+        if kind == "token_ids":
+            ids = list(request.token_ids.ids)
+            self._check_ids(ids, "token_ids")
+        elif kind == "chat":
+            turns = [(message.role, message.content) for message in request.chat.messages]
+            ids = tokenizer.encode_chat(turns)
+        else:
+            ids = tokenizer.encode(request.prompt) if request.prompt else []
+        if not ids:
+            raise InvalidArgument(
+                "the prompt is empty: send at least one token", "PROMPT_EMPTY", field="prompt"
+            )
+        return ids
+
+    def _check_ids(self, ids: SequenceOf[int], field: str) -> None:
+        size = self._runtime.model.vocabulary
+        for token in ids:
+            if token >= size:
+                raise InvalidArgument(
+                    f"{field} holds {token}: the vocabulary has {size} tokens, counted from 0",
+                    "TOKEN_OUT_OF_RANGE",
+                    field=field,
+                )
+
+    async def _run(self, accepted: _Accepted) -> AsyncIterator[Chunk]:
+        loop = asyncio.get_running_loop()
+        chunks: asyncio.Queue[Chunk] = asyncio.Queue()
+
+        def sink(chunk: Chunk) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+
+        sequence = Sequence(
+            accepted.prompt, accepted.mix, accepted.params, sink, self._runtime.tokenizer
+        )
+        self._runtime.engine.submit(sequence)
+        try:
+            while True:
+                chunk = await chunks.get()
+                if chunk.error is not None:
+                    raise chunk.error
+                yield chunk
+                if chunk.last:
+                    return
+        finally:
+            # The client is gone, or the row has ended and this says nothing new.
+            sequence.cancelled = True
+
+    def _encode_items(self, request: pb.ScoreRequest) -> tuple[list[EncodedText], Scope]:
+        limit = self._runtime.limits.max_score_items
+        if not 1 <= len(request.items) <= limit:
+            raise InvalidArgument(
+                f"items has {len(request.items)} texts: send 1 to {limit}",
+                "BAD_ITEM_COUNT",
+                field="items",
+            )
+        context = self._runtime.model.context_length
+        length = request.max_length if request.HasField("max_length") else context
+        if not 2 <= length <= context:
+            raise InvalidArgument(
+                f"max_length is {length}: use 2 to {context}", "BAD_MAX_LENGTH", field="max_length"
+            )
+        scope = _SCOPES.get(request.scope)
+        if scope is None:
+            raise InvalidArgument(
+                f"scope is {request.scope}: use ALL or ANSWER", "BAD_SCOPE", field="scope"
+            )
+        encoded = []
+        for index, item in enumerate(request.items):
+            field = f"items[{index}]"
+            text = self._encode_item(item, field, length)
+            if scope == "answer" and text.answer_start is None:
+                raise InvalidArgument(
+                    f"{field} has no answer: scope ANSWER takes question_answer items",
+                    "BAD_SCOPE",
+                    field=field,
+                )
+            encoded.append(text)
+        if not any(len(text.ids) > text.first_scored(scope) for text in encoded):
+            raise InvalidArgument(
+                "nothing to score: no item has a scored token within max_length",
+                "NOTHING_TO_SCORE",
+                field="items",
+            )
+        return encoded, scope
+
+    def _encode_item(self, item: pb.ScoreItem, field: str, length: int) -> EncodedText:
+        tokenizer = self._runtime.tokenizer.inner
+        kind = item.WhichOneof("item")
+        if kind == "question_answer":
+            row = item.question_answer
+            return encode_qa(tokenizer, row.question, row.answer, length)
+        if kind == "token_ids":
+            self._check_ids(item.token_ids.ids, field)
+            text = EncodedText(tuple(item.token_ids.ids[:length]))
+        else:
+            text = encode_text(tokenizer, item.text, length)
+        if not text.ids:
+            raise InvalidArgument(
+                f"{field} is empty: send a text, a question and answer, or token ids",
+                "ITEM_EMPTY",
+                field=field,
+            )
+        return text
+
+
+def _finish_reason(chunk: Chunk) -> pb.FinishReason.ValueType:
+    if chunk.finish_reason is None:
+        return pb.FINISH_REASON_UNSPECIFIED
+    return FINISH_REASONS[chunk.finish_reason]

@@ -1,0 +1,127 @@
+"""The one place that turns errors into gRPC statuses (google.rpc.Status with details)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from superpose_server.errors import (
+    AlreadyExists,
+    DataLoss,
+    FailedPrecondition,
+    GenerationMismatch,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    QueueFull,
+    ServerError,
+    ShuttingDown,
+)
+
+_CODES: dict[type[ServerError], grpc.StatusCode] = {
+    InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    NotFound: grpc.StatusCode.NOT_FOUND,
+    AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
+    GenerationMismatch: grpc.StatusCode.ABORTED,
+    QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ShuttingDown: grpc.StatusCode.UNAVAILABLE,
+    DataLoss: grpc.StatusCode.DATA_LOSS,
+    Internal: grpc.StatusCode.INTERNAL,
+}
+_DETAILS_KEY = "grpc-status-details-bin"
+_log = logging.getLogger(__name__)
+
+
+def to_status(error: Exception) -> tuple[grpc.StatusCode, status_pb2.Status]:
+    """Return the code and the google.rpc.Status of an error.
+
+    What is not a `ServerError` is a fault of ours: clients learn no more than that.
+    """
+    if not isinstance(error, ServerError):
+        error = Internal("internal error", "INTERNAL")
+    code = _CODES[type(error)]
+    details: list[Any] = [
+        error_details_pb2.ErrorInfo(
+            reason=error.reason, domain="superpose", metadata=error.metadata
+        )
+    ]
+    if error.field is not None:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.field, description=error.message
+        )
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, QueueFull):
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(int(error.retry_after_seconds * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    status = status_pb2.Status(code=code_pb2.Code.Value(code.name), message=error.message)
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return code, status
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not at run time
+    """Ends every call that raised with the status of its error."""
+
+    def __init__(self, failed: Callable[[str], None]) -> None:
+        """Call `failed` with the reason of each error."""
+        self._failed = failed
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> Any:
+        """Wrap the handler of a call."""
+        handler = await continuation(details)
+        if handler is None or handler.request_streaming:
+            return handler
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                self._stream(handler.unary_stream, details.method),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(handler.unary_unary, details.method),
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
+
+    def _unary(self, call: Callable[..., Awaitable[Any]], method: str) -> Any:
+        async def wrapped(request: Any, context: Any) -> Any:
+            try:
+                return await call(request, context)
+            except Exception as error:
+                await self._abort(context, method, error)
+
+        return wrapped
+
+    def _stream(self, call: Callable[..., AsyncIterator[Any]], method: str) -> Any:
+        async def wrapped(request: Any, context: Any) -> AsyncIterator[Any]:
+            try:
+                async for response in call(request, context):
+                    yield response
+            except Exception as error:
+                await self._abort(context, method, error)
+
+        return wrapped
+
+    async def _abort(self, context: Any, method: str, error: Exception) -> NoReturn:
+        if isinstance(error, grpc.aio.AbortError):
+            raise error
+        code, status = to_status(error)
+        reason = error.reason if isinstance(error, ServerError) else "INTERNAL"
+        self._failed(reason)
+        if isinstance(error, ServerError):
+            _log.info("refused method=%s code=%s reason=%s", method, code.name, reason)
+        else:
+            _log.error("failed method=%s", method, exc_info=error)
+        await context.abort(code, status.message, ((_DETAILS_KEY, status.SerializeToString()),))
+        raise AssertionError("abort returns never")

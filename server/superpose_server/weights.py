@@ -1,0 +1,253 @@
+"""The one place where the resident weights change.
+
+Invariants: every adaptable parameter equals base + sum of weighted deltas of `resident`, to the
+last bit a function of that mix alone; no parameter changes its address. Removal copies the base
+back; it never subtracts, because (W + d) - d is not W in floating point.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from superpose_adapters.digest import canonical_digest, hash_bytes
+from superpose_adapters.fold import concatenate_factors, fold_into
+from superpose_adapters.geometry import (
+    MAX_FOLD_ERROR,
+    Analysis,
+    analyze,
+    expected_fold_error,
+    mix_norm,
+    rounding_energy,
+)
+from superpose_adapters.layout import Layout
+from superpose_adapters.mix import BoundMix
+from superpose_server.errors import FailedPrecondition, Internal
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreparedMix:
+    """A bound mix with all that its fold needs, on the device, known to be finite.
+
+    Attributes:
+        mix: The mix.
+        factors: {module: (A_cat float32 (R, in), B_cat float32 (out, R))} in fold order.
+        fold_error: Expected share of the delta that rounding loses, 0 to 1.
+    """
+
+    mix: BoundMix
+    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    fold_error: float = 0.0
+
+    @property
+    def foldable(self) -> bool:
+        """False if rounding would swallow so much that the mix is served by correction instead.
+
+        Rows of other mixes would then be corrected for what the weights never held.
+        """
+        return self.fold_error <= MAX_FOLD_ERROR
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found; see `VerifyWeightsResponse`."""
+
+    mix: BoundMix
+    resident_hash: str
+    damaged_resident: tuple[str, ...]
+    damaged_base: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True if no bit differs."""
+        return not (self.damaged_resident or self.damaged_base)
+
+
+class ResidentWeights:
+    """The live parameters of a model, and the base that they are folded from.
+
+    `prepare` may run on any one thread at a time; all else belongs to the engine thread.
+    """
+
+    def __init__(
+        self, module: nn.Module, layout: Layout, base_digest: str, keep_base_on: torch.device | None
+    ) -> None:
+        """Take over `module`, which holds the base now.
+
+        Args:
+            module: The model, on its device and in its serving dtype.
+            layout: Its adaptable modules.
+            base_digest: sha256 of the checkpoint.
+            keep_base_on: Device of the kept base parameters; None: beside the live ones.
+        """
+        self._parameters = dict(module.named_parameters())
+        self.layout = layout
+        self._base: dict[str, Tensor] = {}
+        self._rounding: dict[str, float] = {}
+        self._norms: dict[str, float] = {}
+        self._keep_base_on = keep_base_on
+        self._hashes = {name: hash_bytes(p) for name, p in self._parameters.items()}
+        first = next(iter(self._parameters.values()))
+        self.device, self.dtype = first.device, first.dtype
+        self.base_digest = base_digest
+        self.resident = PreparedMix(BoundMix(base_digest))
+
+    @property
+    def base_nbytes(self) -> int:
+        """Bytes of the kept base parameters."""
+        return sum(t.numel() * t.element_size() for t in self._base.values())
+
+    def _live(self, module: str) -> Tensor:
+        return self._parameters[f"{module}.weight"]
+
+    @torch.inference_mode()
+    def prepare(self, mix: BoundMix) -> PreparedMix:
+        """Make all that a fold of `mix` needs, and change nothing that can be seen.
+
+        Raises:
+            FailedPrecondition: The folded weights would not be finite.
+        """
+        weights = mix.weights
+        factors: dict[str, tuple[Tensor, Tensor]] = {}
+        for module in sorted({name for adapter in weights for name in adapter.modules}):
+            self._keep_base(module)
+            pair = concatenate_factors(weights, module)
+            if pair is not None:
+                a, b = (f.to(self.device) for f in pair)
+                self._refuse_infinite(mix, module, a, b)
+                factors[module] = (a, b)
+        energy = {module: self._rounding[module] for module in factors}
+        error = expected_fold_error(energy, mix_norm(weights)) if factors else 0.0
+        return PreparedMix(mix, factors, error)
+
+    def analyze(self, prepared: PreparedMix) -> Analysis:
+        """Return the geometry of a mix against this base; runs where `prepare` may run."""
+        return analyze(prepared.mix, self._norms, self._rounding)
+
+    def _keep_base(self, module: str) -> None:
+        # A module that is not kept was never folded, so its live parameter is the base.
+        if module not in self._base:
+            live = self._live(module)
+            self._rounding[module] = rounding_energy(live)
+            self._norms[module] = float(live.double().norm())
+            self._base[module] = live.detach().to(self._keep_base_on or live.device, copy=True)
+
+    def _refuse_infinite(self, mix: BoundMix, module: str, a: Tensor, b: Tensor) -> None:
+        limit = torch.finfo(self.dtype).max
+        base = self._base[module]
+        # |sum| <= max |W| + |B| |A|; only where this bound is no help is the sum itself formed.
+        if float(base.abs().max()) + float(b.norm()) * float(a.norm()) < limit:
+            return
+        folded = torch.empty_like(self._live(module))
+        fold_into(folded, base, a, b, self.layout[module])
+        if not bool(torch.isfinite(folded).all()):
+            domains = ", ".join(f"{e.domain}={e.weight:g}" for e in mix.entries)
+            raise FailedPrecondition(
+                f"{module} would not be finite in {str(self.dtype).removeprefix('torch.')} under "
+                f"{domains}: use smaller weights",
+                "FOLD_NOT_FINITE",
+            )
+
+    @torch.inference_mode()
+    def fold(self, target: PreparedMix) -> None:
+        """Make `target` resident, or leave the old mix resident.
+
+        A mix that rounding would swallow leaves the base resident; rows are corrected.
+
+        Raises:
+            Internal: The fold failed; the mix that was resident is resident again.
+        """
+        if not target.foldable:
+            target = PreparedMix(BoundMix(self.base_digest))
+        before = self.resident
+        try:
+            self._write(target)
+        except Exception as error:
+            _log.exception("fold failed mix=%s", target.mix.digest)
+            self._restore(before)
+            raise Internal(
+                f"the fold failed ({type(error).__name__}: {error}); "
+                "the mix that was served before is served still",
+                "FOLD_FAILED",
+            ) from error
+
+    def _write(self, target: PreparedMix) -> None:
+        stale = set(self.resident.factors) - set(target.factors)
+        for module, (a, b) in target.factors.items():
+            fold_into(self._live(module), self._base[module], a, b, self.layout[module])
+        for module in stale:
+            self._live(module).copy_(self._base[module])
+        self.resident = target
+
+    def _restore(self, before: PreparedMix) -> None:
+        # Any kept module may have been written, so all are put right. Copying the base allocates
+        # nothing, so it works where a fold does not; rows of every other mix are then corrected.
+        for module, base in list(self._base.items()):
+            self._live(module).copy_(base)
+        self.resident = PreparedMix(BoundMix(self.base_digest))
+        try:
+            self._write(before)
+        except Exception:
+            _log.exception("refold failed mix=%s; serving it by correction", before.mix.digest)
+            for module, base in list(self._base.items()):
+                self._live(module).copy_(base)
+
+    def verify(self) -> Generator[None, None, Verification]:
+        """Compare every live bit with a fresh fold and every base bit with its hash at load.
+
+        Yields after each parameter, so that the engine can step in between; begins anew when the
+        resident mix changes meanwhile.
+        """
+        while True:
+            resident = self.resident
+            found = yield from self._verify_against(resident)
+            if found is not None:
+                return found
+
+    def _verify_against(self, resident: PreparedMix) -> Generator[None, None, Verification | None]:
+        kept = {f"{module}.weight": module for module in list(self._base)}
+        hashes, damaged_resident, damaged_base = {}, [], []
+        for name, parameter in self._parameters.items():
+            hashes[name] = hash_bytes(parameter)
+            if name in kept:
+                module = kept[name]
+                if hash_bytes(self._base[module]) != self._hashes[name]:
+                    damaged_base.append(name)
+                if hashes[name] != hash_bytes(self._fresh(module, resident)):
+                    damaged_resident.append(name)
+            elif hashes[name] != self._hashes[name]:
+                damaged_resident.append(name)
+            yield
+            if self.resident is not resident:
+                return None
+        return Verification(
+            resident.mix, canonical_digest(hashes), tuple(damaged_resident), tuple(damaged_base)
+        )
+
+    @torch.inference_mode()
+    def _fresh(self, module: str, resident: PreparedMix) -> Tensor:
+        if module not in resident.factors:
+            return self._base[module]
+        folded = torch.empty_like(self._live(module))
+        fold_into(folded, self._base[module], *resident.factors[module], self.layout[module])
+        return folded
+
+    def measure_fold_error(self, prepared: PreparedMix) -> Generator[None, None, float]:
+        """Return norm(W(mix) - W0 - delta) / norm(delta), measured; yields after each module."""
+        lost = total = 0.0
+        for module, (a, b) in prepared.factors.items():
+            layout = self.layout[module]
+            base = self._base[module].to(self.device)
+            with torch.inference_mode():
+                delta = layout.delta(b.double() @ a.double())
+                error = self._fresh(module, prepared).double() - base.double() - delta
+                lost += float(error.square().sum())
+                total += float(delta.square().sum())
+            yield
+        return (lost / total) ** 0.5 if total else 0.0
