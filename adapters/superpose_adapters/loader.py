@@ -199,12 +199,15 @@ def _read_file(path: Path, home: Path, limit: int) -> bytes:
         raise AdapterError(
             "FILE_MISSING", f"{path}: cannot be opened ({error.strerror})"
         ) from error
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise AdapterError("FILE_CORRUPT", f"{path}: not a regular file")
+            raise AdapterError("FILE_CORRUPT", f"{path}: not a regular file: copy it again")
         _check_size(path.name, status.st_size, limit)
-        data = file.read(limit + 1)  # the file may have grown since
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(limit + 1)  # the file may have grown since
+    finally:
+        os.close(descriptor)
     _check_size(path.name, len(data), limit)
     return data
 

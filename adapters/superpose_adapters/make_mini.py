@@ -31,7 +31,7 @@ DATA_FILES = {
     "medicine": "medicine.jsonl.gz",
     "finance": "finance_stock_trading.jsonl.gz",
 }
-TOKENS = 7_000_000
+TOKENS = 6_200_000
 MAX_LENGTH = 128
 HELD_OUT_ROWS = 48
 # A held-out row fits the context of 256 tokens whole, in which `Score` truncates by default.
@@ -109,7 +109,7 @@ def make_mini(data: Path, corpus: Path | None, out: Path) -> dict[str, Any]:
                     label=MINI,
                     max_length=MAX_LENGTH,
                     epochs=2,
-                    max_rows=4000,
+                    max_rows=3000,
                     max_eval_rows=400,
                 )
             )

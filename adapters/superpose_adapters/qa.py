@@ -67,16 +67,16 @@ def read_rows(path: Path) -> list[Row]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (1-based number, line) of the non-blank lines."""
     opener = gzip.open if path.suffix == ".gz" else open
-    number = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with opener(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, line
+                # Decoded line by line, so that a bad byte is found in its own line.
+                if text := line.decode("utf-8").strip():
+                    yield number, text
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file; check the path") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}:{number + 1}: not UTF-8; convert the file") from error
+        raise ValueError(f"{path}:{number}: not UTF-8; convert the file") from error
     except (OSError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ValueError(f"{path}: cannot be read ({reason}); check file and suffix") from error

@@ -52,26 +52,32 @@ class AdapterStore:
         """Open or create the store in `folder`.
 
         Raises:
-            StoreError: Another process holds it, or its names are damaged.
+            StoreError: Another process holds it, its names are damaged, or the disk refuses.
         """
         self._folder = folder
         self._objects = folder / "objects"
         self._temporary = folder / "temporary"
         self._index = folder / "names.json"
-        self._objects.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StoreError(
-                    f"{folder}: another server uses it: stop that one or choose another --state-dir"
-                ) from error
+            self._objects.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise self._refused(error) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(self._temporary, ignore_errors=True)
             self._temporary.mkdir(exist_ok=True)
             self._names = self._read_names()
-        except BaseException:
-            os.close(self._lock)
+        except BlockingIOError as error:
+            self.close()
+            raise StoreError(
+                f"{folder}: another server uses it: stop that one or choose another --state-dir"
+            ) from error
+        except OSError as error:
+            self.close()
+            raise self._refused(error) from error
+        except StoreError:
+            self.close()
             raise
 
     def close(self) -> None:
@@ -193,14 +199,20 @@ class AdapterStore:
 
         Returns:
             The digests that were removed.
+
+        Raises:
+            StoreError: The disk refuses; what is left is whole.
         """
         keep = {*in_use, *self._names.values()}
         removed = sorted(path.name for path in self._objects.iterdir() if path.name not in keep)
-        for digest in removed:
-            # Out of sight by one rename first, so that no half of an object can be found later.
-            doomed = self._temporary / f"removed-{digest}"
-            (self._objects / digest).rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        try:
+            for digest in removed:
+                # Out of sight by one rename first, so that no half of an object is found later.
+                doomed = self._temporary / f"removed-{digest}"
+                (self._objects / digest).rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+        except OSError as error:
+            raise self._refused(error) from error
         return removed
 
     def _is_whole(self, digest: str) -> bool:
@@ -253,8 +265,7 @@ class AdapterStore:
 
     def _refused(self, error: OSError) -> StoreError:
         return StoreError(
-            f"{self._folder}: cannot write ({error.strerror}): free space or check permissions; "
-            "nothing was changed"
+            f"{self._folder}: cannot write ({error.strerror}): free space or check permissions"
         )
 
     @staticmethod

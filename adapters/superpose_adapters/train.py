@@ -490,8 +490,15 @@ def train(options: Options) -> dict[str, Any]:
         data_collator=lambda batch: pad_right(batch, tokenizer.eos_token_id),
         callbacks=[RefuseNaN()],
     )
-    with library_warnings_ignored():
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    try:
+        with library_warnings_ignored():
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except BaseException:
+        # Else the bar would be drawn over the line that says what happened.
+        for callback in trainer.callback_handler.callbacks:
+            if bar := getattr(callback, "training_bar", None):
+                bar.close()
+        raise
 
     def measure(part: list[EncodedText]) -> dict[str, float]:
         loss = evaluate_loss(model, part, tokenizer.eos_token_id, 32)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 
+# The default of the client, which is not imported for the help.
+DEFAULT_SERVER = "127.0.0.1:50051"
+
 _UINT32 = 2**32 - 1
 _UINT64 = 2**64 - 1
 
@@ -61,7 +64,7 @@ ServerOption = Annotated[
     typer.Option(
         "--server",
         metavar="ADDR",
-        help="Address of the server. [default: SUPERPOSE_SERVER, or 127.0.0.1:50051]",
+        help=f"Address of the server. [default: SUPERPOSE_SERVER, or {DEFAULT_SERVER}]",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
@@ -99,11 +102,15 @@ class Scope(StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What every command needs: where the server is, how to print, how long to wait."""
+    """What every command needs to know.
+
+    `changes` is whether the command changes something, which may happen after its timeout too.
+    """
 
     server: str
     json: bool
     timeout: float | None
+    changes: bool
 
     def client(self) -> "Client":
         """Return a client, which makes no connection yet."""
@@ -116,9 +123,9 @@ class Session:
         if self.json:
             _print_json(result if as_json is None else as_json)
             return
-        from superpose_client.screens import console, screen
+        from superpose_client.screens import screen, show
 
-        console().print(screen(result))
+        show(screen(result))
 
 
 def _print_version(wanted: bool) -> None:
@@ -146,7 +153,9 @@ def _defaults(
     context.obj = (server, as_json, timeout)
 
 
-def command(name: str) -> Callable[[Callable[Concatenate[Session, P], None]], None]:
+def command(
+    name: str, *, changes: bool = False
+) -> Callable[[Callable[Concatenate[Session, P], None]], None]:
     """Register a command: its own parameters, then --server, --json and --timeout."""
 
     def register(function: Callable[Concatenate[Session, P], None]) -> None:
@@ -160,9 +169,10 @@ def command(name: str) -> Callable[[Callable[Concatenate[Session, P], None]], No
             default_server, default_json, default_timeout = context.obj
             chosen = server or default_server or os.environ.get("SUPERPOSE_SERVER")
             session = Session(
-                server=chosen or "127.0.0.1:50051",
+                server=chosen or DEFAULT_SERVER,
                 json=as_json or default_json,
                 timeout=default_timeout if timeout is None else timeout,
+                changes=changes,
             )
             call: Callable[..., None] = function
             with _one_line_errors(session):
@@ -202,7 +212,7 @@ def _show(session: Session, name: NameArgument) -> None:
         session.show(client.adapter(name))
 
 
-@command("push")
+@command("push", changes=True)
 def _push(
     session: Session,
     name: NameArgument,
@@ -221,7 +231,7 @@ def _push(
         session.show(client.push(name, folder, replace=replace))
 
 
-@command("delete")
+@command("delete", changes=True)
 def _delete(session: Session, name: NameArgument) -> None:
     """Delete an adapter that is not in the default mix."""
     with session.client() as client:
@@ -232,7 +242,7 @@ def _delete(session: Session, name: NameArgument) -> None:
         typer.echo(f"deleted {name}")
 
 
-@command("add")
+@command("add", changes=True)
 def _add(
     session: Session,
     name: NameArgument,
@@ -247,7 +257,7 @@ def _add(
         session.show(client.add(name, weight, expected_generation=expected_generation))
 
 
-@command("remove")
+@command("remove", changes=True)
 def _remove(
     session: Session, name: NameArgument, expected_generation: ExpectedOption = None
 ) -> None:
@@ -256,7 +266,7 @@ def _remove(
         session.show(client.remove(name, expected_generation=expected_generation))
 
 
-@command("set")
+@command("set", changes=True)
 def _set(
     session: Session,
     mix: Annotated[str, typer.Argument(metavar="MIX")],
@@ -469,17 +479,16 @@ def _print_chunk(session: Session, chunk: "Generation | GenerationChunk") -> Non
 
 def _print_generation_end(chunks: "list[Generation | GenerationChunk]") -> None:
     """Print what is not text: on a terminal the mix, if asked for the log-probabilities."""
-    from superpose_client.screens import console, generation_line, logprob_table
+    from superpose_client.screens import generation_line, logprob_table, show
 
-    screen = console()
     token_ids = [token for chunk in chunks for token in chunk.token_ids]
     logprobs = [logprob for chunk in chunks for logprob in chunk.logprobs]
     if logprobs:
-        screen.print(logprob_table(token_ids, logprobs))
+        show(logprob_table(token_ids, logprobs))
     last = chunks[-1] if chunks else None
     # Not in a pipe, whose reader wants the text.
-    if screen.is_terminal and last is not None and last.usage and last.mix:
-        screen.print(generation_line(last.usage, last.finish_reason, last.mix))
+    if sys.stdout.isatty() and last is not None and last.usage and last.mix:
+        show(generation_line(last.usage, last.finish_reason, last.mix))
 
 
 def _print_json(result: Any) -> None:
@@ -545,10 +554,8 @@ def _describe(error: "CallError", session: Session) -> str:
         text = f"cannot reach a server at {session.server}; is superpose-server running? ({text})"
     elif isinstance(error, errors.DeadlineExceededError) and not error.reason:
         text = f"no answer from {session.server} in time; see --timeout"
-    elif isinstance(error, errors.QueueFullError) and error.retry_after_seconds is not None:
-        text += f"; try again in {error.retry_after_seconds:g} s"
-    elif isinstance(error, errors.GenerationMismatchError) and error.generation is not None:
-        text += f"; it is at generation {error.generation} now, digest {error.digest}"
+        if session.changes:
+            text += ". The change may still take place; look before you repeat it"
     for violation in error.field_violations:
         if violation.description not in text:
             text += f"; {violation.field}: {violation.description}"

@@ -31,12 +31,18 @@ _PIPE_WIDTH = 100_000
 _NAMES_SHOWN = 20
 
 
-def console() -> Console:
-    """Return a console on standard output that takes text literally and is plain in pipes."""
-    made = Console(highlight=False, markup=False, emoji=False)
-    if not made.is_terminal:
-        made.width = _PIPE_WIDTH
-    return made
+def show(renderable: RenderableType) -> None:
+    """Print on standard output: text literally, and plain where no terminal reads it."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    if console.is_terminal:
+        console.print(renderable)
+        return
+    console.width = _PIPE_WIDTH
+    with console.capture() as capture:
+        console.print(renderable)
+    # Columns are filled up with blanks, the last one too.
+    for line in capture.get().splitlines():
+        print(line.rstrip())
 
 
 @singledispatch
@@ -150,7 +156,7 @@ def _(result: Verification) -> RenderableType:
             ("hash", result.resident_hash),
             ("base digest", result.base_digest),
             *_mix_fields(result.mix),
-            ("stall", _milliseconds(result.longest_stall_seconds)),
+            ("longest stall", f"{result.longest_stall_seconds * 1000:.1f} ms"),
         ),
     )
 
@@ -163,7 +169,7 @@ def _(result: Analysis) -> RenderableType:
     if result.domains:
         served = "folded into the weights" if result.folded else "too large: served by correction"
         fields.append(("fold error", f"{result.fold_error:.2g}, {served}"))
-    fields.append(("stall", _milliseconds(result.longest_stall_seconds)))
+    fields.append(("longest stall", f"{result.longest_stall_seconds * 1000:.1f} ms"))
     parts: list[RenderableType] = [_fields(*fields)]
     if result.domains:
         domains = _table("DOMAIN", ">WEIGHT", ">MODULES", ">DELTA NORM", ">OF THE BASE")
@@ -179,8 +185,8 @@ def _(result: Analysis) -> RenderableType:
     if result.pairs:
         parts += ["", _pairs(result.pairs)]
     if result.warnings:
-        parts.append("")
-    parts += [Text(f"warning: {warning}", style="yellow") for warning in result.warnings]
+        warnings = [("warning", Text(warning, style="yellow")) for warning in result.warnings]
+        parts += ["", _fields(*warnings)]
     return Group(*parts)
 
 
@@ -246,7 +252,7 @@ def _with_entries(mix: MixState, fields: Sequence[tuple[str, str | Text]]) -> Re
 
 def _fields(*rows: tuple[str, str | Text]) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True, min_width=len("interference"))
+    table.add_column(style="dim", no_wrap=True, min_width=len("longest stall"))
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
@@ -283,10 +289,6 @@ def _size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.3g} GB"
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1000:.1f} ms at the longest"
 
 
 def _duration(seconds: float) -> str:

@@ -158,6 +158,7 @@ class Engine:
                 # Each phase handles what it can blame on a row or a job; what is left is a fault
                 # of ours, and no row may hang because of it.
                 _log.exception("engine step failed")
+                self._fail([*self._scheduler.drop_waiting(False), *self.running_rows], error)
                 self._end_all(error)
         self._end_all(ShuttingDown())
 

@@ -48,6 +48,7 @@ class Model:
         except (OSError, json.JSONDecodeError, KeyError) as error:
             raise ValueError(f"base {folder} cannot be loaded: {error}") from error
         self.module.to(device).eval().requires_grad_(False)
+        _own_storage(self.module)
         self.dtype = dtype
         self.device = device
         self.config: Any = self.module.config
@@ -110,3 +111,15 @@ class Model:
             use_cache=False,
         ).logits
         return logits.float()
+
+
+@torch.no_grad()
+def _own_storage(module: nn.Module) -> None:
+    """Move every parameter out of the mapped checkpoint file into storage that torch allocated.
+
+    A mapped file may change or shrink while it is served. And its tensors are aligned to 8 bytes
+    only, where the bits of a matrix product depend on the alignment of its output: the same mix
+    would not give the same bits in the live weights and in a fresh fold.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)

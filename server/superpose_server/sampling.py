@@ -87,10 +87,15 @@ def sample(
         [torch.rand((), generator=generators[row], dtype=torch.float64) for row in drawing],
         device=logits.device,
     )
-    temperature, top_k, top_p = (
-        torch.tensor([getattr(params[row], name) for row in drawing], device=logits.device)
-        for name in ("temperature", "top_k", "top_p")
+    temperature, top_p = (
+        torch.tensor(
+            [getattr(params[row], name) for row in drawing],
+            dtype=torch.float64,  # in float32 a small temperature is 0
+            device=logits.device,
+        )
+        for name in ("temperature", "top_p")
     )
+    top_k = torch.tensor([params[row].top_k for row in drawing], device=logits.device)
     index = torch.tensor(drawing, device=logits.device)
     tokens[index] = _draw(logits[index], temperature, top_k, top_p, uniform)
     return tokens
@@ -101,7 +106,7 @@ def _draw(
 ) -> Tensor:
     """Invert the cumulative distribution of the kept tokens at `uniform` (rows,)."""
     # The maximum is taken out first, so that a small temperature cannot overflow.
-    scaled = (logits - logits.amax(-1, keepdim=True)).double() / temperature.double()[:, None]
+    scaled = (logits - logits.amax(-1, keepdim=True)).double() / temperature[:, None]
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(dim=-1)
     rank = torch.arange(ordered.shape[1], device=logits.device)

@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from tests.makers import load_peft
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from superpose_adapters.bundled import (
     MINI_DOMAINS,
     held_out,
@@ -18,9 +21,6 @@ from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.qa import part_of, read_rows, split_key
 from superpose_adapters.scoring import encode_qa
 from superpose_adapters.train import evaluate_loss
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from tests.makers import load_peft
 
 MEGABYTE = 10**6
 

@@ -123,7 +123,13 @@ def test_initialisations_that_leave_the_base_are_accepted(init: Any) -> None:
 
 
 def test_a_field_of_a_later_peft_that_is_off_is_accepted() -> None:
-    off = {"new_a": None, "new_b": False, "new_c": {}, "new_d": [], "use_dora": None}
+    off: dict[str, Any] = {
+        "new_a": None,
+        "new_b": False,
+        "new_c": {},
+        "new_d": [],
+        "use_dora": None,
+    }
     assert parse(**off).r == 8
 
 
@@ -187,27 +193,71 @@ def test_bad_json_is_refused(text: bytes, message: str) -> None:
 FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
     "suffixes": ("gpt2", {"target_modules": ["attn.c_proj", "c_fc"]}),
     "whole name": ("gpt2", {"target_modules": ["transformer.h.1.attn.c_attn"]}),
-    "part of a name is no suffix": ("gpt2", {"target_modules": ["attn", "c_proj", "c_attn"][1:]}),
+    "part of a name is no suffix": ("gpt2", {"target_modules": ["_attn", "proj", "c_fc"]}),
     "regex": ("gpt2", {"target_modules": r".*\.h\.[01]\.(attn|mlp)\.c_(proj|fc)"}),
     "regex with lookahead": ("llama", {"target_modules": r"^(?!.*mlp).*_proj"}),
     "all-linear": ("gpt2", {"target_modules": "all-linear"}),
     "all-linear, head untied": ("llama", {"target_modules": "All-Linear"}),
     "untied head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
-    "exclude list": ("llama", {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["0.self_attn.q_proj"]}),
-    "exclude regex": ("llama", {"target_modules": "all-linear", "exclude_modules": r".*\.(mlp|1)\..*"}),
+    "exclude list": (
+        "llama",
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["0.self_attn.q_proj"]},
+    ),
+    "exclude regex": (
+        "llama",
+        {"target_modules": "all-linear", "exclude_modules": r".*\.(mlp|1)\..*"},
+    ),
     "one layer": ("gpt2", {"layers_to_transform": 1}),
     "no layer named means all": ("gpt2", {"layers_to_transform": []}),
-    "layers and pattern": ("llama", {"target_modules": ["q_proj", "k_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}),
-    "layers and patterns": ("gpt2", {"layers_to_transform": [1], "layers_pattern": ["layers", "h"]}),
-    "whole name in another layer": ("gpt2", {"target_modules": ["transformer.h.0.mlp.c_fc", "c_attn"], "layers_to_transform": [1]}),
+    "layers and pattern": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "k_proj"],
+            "layers_to_transform": [0],
+            "layers_pattern": "layers",
+        },
+    ),
+    "layers and patterns": (
+        "gpt2",
+        {"layers_to_transform": [1], "layers_pattern": ["layers", "h"]},
+    ),
+    "whole name in another layer": (
+        "gpt2",
+        {"target_modules": ["transformer.h.0.mlp.c_fc", "c_attn"], "layers_to_transform": [1]},
+    ),
     "rsLoRA": ("gpt2", {"use_rslora": True, "r": 9}),
-    "rank and alpha by suffix": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "rank_pattern": {"c_proj": 2, "mlp.c_proj": 3}, "alpha_pattern": {"mlp.c_proj": 5}}),
-    "rank and alpha by regex": ("llama", {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {r"layers\.0\..*": 2, "^model.*v_proj": 6}, "alpha_pattern": {"[qk]_proj": 32, ".*": 3}}),
+    "rank and alpha by suffix": (
+        "gpt2",
+        {
+            "target_modules": ["c_attn", "c_proj"],
+            "rank_pattern": {"c_proj": 2, "mlp.c_proj": 3},
+            "alpha_pattern": {"mlp.c_proj": 5},
+        },
+    ),
+    "rank and alpha by regex": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "rank_pattern": {r"layers\.0\..*": 2, "^model.*v_proj": 6},
+            "alpha_pattern": {"[qk]_proj": 32, ".*": 3},
+        },
+    ),
     "pattern must end the name": ("gpt2", {"rank_pattern": {"attn": 2, "_attn": 3, "c": 7}}),
-    "alternatives in a pattern": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "rank_pattern": {"attn.c_proj|c_attn": 2}}),
-    "rsLoRA with patterns": ("llama", {"target_modules": ["q_proj", "down_proj"], "use_rslora": True, "rank_pattern": {"down_proj": 16}, "alpha_pattern": {"q_proj": 1}}),
+    "alternatives in a pattern": (
+        "gpt2",
+        {"target_modules": ["c_attn", "c_proj"], "rank_pattern": {"attn.c_proj|c_attn": 2}},
+    ),
+    "rsLoRA with patterns": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "down_proj"],
+            "use_rslora": True,
+            "rank_pattern": {"down_proj": 16},
+            "alpha_pattern": {"q_proj": 1},
+        },
+    ),
     "negative alpha": ("gpt2", {"lora_alpha": -4}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("family", "fields"), FEATURES.values(), ids=FEATURES)
@@ -215,7 +265,8 @@ def test_modules_ranks_and_scalings_are_those_of_peft(family: str, fields: dict[
     config = parse(**fields)
     model = tiny_gpt2() if family == "gpt2" else tiny_llama()
     found = select_modules(config, GPT2 if family == "gpt2" else LLAMA)
-    wrapped = peft_model(model, **({"r": 8, "target_modules": ["c_attn"]} | fields))
+    reference: dict[str, Any] = {"r": 8, "target_modules": ["c_attn"]} | fields
+    wrapped = peft_model(model, **reference)
     expected = {
         name.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"])
         for name, module in wrapped.named_modules()
@@ -246,7 +297,7 @@ def test_a_selection_of_nothing_is_refused(target: Any) -> None:
     [
         ("(", "not a valid regular expression"),
         (r"(.)\1", "groupref"),
-        ("(?i)c_attn", "sets flags"),
+        ("(?i:c)_attn", "sets flags"),
         ("(?<=c)_attn", "assert"),
         ("a" * 5000 + "*", "characters long"),
         ("(" * 2000 + "a" + ")" * 2000, "not a valid regular expression|nested too deeply"),
@@ -271,10 +322,10 @@ HOSTILE = [
 
 @pytest.mark.parametrize("pattern", HOSTILE)
 def test_hostile_patterns_end_soon(pattern: str) -> None:
-    names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(40) for p in "qkvo"]
+    names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(20) for p in "qkvo"]
     layout = {name: ModuleLayout(4, 4, False) for name in names}
     began = time.perf_counter()
-    with pytest.raises(AdapterError, match="select no|takes too long"):
+    with pytest.raises(AdapterError, match=r"select no|takes too long"):
         select_modules(parse(target_modules=pattern), layout)
     assert time.perf_counter() - began < 30
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from superpose_adapters.qa import (
     Row,
     file_sha256,
@@ -110,7 +111,7 @@ def test_split_is_about_80_10_10_and_loses_nothing() -> None:
     ]
     split = split_rows(rows)
     parts = (split.train, split.validation, split.test)
-    assert sorted((row.question for part in parts for row in part)) == sorted(
+    assert sorted(row.question for part in parts for row in part) == sorted(
         row.question for row in rows
     )
     # Five standard deviations of a binomial share.

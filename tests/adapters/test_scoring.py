@@ -6,6 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.makers import EOS_ID, tiny_gpt2, tiny_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from superpose_adapters.scoring import (
     EncodedText,
     Loss,
@@ -15,10 +19,6 @@ from superpose_adapters.scoring import (
     loss_of,
     token_log_probabilities,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
-from tests.makers import EOS_ID, tiny_gpt2, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_refusals(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="nothing to score"):
         _ = Loss().mean
     endless = tiny_tokenizer()
-    endless.eos_token = None  # type: ignore[assignment]
+    endless.eos_token = None
     with pytest.raises(ValueError, match="no end-of-text"):
         encode_qa(endless, "q", "a", 9)
 

@@ -355,7 +355,9 @@ class GenerateStreamResponse(google.protobuf.message.Message):
         """In the last message."""
 
     @property
-    def mix(self) -> superpose_proto.v1.mix_pb2.MixState: ...
+    def mix(self) -> superpose_proto.v1.mix_pb2.MixState:
+        """In the first and in the last message."""
+
     def __init__(
         self,
         *,

@@ -107,8 +107,8 @@ class MixServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchMix(self, request, context):
-        """Begins with the current state, then sends one message a change. A slow reader is sent the
-        latest state; states between may be left out.
+        """Begins with the current state, then sends every change. A reader that falls more than 1024
+        changes behind is ended with RESOURCE_EXHAUSTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -220,8 +220,8 @@ class MixServiceStub(typing.Generic[_MixServiceAddDomainType, _MixServiceRemoveD
     GetMix: _MixServiceGetMixType
 
     WatchMix: _MixServiceWatchMixType
-    """Begins with the current state, then sends one message a change. A slow reader is sent the
-    latest state; states between may be left out.
+    """Begins with the current state, then sends every change. A reader that falls more than 1024
+    changes behind is ended with RESOURCE_EXHAUSTED.
     """
 
     AnalyzeMix: _MixServiceAnalyzeMixType
@@ -305,8 +305,8 @@ class MixServiceServicer(metaclass=abc.ABCMeta):
         request: superpose_proto.v1.mix_pb2.WatchMixRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[superpose_proto.v1.mix_pb2.WatchMixResponse], collections.abc.AsyncIterator[superpose_proto.v1.mix_pb2.WatchMixResponse]]:
-        """Begins with the current state, then sends one message a change. A slow reader is sent the
-        latest state; states between may be left out.
+        """Begins with the current state, then sends every change. A reader that falls more than 1024
+        changes behind is ended with RESOURCE_EXHAUSTED.
         """
 
     @abc.abstractmethod

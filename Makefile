@@ -1,0 +1,59 @@
+# The two commands of a newcomer are `make demo` and `make test`; both do all their own set-up in
+# .venv and need Python 3.11 (or PYTHON=...), pip and make.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+# No test and no demo may depend on a hub that cannot be reached.
+export HF_HUB_OFFLINE := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup demo test lint types imports stubs pytest proto format clean
+
+help:
+	@echo "make demo    serve the bundled model, mix its three domains, verify the weights (2 minutes)"
+	@echo "make test    every check: lint, types, import rules, stubs, tests"
+	@echo "make setup   only the set-up of both, in .venv"
+	@echo "make pytest  only the tests, for example: make pytest ARGS='tests/server -k fold'"
+	@echo "make proto   generate the stubs anew after a change of a .proto file"
+	@echo "make format  format the code"
+	@echo "make clean   remove .venv and caches"
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[server,train]"
+	touch $@
+
+demo: setup
+	$(BIN)/python -m benchmarks.demo
+
+test: lint types imports stubs pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+imports: setup
+	$(BIN)/lint-imports
+
+stubs: setup
+	$(BIN)/python proto/generate.py --check
+
+pytest: setup
+	$(BIN)/pytest $(ARGS)
+
+proto: setup
+	$(BIN)/python proto/generate.py
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

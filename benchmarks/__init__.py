@@ -1,0 +1,1 @@
+"""The demo and the benchmarks; run from a clone, not part of the distribution."""

@@ -1,0 +1,148 @@
+"""`make demo`: what a user sees, on the bundled model, with the plain commands.
+
+Starts a server on a free port, adds math, medicine and finance one by one, scores held-out rows of
+each domain under every mix on the way, generates under a mix of its own, reports interference,
+removes everything and verifies that the weights are the base again, bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from superpose_adapters.bundled import held_out
+from superpose_adapters.qa import read_rows
+from superpose_client import Client
+
+DOMAINS = ("math", "medicine", "finance")
+# Tokens of a row that are scored: the length that the adapters were trained with.
+MAX_LENGTH = 64
+SERVER = (
+    "superpose-server --base mini --listen 127.0.0.1:0 --metrics-listen 127.0.0.1:0 "
+    "--log-level warning"
+)
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+
+
+def heading(text: str) -> None:
+    console.print(f"\n[bold]{text}[/bold]")
+
+
+@contextmanager
+def running_server() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Start the server in a state folder of its own; yield it and its address."""
+    with tempfile.TemporaryDirectory(prefix="superpose-demo-") as folder:
+        console.print(f"[green]$ {SERVER}[/green]")
+        process = subprocess.Popen(
+            [*shlex.split(SERVER), "--state-dir", str(Path(folder) / "state")],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert process.stdout is not None
+            ready = process.stdout.readline().strip()
+            if not ready.startswith("ready "):
+                sys.exit("demo: the server did not start; its message is above")
+            console.print(ready, soft_wrap=True)
+            fields = dict(part.split("=", 1) for part in ready.split()[1:])
+            yield process, fields["address"]
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def adapterctl(command: str) -> None:
+    """Show a command line and run it, as a user would."""
+    console.print(f"[green]$ adapterctl {command}[/green]")
+    sys.stdout.flush()
+    if subprocess.run(["adapterctl", *shlex.split(command)]).returncode != 0:
+        sys.exit(f"demo: adapterctl {command} failed; its message is above")
+
+
+def perplexities(client: Client, mix: str | None = None) -> dict[str, float]:
+    """Score the held-out rows of every domain under `mix`, or under the default mix."""
+    result = {}
+    for domain in DOMAINS:
+        rows = [(row.question, row.answer) for row in read_rows(held_out(domain))]
+        result[domain] = client.score(rows, mix=mix, max_length=MAX_LENGTH).perplexity
+    return result
+
+
+def matrix(measured: dict[str, dict[str, float]]) -> Table:
+    """Return the table of domains x mixes: perplexity, and its change against the base."""
+    table = Table(box=box.SIMPLE_HEAD, title="Perplexity of held-out rows (lower is better)")
+    table.add_column("mix")
+    for domain in DOMAINS:
+        table.add_column(f"{domain} rows", justify="right")
+    base = measured["base"]
+    for mix, values in measured.items():
+        cells = []
+        for domain, value in values.items():
+            change = value / base[domain] - 1
+            inside = domain in mix.split("+")
+            style = "green" if change < -0.2 and inside else "red" if change > 0 else "default"
+            shown = "" if mix == "base" else f" {change:+5.0%}"
+            cells.append(f"{value:8.1f}[{style}]{shown}[/{style}]")
+        table.add_row(mix, *cells)
+    return table
+
+
+def main() -> None:
+    started = time.monotonic()
+    heading("1. A server with a base model and three domains")
+    with running_server() as (process, address), Client(address) as client:
+        os.environ["SUPERPOSE_SERVER"] = address
+        adapterctl("status")
+        adapterctl("list")
+
+        heading("2. Add the domains one by one; score every domain after each")
+        base = perplexities(client)
+        folded = {}
+        for count, domain in enumerate(DOMAINS, 1):
+            adapterctl(f"add {domain}")
+            folded["+".join(DOMAINS[:count])] = perplexities(client)
+        # One domain alone needs no change of the default mix: a request may name its own.
+        alone = {domain: perplexities(client, domain) for domain in DOMAINS[1:]}
+        measured = {"base": base, "math": folded.pop("math"), **alone, **folded}
+        console.print(matrix(measured))
+
+        heading("3. A request with a mix of its own; the resident weights stay as they are")
+        question = read_rows(held_out("medicine"))[0].question
+        prompt = shlex.quote(f"Question: {question}\nAnswer:")
+        adapterctl(f"generate {prompt} --mix math=1,medicine=0.5 --max-new-tokens 40")
+
+        heading("4. How the domains interfere")
+        adapterctl("analyze math,medicine,finance")
+
+        heading("5. Remove them in any order: the base is back, bit for bit")
+        for domain in ("medicine", "math", "finance"):
+            adapterctl(f"remove {domain}")
+        adapterctl("verify")
+        after = perplexities(client)
+        same = after == base
+        console.print(f"perplexities equal those of the base before, to the last bit: {same}")
+
+        heading("6. Stop")
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=60)
+        console.print(f"the server ended with exit code {code}")
+    console.print(f"\ndone in {time.monotonic() - started:.0f} s")
+    if code != 0 or not same:
+        sys.exit("demo: the checks above failed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""A gRPC server with scripted answers, which records what it was asked.
+
+It speaks the whole contract but knows no models: each method has a plausible answer that a test
+replaces through `answers`.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self, cast
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from superpose_proto.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    mix_pb2,
+    mix_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+
+STREAMS = {"GenerateStream", "WatchMix"}
+DEFAULT = {"math": 1.0, "medicine": 0.5}
+# No double holds this generation exactly, so a reader that goes through one is found out.
+GENERATION = 2**53 + 1
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A status with the details of design §6."""
+
+    code: grpc.StatusCode
+    message: str = "it went wrong"
+    reason: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    violations: Mapping[str, str] = field(default_factory=dict)
+    retry_after: float | None = None
+    domain: str = "superpose"
+
+    def status(self) -> grpc.Status:
+        details: list[Message] = []
+        if self.reason:
+            details.append(
+                error_details_pb2.ErrorInfo(
+                    reason=self.reason, domain=self.domain, metadata=self.metadata
+                )
+            )
+        if self.violations:
+            details.append(
+                error_details_pb2.BadRequest(
+                    field_violations=[
+                        error_details_pb2.BadRequest.FieldViolation(field=name, description=text)
+                        for name, text in self.violations.items()
+                    ]
+                )
+            )
+        if self.retry_after is not None:
+            delay = duration_pb2.Duration()
+            delay.FromNanoseconds(round(self.retry_after * 1e9))
+            details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        packed = []
+        for detail in details:
+            packed.append(any_pb2.Any())
+            packed[-1].Pack(detail)
+        return rpc_status.to_status(
+            status_pb2.Status(code=self.code.value[0], message=self.message, details=packed)
+        )
+
+
+class Hang:
+    """In the place of an answer: wait until the client gives up."""
+
+
+Answer = Message | Failure | Hang | Sequence[Message | Failure | Hang] | Callable[[Any], Any]
+
+
+def state(weights: Mapping[str, float] = DEFAULT, generation: int = GENERATION) -> mix_pb2.MixState:
+    return mix_pb2.MixState(
+        generation=generation,
+        digest=digest_of(weights),
+        entries=[
+            mix_pb2.BoundEntry(domain=name, weight=weight, adapter_digest=name.encode().hex() * 4)
+            for name, weight in sorted(weights.items())
+        ],
+    )
+
+
+def digest_of(weights: Mapping[str, float]) -> str:
+    return repr(sorted(weights.items())).encode().hex().ljust(64, "0")[:64]
+
+
+def weights_of(mix: mix_pb2.Mix) -> dict[str, float]:
+    return {entry.domain: entry.weight for entry in mix.entries}
+
+
+def state_for(request: Any) -> mix_pb2.MixState:
+    """The mix that a request asks for, or the default one."""
+    return state(weights_of(request.mix)) if request.HasField("mix") else state()
+
+
+def adapter(domain: str = "math", weight: float = 1.0, **fields: Any) -> adapter_pb2.Adapter:
+    return adapter_pb2.Adapter(
+        domain=domain,
+        digest=domain.encode().hex().ljust(64, "0"),
+        source=adapter_pb2.ADAPTER_SOURCE_BUNDLED,
+        rank=4,
+        parameters=147_456,
+        bytes=591_872,
+        weight=weight,
+        **fields,
+    )
+
+
+def score_response(request: inference_pb2.ScoreRequest) -> inference_pb2.ScoreResponse:
+    """One token a character of a text, at a loss of the length of the text in units of 1/1000."""
+    items = []
+    for item in request.items:
+        tokens = len(item.text or item.question_answer.answer)
+        logprob = -tokens * tokens / 1000
+        items.append(inference_pb2.ItemScore(tokens=tokens, logprob=logprob, perplexity=2.0))
+    return inference_pb2.ScoreResponse(
+        items=items,
+        tokens=sum(item.tokens for item in items),
+        perplexity=2.0,
+        mix=state_for(request),
+    )
+
+
+def chunks(
+    request: inference_pb2.GenerateStreamRequest,
+) -> list[inference_pb2.GenerateStreamResponse]:
+    return [
+        inference_pb2.GenerateStreamResponse(text="The sum", token_ids=[464, 2160]),
+        inference_pb2.GenerateStreamResponse(text=" is 5.", token_ids=[318]),
+        inference_pb2.GenerateStreamResponse(
+            finish_reason=inference_pb2.FINISH_REASON_LENGTH,
+            usage=inference_pb2.Usage(prompt_tokens=9, completion_tokens=3),
+            mix=state_for(request),
+            request_id="r-1",
+        ),
+    ]
+
+
+def default_answers() -> dict[str, Answer]:
+    return {
+        "Generate": lambda request: inference_pb2.GenerateResponse(
+            text="The sum is 5.",
+            token_ids=[464, 2160, 318],
+            finish_reason=inference_pb2.FINISH_REASON_STOP,
+            usage=inference_pb2.Usage(prompt_tokens=9, completion_tokens=3),
+            mix=state_for(request),
+            logprobs=[-0.25, -1.5, float("-inf")] if request.options.logprobs else [],
+            request_id="r-1",
+        ),
+        "GenerateStream": chunks,
+        "Score": score_response,
+        "AddDomain": lambda request: mix_pb2.AddDomainResponse(
+            mix=state({**DEFAULT, request.domain: request.weight})
+        ),
+        "RemoveDomain": mix_pb2.RemoveDomainResponse(mix=state({"math": 1.0})),
+        "SetMix": lambda request: mix_pb2.SetMixResponse(mix=state_for(request)),
+        "GetMix": mix_pb2.GetMixResponse(mix=state(), resident=state({})),
+        "WatchMix": [
+            mix_pb2.WatchMixResponse(mix=state({}, 7)),
+            mix_pb2.WatchMixResponse(mix=state(DEFAULT, 8)),
+        ],
+        "AnalyzeMix": lambda request: analysis(state_for(request)),
+        "VerifyWeights": verification(ok=True),
+        "ListAdapters": adapter_pb2.ListAdaptersResponse(
+            adapters=[
+                adapter("finance_stock_trading", 0.0),
+                adapter("math"),
+                adapter("medicine", 0.5),
+            ]
+        ),
+        "GetAdapter": lambda request: adapter_pb2.GetAdapterResponse(
+            adapter=adapter(
+                request.domain,
+                modules=[f"transformer.h.{i}.attn.c_attn" for i in range(4)],
+                config_json='{"r":4,"lora_alpha":64,"target_modules":["c_attn"]}',
+            )
+        ),
+        "PushAdapter": lambda request: adapter_pb2.PushAdapterResponse(
+            adapter=adapter(request.domain, 0.0), generation=GENERATION
+        ),
+        "DeleteAdapter": adapter_pb2.DeleteAdapterResponse(),
+        "GetServerInfo": server_pb2.GetServerInfoResponse(
+            version="0.1.0",
+            base="mini",
+            base_digest="ab" * 32,
+            dtype="float32",
+            device="cpu",
+            context_length=256,
+            limits=server_pb2.Limits(
+                max_batch=8,
+                max_queue=64,
+                max_rank=64,
+                max_adapter_bytes=2**28,
+                max_domains_in_mix=16,
+                max_score_items=256,
+            ),
+            running=3,
+            waiting=1,
+            mix=state(),
+            adapters=3,
+            uptime_seconds=7384.5,
+            weights_verified=True,
+        ),
+        "Check": health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING),
+    }
+
+
+def analysis(mix: mix_pb2.MixState) -> mix_pb2.AnalyzeMixResponse:
+    return mix_pb2.AnalyzeMixResponse(
+        mix=mix,
+        domains=[
+            mix_pb2.DomainAnalysis(
+                domain=entry.domain,
+                weight=entry.weight,
+                delta_norm=3.25,
+                relative_norm=0.0213,
+                modules=24,
+            )
+            for entry in mix.entries
+        ],
+        pairs=[
+            mix_pb2.PairAnalysis(
+                first="math",
+                second="medicine",
+                cosine_rms=0.1234,
+                random_floor=0.0013,
+                module_types=[
+                    mix_pb2.ModuleTypeCosine(
+                        module_type=name, cosine_rms=cosine, random_floor=0.0013
+                    )
+                    for name, cosine in (("attn.c_attn", 0.151), ("mlp.c_proj", 0.09))
+                ],
+                modules=[mix_pb2.ModuleCosine(module="transformer.h.0.attn.c_attn", cosine=-0.1)],
+            )
+        ],
+        interference_ratio=0.118,
+        fold_error=0.00042,
+        folded=True,
+        warnings=["math and medicine reinforce each other: weights that sum to 1 keep their size"],
+        longest_stall_seconds=0.0042,
+    )
+
+
+def verification(*, ok: bool) -> mix_pb2.VerifyWeightsResponse:
+    return mix_pb2.VerifyWeightsResponse(
+        ok=ok,
+        mix=state(),
+        base_digest="ab" * 32,
+        resident_hash="cd" * 32,
+        dtype="float32",
+        device="cpu",
+        damaged_resident=[] if ok else ["transformer.h.0.attn.c_attn.weight"],
+        damaged_base=[] if ok else ["transformer.wte.weight"],
+        longest_stall_seconds=0.0042,
+    )
+
+
+class FakeServer:
+    """Runs while its `with` block does; `address` is on loopback."""
+
+    def __init__(self) -> None:
+        self.answers = default_answers()
+        self.requests: list[Any] = []
+        self.seconds_left: list[float | None] = []
+        # Set when a stream ends before all its parts were taken.
+        self.cancelled = threading.Event()
+        self._server = grpc.server(
+            futures.ThreadPoolExecutor(max_workers=8),
+            options=[("grpc.max_receive_message_length", -1)],
+        )
+        servicer = cast(Any, _Servicer(self))
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, self._server)
+        mix_pb2_grpc.add_MixServiceServicer_to_server(servicer, self._server)
+        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(servicer, self._server)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+
+    @property
+    def request(self) -> Any:
+        """The only request so far."""
+        (request,) = self.requests
+        return request
+
+    def __enter__(self) -> Self:
+        self._server.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._server.stop(grace=None).wait()
+
+    def respond(self, method: str, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        self.requests.append(request)
+        # gRPC counts from the far future where the client set no deadline.
+        left = context.time_remaining()
+        self.seconds_left.append(None if left is None or left > 1e6 else left)
+        ended, complete = threading.Event(), threading.Event()
+
+        def end() -> None:
+            ended.set()
+            if not complete.is_set():
+                self.cancelled.set()
+
+        if not context.add_callback(end):
+            end()
+        answer = self.answers[method]
+        if callable(answer):
+            answer = answer(request)
+        parts = answer if isinstance(answer, list) else [answer]
+        for part in parts:
+            if isinstance(part, Failure):
+                context.abort_with_status(part.status())
+            elif isinstance(part, Hang):
+                ended.wait(20)
+                return
+            else:
+                yield part
+        complete.set()
+
+
+class _Servicer:
+    """Has every method of every service."""
+
+    def __init__(self, fake: FakeServer) -> None:
+        self._fake = fake
+
+    def __getattr__(self, method: str) -> Callable[[Any, grpc.ServicerContext], Any]:
+        def stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            return self._fake.respond(method, request, context)
+
+        def unary(request: Any, context: grpc.ServicerContext) -> Any:
+            parts = stream(request, context)
+            answer = next(parts, None)
+            next(parts, None)
+            return answer
+
+        return stream if method in STREAMS else unary

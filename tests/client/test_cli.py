@@ -1,0 +1,748 @@
+import gzip
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from rich.console import Console
+from tests.client.fake_server import (
+    DEFAULT,
+    GENERATION,
+    Failure,
+    FakeServer,
+    Hang,
+    analysis,
+    default_answers,
+    digest_of,
+    state,
+    verification,
+    weights_of,
+)
+from typer.testing import CliRunner, Result
+
+from superpose_client import results, screens
+from superpose_client.calls import DEFAULT_TARGET
+from superpose_client.cli import app
+from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2
+
+Code = grpc.StatusCode
+Ctl = Callable[..., Result]
+
+COMMANDS = [
+    "status",
+    "list",
+    "show",
+    "push",
+    "delete",
+    "add",
+    "remove",
+    "set",
+    "mix",
+    "watch",
+    "analyze",
+    "verify",
+    "generate",
+    "score",
+    "health",
+]
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "COLUMNS", "SUPERPOSE_SERVER", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def ctl(server: FakeServer) -> Ctl:
+    """Runs adapterctl against the fake server."""
+
+    def run(*arguments: str, stdin: str | bytes | None = None) -> Result:
+        result = CliRunner().invoke(app, ["--server", server.address, *arguments], input=stdin)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert "\x1b" not in result.stdout + result.stderr
+        return result
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "adapter_config.json").write_bytes(b'{"r": 4}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"tensors")
+    return tmp_path
+
+
+def printed(result: Result) -> Any:
+    """The one JSON object that a command printed."""
+    assert result.exit_code == 0, result.stderr
+    (line,) = result.stdout.splitlines()
+    return json.loads(line, parse_constant=lambda word: pytest.fail(f"not JSON: {word}"))
+
+
+def one_line(result: Result, status: int = 1) -> str:
+    """The one line with which a command failed."""
+    assert result.exit_code == status, result.stdout + result.stderr
+    assert re.fullmatch(r"adapterctl: [^\n]+\n", result.stderr), result.stderr
+    return result.stderr.removeprefix("adapterctl: ").rstrip("\n")
+
+
+MIX = {
+    "generation": GENERATION,
+    "digest": digest_of(DEFAULT),
+    "entries": [
+        {"domain": "math", "weight": 1.0, "adapter_digest": b"math".hex() * 4},
+        {"domain": "medicine", "weight": 0.5, "adapter_digest": b"medicine".hex() * 4},
+    ],
+}
+
+
+def test_status(ctl: Ctl) -> None:
+    lines = ctl("status").stdout.splitlines()
+    assert "base           mini" in lines
+    assert "server         superpose 0.1.0, up 2 h 3 min" in lines
+    assert "running        3 of 8" in lines
+    assert "mix            math=1,medicine=0.5" in lines
+    assert "weights        no fault found" in lines
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_status_json(ctl: Ctl) -> None:
+    info = printed(ctl("status", "--json"))
+    assert info["mix"] == MIX
+    assert info["limits"]["max_adapter_bytes"] == 2**28
+    assert info["weights_verified"] is True
+    assert info["uptime_seconds"] == 7384.5
+
+
+def test_status_of_a_damaged_server(ctl: Ctl, server: FakeServer) -> None:
+    info: Any = server.answers["GetServerInfo"]
+    info.weights_verified = False
+    assert "DAMAGED" in ctl("status").stdout
+
+
+def test_list(ctl: Ctl) -> None:
+    header, finance, math, medicine = ctl("list").stdout.splitlines()
+    assert header.split() == ["DOMAIN", "WEIGHT", "RANK", "PARAMETERS", "SIZE", "SOURCE", "DIGEST"]
+    assert finance.split()[:2] == ["finance_stock_trading", "-"]
+    assert math.split() == ["math", "1", "4", "147,456", "592", "kB", "bundled", "6d6174680000"]
+    assert medicine.split()[:2] == ["medicine", "0.5"]
+
+
+def test_list_json(ctl: Ctl) -> None:
+    adapters = printed(ctl("list", "--json"))["adapters"]
+    assert [adapter["domain"] for adapter in adapters] == [
+        "finance_stock_trading",
+        "math",
+        "medicine",
+    ]
+    assert adapters[0]["weight"] == 0.0
+    assert adapters[1]["bytes"] == 591_872
+    assert adapters[1]["source"] == "ADAPTER_SOURCE_BUNDLED"
+    assert adapters[1]["modules"] == []
+
+
+def test_an_empty_list(ctl: Ctl, server: FakeServer) -> None:
+    server.answers["ListAdapters"] = adapter_pb2.ListAdaptersResponse()
+    assert ctl("list").stdout == "no adapters; push one with: adapterctl push NAME DIR\n"
+    assert printed(ctl("list", "--json")) == {"adapters": []}
+
+
+def test_show(ctl: Ctl, server: FakeServer) -> None:
+    shown = ctl("show", "math").stdout
+    assert server.request == adapter_pb2.GetAdapterRequest(domain="math")
+    assert "4 modules" in shown
+    assert '{"r":4,"lora_alpha":64,"target_modules":["c_attn"]}' in shown
+    assert printed(ctl("show", "math", "--json"))["domain"] == "math"
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_push(ctl: Ctl, server: FakeServer, folder: Path, replace: bool) -> None:
+    result = ctl("push", "math", str(folder), *["--replace"] * replace, "--json")
+    assert server.request == adapter_pb2.PushAdapterRequest(
+        domain="math", config=b'{"r": 4}', tensors=b"tensors", replace=replace
+    )
+    assert printed(result)["generation"] == GENERATION
+    assert printed(result)["adapter"]["domain"] == "math"
+    assert str(GENERATION) in ctl("push", "math", str(folder)).stdout
+
+
+def test_push_refuses_a_pickle(ctl: Ctl, server: FakeServer, folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    assert "adapter_model.bin is a pickle" in one_line(ctl("push", "math", str(folder)))
+    assert "is not a folder" in one_line(ctl("push", "math", str(folder / "no")))
+    assert server.requests == []
+
+
+def test_delete(ctl: Ctl, server: FakeServer) -> None:
+    assert ctl("delete", "math").stdout == "deleted math\n"
+    assert server.request == adapter_pb2.DeleteAdapterRequest(domain="math")
+    assert printed(ctl("delete", "math", "--json")) == {}
+
+
+def test_add(ctl: Ctl, server: FakeServer) -> None:
+    shown = ctl("add", "finance", "--weight", "-0.5", "--expected-generation", "7").stdout
+    assert server.request == mix_pb2.AddDomainRequest(
+        domain="finance", weight=-0.5, expected_generation=7
+    )
+    assert "finance=-0.5,math=1,medicine=0.5" in shown
+
+
+def test_add_leaves_the_weight_to_the_server(ctl: Ctl, server: FakeServer) -> None:
+    ctl("add", "finance")
+    assert server.request == mix_pb2.AddDomainRequest(domain="finance")
+
+
+def test_remove(ctl: Ctl, server: FakeServer) -> None:
+    removed = printed(ctl("remove", "medicine", "--json", "--expected-generation", "0"))
+    assert server.request == mix_pb2.RemoveDomainRequest(domain="medicine", expected_generation=0)
+    assert removed["generation"] == GENERATION
+    assert removed["entries"] == MIX["entries"][:1]  # type: ignore[index]
+
+
+def test_set(ctl: Ctl, server: FakeServer) -> None:
+    assert printed(ctl("set", "math,medicine=0.5", "--json", "--expected-generation", "3")) == MIX
+    assert weights_of(server.request.mix) == DEFAULT
+    assert server.request.expected_generation == 3
+    assert "mix            base" in ctl("set", "base").stdout
+
+
+def test_mix(ctl: Ctl, server: FakeServer) -> None:
+    mix = printed(ctl("mix", "--json"))
+    assert mix.pop("resident") == {
+        "generation": GENERATION,
+        "digest": digest_of({}),
+        "entries": [],
+    }
+    assert mix == MIX
+    assert "requests under other mixes are corrected" in ctl("mix").stdout
+    server.answers["GetMix"] = mix_pb2.GetMixResponse(mix=state(), resident=state())
+    assert "resident" not in ctl("mix").stdout
+
+
+def test_watch(ctl: Ctl) -> None:
+    assert ctl("watch").stdout.splitlines() == [
+        f"generation 7  {digest_of({})[:12]}  base",
+        f"generation 8  {digest_of(DEFAULT)[:12]}  math=1,medicine=0.5",
+    ]
+    states = [json.loads(line) for line in ctl("watch", "--json").stdout.splitlines()]
+    assert states[1] == {**MIX, "generation": 8}
+
+
+def test_analyze(ctl: Ctl, server: FakeServer) -> None:
+    shown = ctl("analyze", "math,medicine=0.5").stdout
+    assert weights_of(server.request.mix) == DEFAULT
+    assert "+0.118: the domains reinforce each other" in shown
+    assert "0.00042, folded into the weights" in shown
+    assert re.search(r"warning +math and medicine reinforce each other", shown)
+    assert re.search(r"math, medicine +all +0\.1234 +0\.0013\n +attn\.c_attn +0\.1510", shown)
+
+
+def test_analyze_without_a_mix_takes_the_default_one(ctl: Ctl, server: FakeServer) -> None:
+    report = printed(ctl("analyze", "--json"))
+    assert not server.request.HasField("mix")
+    assert report["mix"] == MIX
+    assert report["pairs"][0]["modules"][0]["cosine"] == -0.1
+    assert report["folded"] is True
+
+
+def test_analyze_of_what_cannot_be_folded(ctl: Ctl, server: FakeServer) -> None:
+    report = analysis(state())
+    report.folded = False
+    report.warnings.clear()
+    server.answers["AnalyzeMix"] = report
+    shown = ctl("analyze").stdout
+    assert "served by correction" in shown
+    assert "warning" not in shown
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [(0.0, "hardly"), (0.049, "hardly"), (-0.04, "hardly"), (0.05, "reinforce"), (-0.3, "cancel")],
+)
+def test_interference_in_words(ratio: float, words: str) -> None:
+    assert words in screens.interference_words(ratio)
+
+
+def test_verify(ctl: Ctl, server: FakeServer) -> None:
+    assert ctl("verify").stdout.startswith("ok: ")
+    assert printed(ctl("verify", "--json"))["ok"] is True
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_failed_verification_is_printed_and_fails(
+    ctl: Ctl, server: FakeServer, options: list[str]
+) -> None:
+    server.answers["VerifyWeights"] = verification(ok=False)
+    result = ctl("verify", *options)
+    assert "the weights are not what they should be" in one_line(result)
+    assert "transformer.h.0.attn.c_attn.weight" in result.stdout
+    assert "transformer.wte.weight" in result.stdout
+    if options:
+        assert json.loads(result.stdout)["ok"] is False
+
+
+def test_generate_prints_the_text_and_nothing_else(ctl: Ctl, server: FakeServer) -> None:
+    assert ctl("generate", "What is 2 + 3?").stdout == "The sum is 5.\n"
+    assert isinstance(server.request, inference_pb2.GenerateStreamRequest)
+    assert server.request.prompt == "What is 2 + 3?"
+    assert not server.request.HasField("mix")
+    assert [f.name for f, _ in server.request.options.ListFields()] == ["temperature"]
+    assert server.request.options.temperature == 0
+
+
+def test_generate_without_stream(ctl: Ctl, server: FakeServer) -> None:
+    assert ctl("generate", "x", "--no-stream").stdout == "The sum is 5.\n"
+    assert isinstance(server.request, inference_pb2.GenerateRequest)
+
+
+def test_every_option_of_generate(ctl: Ctl, server: FakeServer) -> None:
+    ctl(*["generate", "x", "--mix", "math=-1", "--max-new-tokens", "9", "--min-new-tokens", "2", "--temperature", "0.5", "--top-k", "4", "--top-p", "0.9", "--seed", "18446744073709551615", "--stop", "a", "--stop", "b", "--ignore-eos", "--logprobs"])  # fmt: skip
+    assert weights_of(server.request.mix) == {"math": -1.0}
+    assert server.request.options == inference_pb2.GenerateOptions(
+        max_new_tokens=9,
+        min_new_tokens=2,
+        temperature=0.5,
+        top_k=4,
+        top_p=0.9,
+        seed=2**64 - 1,
+        stop=["a", "b"],
+        ignore_eos=True,
+        logprobs=True,
+    )
+
+
+def test_generate_json_is_one_object(ctl: Ctl, server: FakeServer) -> None:
+    made = printed(ctl("generate", "x", "--json", "--logprobs"))
+    assert isinstance(server.request, inference_pb2.GenerateRequest)
+    assert made == {
+        "text": "The sum is 5.",
+        "token_ids": [464, 2160, 318],
+        "finish_reason": "FINISH_REASON_STOP",
+        "usage": {"prompt_tokens": 9, "completion_tokens": 3},
+        "mix": MIX,
+        "logprobs": [-0.25, -1.5, "-Infinity"],
+        "request_id": "r-1",
+    }
+
+
+def test_generate_stream_json_is_an_object_a_line(ctl: Ctl) -> None:
+    result = ctl("generate", "x", "--json", "--stream")
+    first, second, last = (json.loads(line) for line in result.stdout.splitlines())
+    assert first["text"] + second["text"] + last["text"] == "The sum is 5."
+    assert first["finish_reason"] == "FINISH_REASON_UNSPECIFIED"
+    assert (first["usage"], first["mix"]) == (None, None)
+    assert last["finish_reason"] == "FINISH_REASON_LENGTH"
+    assert last["mix"] == MIX
+
+
+def test_generate_shows_logprobs(ctl: Ctl) -> None:
+    lines = ctl("generate", "x", "--no-stream", "--logprobs").stdout.splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["TOKEN", "LOGPROB"],
+        ["464", "-0.2500"],
+        ["2160", "-1.5000"],
+        ["318", "-inf"],
+    ]
+
+
+def test_a_prompt_from_standard_input(ctl: Ctl, server: FakeServer) -> None:
+    ctl("generate", "-", stdin="two\nlines\n\n")
+    assert server.request.prompt == "two\nlines\n"
+
+
+def test_a_text_that_the_server_aborts_fails(ctl: Ctl, server: FakeServer) -> None:
+    server.answers["GenerateStream"] = [
+        inference_pb2.GenerateStreamResponse(
+            text="The", finish_reason=inference_pb2.FINISH_REASON_ABORTED
+        )
+    ]
+    result = ctl("generate", "x")
+    assert "before its end" in one_line(result)
+    assert result.stdout == "The\n"
+
+
+def test_a_stream_that_fails_half_way_ends_its_line(ctl: Ctl, server: FakeServer) -> None:
+    server.answers["GenerateStream"] = [
+        inference_pb2.GenerateStreamResponse(text="The"),
+        Failure(Code.UNAVAILABLE, "the server is shutting down", "SHUTTING_DOWN"),
+    ]
+    result = ctl("generate", "x")
+    assert one_line(result) == "the server is shutting down"
+    assert result.stdout == "The\n"
+
+
+ROWS = '{"question": "q1", "answer": "a1", "split": "test"}\n\n{"question": "q2", "answer": "a2"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", ROWS.encode()),
+        ("rows.jsonl.gz", gzip.compress(ROWS.encode())),
+    ],
+)
+def test_score_pairs(
+    ctl: Ctl, server: FakeServer, tmp_path: Path, name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    scored = printed(
+        ctl(*f"score {tmp_path / name} --mix base --max-length 9 --scope answer --json".split())
+    )
+    pairs = [item.question_answer for item in server.request.items]
+    assert [(pair.question, pair.answer) for pair in pairs] == [("q1", "a1"), ("q2", "a2")]
+    assert server.request.HasField("mix")
+    assert weights_of(server.request.mix) == {}
+    assert server.request.max_length == 9
+    assert server.request.scope == inference_pb2.SCORE_SCOPE_ANSWER
+    assert scored["perplexity"] == 2.0
+    assert scored["tokens"] == 4
+    assert len(scored["items"]) == 2
+    assert scored["mix"]["entries"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("texts.txt", "one\n\n two\u2028still two\r\nthree".encode()),
+        ("texts.txt", "\ufeffone\n two\u2028still two\nthree\n".encode()),
+        ("texts.gz", gzip.compress("one\n two\u2028still two\nthree\n".encode())),
+        ("t.jsonl", b'{"text": "one"}\n{"text": " two\\u2028still two"}\n{"text": "three"}'),
+    ],
+)
+def test_score_texts(
+    ctl: Ctl, server: FakeServer, tmp_path: Path, name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    shown = ctl("score", str(tmp_path / name)).stdout
+    assert [item.text for item in server.request.items] == ["one", " two\u2028still two", "three"]
+    assert server.request.scope == inference_pb2.SCORE_SCOPE_ALL
+    assert "perplexity     2.0000\n" in shown
+    assert "texts          3\n" in shown
+
+
+def test_score_standard_input(ctl: Ctl, server: FakeServer) -> None:
+    ctl("score", "-", stdin="one\ntwo\n")
+    assert [item.text for item in server.request.items] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"question": "q", "answer": "a"}\n{"question": "q"}\n', "a.jsonl:2: needs"),
+        ("a.jsonl", b'{"question": "q", "answer": 5}\n', "a.jsonl:1: needs"),
+        ("a.jsonl", b"[1]\n", "a.jsonl:1: needs"),
+        ("a.jsonl", b"\n{\n", "a.jsonl:2: not JSON"),
+        ("a.txt", b"one\n\xff\n", "a.txt:2: not UTF-8"),
+        ("a.txt", b"\n\n", "a.txt holds no text"),
+        ("a.txt.gz", b"plain", "a.txt.gz: not a whole gzip file"),
+        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], "a.txt.gz: not a whole gzip file"),
+        ("a.txt.gz", gzip.compress(b"a\nb")[:12] + b"\xff" * 20, "a.txt.gz: not a whole gzip"),
+    ],
+)
+def test_score_names_the_line_at_fault(
+    ctl: Ctl, server: FakeServer, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert message in one_line(ctl("score", str(tmp_path / name)))
+    assert server.requests == []
+
+
+def test_a_missing_file_is_named(ctl: Ctl, tmp_path: Path) -> None:
+    assert one_line(ctl("score", str(tmp_path / "no"))).endswith("/no: No such file or directory")
+    assert "Is a directory" in one_line(ctl("score", str(tmp_path)))
+
+
+def test_health(ctl: Ctl, server: FakeServer) -> None:
+    assert ctl("health").stdout == "SERVING\n"
+    assert ctl("health").exit_code == 0
+    assert printed(ctl("health", "--json")) == {"status": "SERVING"}
+    assert all(left is not None and left <= 5 for left in server.seconds_left)
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_a_server_that_does_not_serve_is_unhealthy(
+    ctl: Ctl, server: FakeServer, status: int
+) -> None:
+    answer: Any = default_answers()["Check"]
+    answer.status = status
+    server.answers["Check"] = answer
+    result = ctl("health")
+    assert result.stdout in ("UNKNOWN\n", "NOT_SERVING\n")
+    assert "does not take requests" in one_line(result)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "set math=",
+        "set math,math",
+        "analyze Math",
+        "generate x --mix base,math",
+        "score FILE --mix math=nan",
+    ],
+)
+def test_bad_mix_syntax_is_wrong_usage(
+    ctl: Ctl, server: FakeServer, tmp_path: Path, arguments: str
+) -> None:
+    (tmp_path / "texts").write_text("one\n")
+    result = ctl(*arguments.replace("FILE", str(tmp_path / "texts")).split())
+    assert "mix" in one_line(result, 2)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "",
+        "frobnicate",
+        "add",
+        "generate x --seed -1",
+        "generate x --max-new-tokens 4294967296",
+        "generate x --top-k many",
+        "remove math --expected-generation -1",
+        "mix --timeout -1",
+        "mix --timeout nan",
+        "score x --scope question",
+        "status --frobnicate",
+    ],
+)
+def test_wrong_usage(ctl: Ctl, server: FakeServer, arguments: str) -> None:
+    result = ctl(*arguments.split())
+    assert result.exit_code == 2
+    assert "Traceback" not in result.stderr
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("failure", "line"),
+    [
+        (Failure(Code.NOT_FOUND, "no adapter is loaded\nas 'x'", "R"), "no adapter is loaded as 'x'"),
+        (Failure(Code.NOT_FOUND, "\x1b[31mred", "R"), "[31mred"),
+        (
+            Failure(Code.INVALID_ARGUMENT, "bad weight", "R", violations={"weight": "be finite"}),
+            "bad weight; weight: be finite",
+        ),
+        (
+            Failure(Code.INVALID_ARGUMENT, "weight: be finite", "R", violations={"weight": "be finite"}),
+            "weight: be finite",
+        ),
+        (Failure(Code.INTERNAL, "internal error", "INTERNAL"), "internal error"),
+        (Failure(Code.UNAVAILABLE, "shutting down", "SHUTTING_DOWN"), "shutting down"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_failure_is_one_line(
+    ctl: Ctl, server: FakeServer, failure: Failure, line: str, options: list[str]
+) -> None:
+    server.answers["AddDomain"] = failure
+    result = ctl("add", "x", *options)
+    assert one_line(result) == line
+    assert result.stdout == ""
+
+
+def test_no_answer_in_time(ctl: Ctl, server: FakeServer) -> None:
+    server.answers.update(GetMix=Hang(), AddDomain=Hang())
+    assert "in time; see --timeout" in one_line(ctl("mix", "--timeout", "0.05"))
+    assert "may still take place" in one_line(ctl("--timeout", "0.05", "add", "x"))
+
+
+def test_an_unreachable_server_is_named(ctl: Ctl, server: FakeServer) -> None:
+    server.__exit__(None, None, None)
+    assert f"cannot reach a server at {server.address}" in one_line(ctl("status"))
+    assert f"cannot reach a server at {server.address}" in one_line(ctl("generate", "x"))
+
+
+def test_text_that_is_not_utf8_is_refused(ctl: Ctl, server: FakeServer) -> None:
+    assert "UTF-8" in one_line(ctl("generate", "\udcff"))
+    assert "UTF-8" in one_line(ctl("generate", "-", stdin=b"\xff"))
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "variable"),
+    [
+        ("{}", None, None),
+        (None, "{}", None),
+        (None, None, "{}"),
+        ("localhost:1", "{}", "localhost:1"),
+        ("{}", None, "localhost:1"),
+        ("{}", None, ""),
+    ],
+)
+def test_where_the_server_is(
+    server: FakeServer,
+    monkeypatch: pytest.MonkeyPatch,
+    before: str | None,
+    after: str | None,
+    variable: str | None,
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("SUPERPOSE_SERVER", variable.format(server.address))
+    arguments = ["mix"]
+    if before is not None:
+        arguments = ["--server", before.format(server.address), *arguments]
+    if after is not None:
+        arguments += ["--server", after.format(server.address)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert len(server.requests) == 1
+
+
+def test_the_default_address_is_that_of_the_client() -> None:
+    from superpose_client.cli import DEFAULT_SERVER
+
+    assert DEFAULT_SERVER == DEFAULT_TARGET
+
+
+def test_json_and_timeout_may_stand_before_the_command(ctl: Ctl, server: FakeServer) -> None:
+    assert printed(ctl("--json", "--timeout", "7", "mix"))["generation"] == GENERATION
+    (left,) = server.seconds_left
+    assert left is not None
+    assert left <= 7
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_takes_the_common_options(name: str) -> None:
+    text = CliRunner().invoke(app, [name, "--help"]).stdout
+    for option in ("--server", "--json", "--timeout"):
+        assert option in text
+
+
+def test_the_commands_are_those_of_the_design() -> None:
+    text = CliRunner().invoke(app, ["--help"]).stdout
+    listed = [line.split()[0] for line in text.split("Commands:")[1].splitlines() if line.strip()]
+    assert listed == COMMANDS
+    assert "..." not in text
+
+
+def test_the_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert re.fullmatch(r"adapterctl \d+\.\d+\.\d+\n", result.stdout)
+
+
+def responses() -> list[Any]:
+    answers: Any = default_answers()
+    named = mix_pb2.Mix(
+        entries=[mix_pb2.DomainWeight(domain=n, weight=w) for n, w in DEFAULT.items()]
+    )
+    adapter = answers["GetAdapter"](adapter_pb2.GetAdapterRequest(domain="finance_stock_trading"))
+    score = answers["Score"](
+        inference_pb2.ScoreRequest(items=[inference_pb2.ScoreItem(text="one")], mix=named)
+    )
+    listed = answers["ListAdapters"].adapters
+    listed[0].source = adapter_pb2.ADAPTER_SOURCE_DIRECTORY
+    return [
+        results.ServerInfo.from_proto(answers["GetServerInfo"]),
+        results.CurrentMix.from_response(answers["GetMix"]),
+        tuple(results.AdapterInfo.from_proto(adapter) for adapter in listed),
+        results.AdapterInfo.from_proto(adapter.adapter),
+        results.Analysis.from_proto(analysis(state())),
+        results.Verification.from_proto(verification(ok=False)),
+        results.ScoreResult.from_proto(score),
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("result", responses(), ids=lambda result: type(result).__name__)
+def test_screens_fit_and_lose_nothing(result: Any, width: int) -> None:
+    """What a terminal shows is what a pipe gets, but for where the lines break."""
+    shown, whole = (
+        io.StringIO(),
+        io.StringIO(),
+    )
+    for file, columns in ((shown, width), (whole, 10_000)):
+        Console(file=file, width=columns, markup=False, highlight=False).print(
+            screens.screen(result)
+        )
+    assert max(len(line) for line in shown.getvalue().splitlines()) <= width
+    assert "…" not in shown.getvalue()
+    if width >= 80 and isinstance(result, tuple):
+        assert "finance_stock_trading" in shown.getvalue()
+    assert sorted("".join(shown.getvalue().split())) == sorted("".join(whole.getvalue().split()))
+
+
+def run_process(server: FakeServer, *arguments: str, **options: Any) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "superpose_client.cli", "--server", server.address, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        **options,
+    )
+
+
+def test_a_process_flushes_each_change_and_ends_at_ctrl_c(server: FakeServer) -> None:
+    server.answers["WatchMix"] = [mix_pb2.WatchMixResponse(mix=state()), Hang()]
+    with run_process(server, "watch", "--json") as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline()) == MIX
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert out == ""
+    assert server.cancelled.wait(10)
+
+
+def test_a_closed_pipe_ends_quietly(server: FakeServer) -> None:
+    server.answers["WatchMix"] = [mix_pb2.WatchMixResponse(mix=state())] * 50_000
+    with run_process(server, "watch") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("generation")
+        process.stdout.close()
+        error = process.stderr.read()
+        process.wait(timeout=20)
+    assert process.returncode == 1
+    assert error == ""
+
+
+def test_a_process_that_fails_prints_one_line(server: FakeServer) -> None:
+    server.answers["GetMix"] = Failure(Code.INTERNAL, "internal error", "INTERNAL")
+    with run_process(server, "mix") as process:
+        out, error = process.communicate(timeout=20)
+    assert (process.returncode, out, error) == (1, "", "adapterctl: internal error\n")
+
+
+def test_a_terminal_that_cannot_write_a_character(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    server.answers["GenerateStream"] = [inference_pb2.GenerateStreamResponse(text="5 €")]
+    with run_process(server, "generate", "x") as process:
+        out, error = process.communicate(timeout=20)
+    assert (process.returncode, out, error) == (0, "5 ?\n", "")
+
+
+def test_a_terminal_is_told_the_mix_and_spared_control_characters(server: FakeServer) -> None:
+    pty = pytest.importorskip("pty")
+    usage = inference_pb2.Usage(prompt_tokens=9, completion_tokens=3)
+    server.answers["GenerateStream"] = [
+        inference_pb2.GenerateStreamResponse(text="5\x1b[2J.\n", usage=usage, mix=state())
+    ]
+    controller, terminal = pty.openpty()
+    command = [sys.executable, "-m", "superpose_client.cli", "generate", "x"]
+    environment = {
+        **os.environ,
+        "SUPERPOSE_SERVER": server.address,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "TERM": "dumb",
+        "COLUMNS": "120",
+    }
+    subprocess.run(command, stdout=terminal, env=environment, check=True, timeout=30)
+    os.close(terminal)
+    shown = os.read(controller, 10_000).decode().replace("\r\n", "\n")
+    os.close(controller)
+    assert shown.startswith("5[2J.\n\n[9 + 3 tokens, ")
+    assert "mix math=1,medicine=0.5" in shown

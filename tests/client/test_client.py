@@ -1,0 +1,558 @@
+import asyncio
+import inspect
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from tests.client.callers import Caller
+from tests.client.fake_server import (
+    DEFAULT,
+    GENERATION,
+    Failure,
+    FakeServer,
+    Hang,
+    analysis,
+    digest_of,
+    score_response,
+    state,
+    verification,
+    weights_of,
+)
+
+from superpose_client import errors, results
+from superpose_client.async_client import AsyncClient
+from superpose_client.client import Client
+from superpose_client.requests import AdapterFiles
+from superpose_client.results import AdapterSource, FinishReason, HealthStatus
+from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2, server_pb2
+
+
+def test_generate(caller: Caller, server: FakeServer) -> None:
+    made = caller.generate("What is 2 + 3?", mix="math", max_new_tokens=3, logprobs=True)
+    assert made.text == "The sum is 5."
+    assert made.token_ids == (464, 2160, 318)
+    assert made.finish_reason is FinishReason.STOP
+    assert (made.usage.prompt_tokens, made.usage.completion_tokens) == (9, 3)
+    assert made.logprobs == (-0.25, -1.5, -math.inf)
+    assert made.request_id == "r-1"
+    assert made.mix.generation == GENERATION
+    assert made.mix.digest == digest_of({"math": 1.0})
+    assert made.mix.weights == {"math": 1.0}
+    assert made.mix.entries[0].adapter_digest == b"math".hex() * 4
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_options_go_out_as_given(caller: Caller, server: FakeServer, method: str) -> None:
+    call(caller, method, "x", request_id="mine", temperature=0, top_k=0, seed=2**64 - 1,
+         stop="\n", stop_token_ids=[5], ignore_eos=True, min_new_tokens=0, top_p=None)  # fmt: skip
+    options = server.request.options
+    assert {field.name: value for field, value in options.ListFields()} == {
+        "temperature": 0.0,
+        "top_k": 0,
+        "seed": 2**64 - 1,
+        "stop": ["\n"],
+        "stop_token_ids": [5],
+        "ignore_eos": True,
+        "min_new_tokens": 0,
+    }
+    assert server.request.request_id == "mine"
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_options_that_are_left_out_are_absent(
+    caller: Caller, server: FakeServer, method: str
+) -> None:
+    call(caller, method, "x")
+    assert server.request.options.ListFields() == []
+    assert not server.request.HasField("mix")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field", "value"),
+    [
+        ("", "prompt", ""),
+        ("hello", "prompt", "hello"),
+        ([1, 2], "token_ids", inference_pb2.TokenIds(ids=[1, 2])),
+        ((), "token_ids", inference_pb2.TokenIds()),
+        (
+            [{"role": "user", "content": "hello"}],
+            "chat",
+            inference_pb2.ChatMessages(
+                messages=[inference_pb2.ChatMessage(role="user", content="hello")]
+            ),
+        ),
+    ],
+)
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_prompts(
+    caller: Caller, server: FakeServer, method: str, prompt: Any, field: str, value: Any
+) -> None:
+    call(caller, method, prompt)
+    assert server.request.WhichOneof("input") == field
+    assert getattr(server.request, field) == value
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "text"),
+    [
+        ({"max_tokens": 1}, TypeError, "max_tokens"),
+        ({"max_new_tokens": -1}, ValueError, "max_new_tokens=-1"),
+        ({"temperature": "hot"}, TypeError, "temperature="),
+        ({"mix": "math="}, errors.MixSyntaxError, "math"),
+    ],
+)
+def test_bad_options_are_named_and_nothing_is_sent(
+    caller: Caller, server: FakeServer, options: Any, kind: type[Exception], text: str
+) -> None:
+    with pytest.raises(kind, match=text):
+        caller.generate("x", **options)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("mix", "sent"),
+    [
+        (None, None),
+        ("base", {}),
+        ({}, {}),
+        ("math=-1,x", {"math": -1.0, "x": 1.0}),
+        ({"math": 2}, {"math": 2.0}),
+    ],
+)
+@pytest.mark.parametrize("method", ["generate", "stream", "score", "analyze"])
+def test_the_mix_is_absent_or_present(
+    caller: Caller, server: FakeServer, method: str, mix: Any, sent: dict[str, float] | None
+) -> None:
+    if method == "analyze":
+        caller.analyze(mix)
+    else:
+        call(caller, method, ["x"] if method == "score" else "x", mix=mix)
+    assert server.request.HasField("mix") == (sent is not None)
+    assert weights_of(server.request.mix) == (sent or {})
+
+
+def test_stream(caller: Caller, server: FakeServer) -> None:
+    first, second, last = caller.collect("stream", "x", mix={"math": 1})
+    assert first.text + second.text + last.text == "The sum is 5."
+    assert first.token_ids + second.token_ids == (464, 2160, 318)
+    assert (first.finish_reason, first.usage, first.mix) == (FinishReason.UNSPECIFIED, None, None)
+    assert last.finish_reason is FinishReason.LENGTH
+    assert last.usage.completion_tokens == 3
+    assert last.mix.weights == {"math": 1.0}
+
+
+def test_leaving_the_loop_cancels_the_call(caller: Caller, server: FakeServer) -> None:
+    server.answers["GenerateStream"] = [inference_pb2.GenerateStreamResponse(text="a"), Hang()]
+    assert caller.leave_loop(server.cancelled, "stream", "x")
+
+
+def test_a_stream_cancelled_from_elsewhere_ends_with_an_error(server: FakeServer) -> None:
+    server.answers["WatchMix"] = [mix_pb2.WatchMixResponse(mix=state()), Hang()]
+    with Client(server.address) as client, client.watch() as changes:
+        assert next(changes).generation == GENERATION
+        timer = threading.Thread(target=changes.cancel)
+        timer.start()
+        with pytest.raises(errors.RequestCancelledError):
+            next(changes)
+        timer.join()
+    assert server.cancelled.wait(10)
+
+
+def test_an_awaited_stream_tells_its_own_end_from_that_of_the_task(server: FakeServer) -> None:
+    server.answers["WatchMix"] = [mix_pb2.WatchMixResponse(mix=state()), Hang()]
+
+    async def run() -> None:
+        async with AsyncClient(server.address) as client:
+            async with client.watch() as changes:
+                assert (await anext(changes)).generation == GENERATION
+                waiting = asyncio.ensure_future(changes.__anext__())
+                await asyncio.sleep(0)
+                changes.cancel()
+                with pytest.raises(errors.RequestCancelledError):
+                    await waiting
+            async with client.watch() as changes:
+                await anext(changes)
+                waiting = asyncio.ensure_future(changes.__anext__())
+                await asyncio.sleep(0)
+                waiting.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await waiting
+
+    asyncio.run(run())
+    assert server.cancelled.wait(10)
+
+
+def test_watch(caller: Caller, server: FakeServer) -> None:
+    first, second = caller.collect("watch")
+    assert (first.generation, first.weights) == (7, {})
+    assert (second.generation, second.weights) == (8, DEFAULT)
+
+
+def test_streams_have_no_deadline_and_calls_do(caller: Caller, server: FakeServer) -> None:
+    caller.collect("watch")
+    caller.collect("stream", "x")
+    caller.mix()
+    caller.generate("x")
+    caller.generate("x", timeout=math.inf)
+    caller.collect("watch", timeout=30)
+    watch, stream, mix, generate, endless, bounded = server.seconds_left
+    assert (watch, stream, endless) == (None, None, None)
+    assert mix is not None
+    assert 30 < mix <= 61
+    assert generate is not None
+    assert 500 < generate <= 601
+    assert bounded is not None
+    assert bounded <= 31
+
+
+def test_a_timeout_of_the_client_holds_for_all_calls(server: FakeServer) -> None:
+    with Client(server.address, timeout=20) as client:
+        client.generate("x")
+        list(client.watch())
+        client.mix(timeout=40)
+    generate, watch, mix = server.seconds_left
+    assert generate is not None
+    assert generate <= 21
+    assert watch is not None
+    assert watch <= 21
+    assert mix is not None
+    assert 30 < mix <= 41
+
+
+def test_score_takes_texts_pairs_and_token_ids(caller: Caller, server: FakeServer) -> None:
+    result = caller.score(["text", ("q", "a"), [1, 2]], max_length=7, scope="answer", logprobs=True)
+    request = server.request
+    assert [item.WhichOneof("item") for item in request.items] == [
+        "text",
+        "question_answer",
+        "token_ids",
+    ]
+    pair = request.items[1].question_answer
+    assert (pair.question, pair.answer) == ("q", "a")
+    assert list(request.items[2].token_ids.ids) == [1, 2]
+    assert request.max_length == 7
+    assert request.scope == inference_pb2.SCORE_SCOPE_ANSWER
+    assert request.logprobs
+    assert [item.tokens for item in result.items] == [4, 1, 0]
+    assert result.tokens == 5
+    assert result.perplexity == 2.0
+    assert result.mix.weights == DEFAULT
+
+
+def test_score_without_options(caller: Caller, server: FakeServer) -> None:
+    caller.score(["text"])
+    assert not server.request.HasField("max_length")
+    assert server.request.scope == inference_pb2.SCORE_SCOPE_ALL
+    assert not server.request.logprobs
+
+
+def test_an_unknown_scope_is_refused(caller: Caller, server: FakeServer) -> None:
+    with pytest.raises(ValueError, match="scope='question'"):
+        caller.score(["text"], scope="question")
+    assert server.requests == []
+
+
+def test_a_long_score_is_split_and_keeps_its_mix(caller: Caller, server: FakeServer) -> None:
+    texts = ["a" * (1 + index % 50) for index in range(600)]
+    done: list[int] = []
+    result = caller.score(iter(texts), progress=done.append)
+    assert [len(request.items) for request in server.requests] == [256, 256, 88]
+    assert [item.text for request in server.requests for item in request.items] == texts
+    first, *later = server.requests
+    assert not first.HasField("mix")
+    assert [weights_of(request.mix) for request in later] == [DEFAULT, DEFAULT]
+    assert done == [256, 512, 600]
+    assert len(result.items) == 600
+    assert result.tokens == sum(map(len, texts))
+    loss = sum(len(text) ** 2 / 1000 for text in texts) / sum(map(len, texts))
+    assert result.perplexity == pytest.approx(math.exp(loss), rel=1e-12)
+    assert result.mix.digest == digest_of(DEFAULT)
+
+
+def test_a_long_score_of_the_base_stays_on_the_base(caller: Caller, server: FakeServer) -> None:
+    caller.score(["a"] * 257, mix="base")
+    assert all(request.HasField("mix") for request in server.requests)
+    assert [weights_of(request.mix) for request in server.requests] == [{}, {}]
+
+
+def test_an_adapter_that_changes_within_a_score_is_noticed(
+    caller: Caller, server: FakeServer
+) -> None:
+    def changing(request: inference_pb2.ScoreRequest) -> inference_pb2.ScoreResponse:
+        response = score_response(request)
+        if len(server.requests) == 2:
+            response.mix.digest = "f" * 64
+        return response
+
+    server.answers["Score"] = changing
+    with pytest.raises(errors.MixChangedError, match="ffffffffffff"):
+        caller.score(["a"] * 600)
+    assert len(server.requests) == 2
+
+
+def test_a_new_generation_within_a_score_is_no_error(caller: Caller, server: FakeServer) -> None:
+    def moving(request: inference_pb2.ScoreRequest) -> inference_pb2.ScoreResponse:
+        response = score_response(request)
+        response.mix.generation = len(server.requests)
+        return response
+
+    server.answers["Score"] = moving
+    assert caller.score(["a"] * 300).mix.generation == 1
+
+
+@pytest.mark.parametrize(("logprob", "perplexity"), [(-1e6, math.inf), (0.0, 1.0)])
+def test_extreme_scores_do_not_overflow(
+    caller: Caller, server: FakeServer, logprob: float, perplexity: float
+) -> None:
+    def extreme(request: inference_pb2.ScoreRequest) -> inference_pb2.ScoreResponse:
+        item = inference_pb2.ItemScore(tokens=1, logprob=logprob)
+        items = [item] * len(request.items)
+        return inference_pb2.ScoreResponse(items=items, tokens=len(items), mix=state())
+
+    server.answers["Score"] = extreme
+    assert caller.score(["a"] * 300).perplexity == perplexity
+
+
+def test_no_texts_are_the_servers_to_refuse(caller: Caller, server: FakeServer) -> None:
+    caller.score([])
+    assert list(server.request.items) == []
+
+
+@pytest.mark.parametrize(
+    ("run", "request_", "weights"),
+    [
+        (
+            lambda caller: caller.add("finance"),
+            mix_pb2.AddDomainRequest(domain="finance"),
+            {**DEFAULT, "finance": 0.0},
+        ),
+        (
+            lambda caller: caller.add("finance", 0, expected_generation=0),
+            mix_pb2.AddDomainRequest(domain="finance", weight=0, expected_generation=0),
+            {**DEFAULT, "finance": 0.0},
+        ),
+        (
+            lambda caller: caller.remove("medicine"),
+            mix_pb2.RemoveDomainRequest(domain="medicine"),
+            {"math": 1.0},
+        ),
+        (
+            lambda caller: caller.remove("medicine", expected_generation=2**63),
+            mix_pb2.RemoveDomainRequest(domain="medicine", expected_generation=2**63),
+            {"math": 1.0},
+        ),
+        (
+            lambda caller: caller.set("base"),
+            mix_pb2.SetMixRequest(mix=mix_pb2.Mix()),
+            {},
+        ),
+        (
+            lambda caller: caller.set({"math": -0.5}, expected_generation=4),
+            mix_pb2.SetMixRequest(
+                mix=mix_pb2.Mix(entries=[mix_pb2.DomainWeight(domain="math", weight=-0.5)]),
+                expected_generation=4,
+            ),
+            {"math": -0.5},
+        ),
+    ],
+)
+def test_changes(
+    caller: Caller,
+    server: FakeServer,
+    run: Callable[[Caller], results.MixState],
+    request_: Any,
+    weights: dict[str, float],
+) -> None:
+    changed = run(caller)
+    assert server.request == request_
+    assert changed.weights == weights
+    assert changed.generation == GENERATION
+
+
+@pytest.mark.parametrize("method", ["add", "remove", "set", "push", "delete"])
+def test_a_change_is_sent_once(caller: Caller, server: FakeServer, method: str) -> None:
+    names = {
+        "add": "AddDomain",
+        "remove": "RemoveDomain",
+        "set": "SetMix",
+        "push": "PushAdapter",
+        "delete": "DeleteAdapter",
+    }
+    server.answers[names[method]] = Failure(grpc.StatusCode.UNAVAILABLE, reason="SHUTTING_DOWN")
+    arguments = ["math", AdapterFiles(b"", b"")] if method == "push" else ["math"]
+    with pytest.raises(errors.UnavailableError):
+        call(caller, method, *arguments)
+    assert len(server.requests) == 1
+
+
+def test_mix(caller: Caller, server: FakeServer) -> None:
+    current = caller.mix()
+    assert current.weights == DEFAULT
+    assert current.resident.weights == {}
+
+
+def test_analyze(caller: Caller, server: FakeServer) -> None:
+    report = caller.analyze("math,medicine=0.5")
+    assert report == results.Analysis.from_proto(analysis(state()))
+    assert report.pairs[0].module_types[1].module_type == "mlp.c_proj"
+    assert report.pairs[0].modules[0].cosine == -0.1
+    assert report.domains[1].relative_norm == 0.0213
+    assert report.interference_ratio == 0.118
+    assert report.folded
+    assert len(report.warnings) == 1
+
+
+def test_verify(caller: Caller, server: FakeServer) -> None:
+    assert caller.verify().ok
+    server.answers["VerifyWeights"] = verification(ok=False)
+    damaged = caller.verify()
+    assert not damaged.ok
+    assert damaged.damaged_resident == ("transformer.h.0.attn.c_attn.weight",)
+    assert damaged.damaged_base == ("transformer.wte.weight",)
+
+
+def test_adapters(caller: Caller, server: FakeServer) -> None:
+    listed = caller.adapters()
+    assert [adapter.domain for adapter in listed] == ["finance_stock_trading", "math", "medicine"]
+    shown = caller.adapter("math")
+    assert server.requests[-1] == adapter_pb2.GetAdapterRequest(domain="math")
+    assert shown.source is AdapterSource.BUNDLED
+    assert shown.bytes == 591_872
+    assert len(shown.modules) == 4
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "adapter_config.json").write_bytes(b'{"r": 4}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"tensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_push_a_folder(caller: Caller, server: FakeServer, folder: Path, replace: bool) -> None:
+    pushed = caller.push("math", folder, replace=replace)
+    assert server.request == adapter_pb2.PushAdapterRequest(
+        domain="math", config=b'{"r": 4}', tensors=b"tensors", replace=replace
+    )
+    assert pushed.generation == GENERATION
+    assert pushed.adapter.domain == "math"
+
+
+def test_push_bytes_beyond_the_usual_message_limit(caller: Caller, server: FakeServer) -> None:
+    tensors = bytes(8 * 2**20)
+    caller.push("math", AdapterFiles(b"{}", tensors))
+    assert server.request.tensors == tensors
+
+
+def test_a_large_answer_arrives(caller: Caller, server: FakeServer) -> None:
+    server.answers["GetAdapter"] = adapter_pb2.GetAdapterResponse(
+        adapter=adapter_pb2.Adapter(config_json="x" * (8 * 2**20))
+    )
+    assert len(caller.adapter("math").config_json) == 8 * 2**20
+
+
+def test_a_pickle_is_refused_by_name(caller: Caller, server: FakeServer, folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(errors.AdapterFolderError, match=r"adapter_model\.bin is a pickle"):
+        caller.push("math", folder)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_file_is_named(
+    caller: Caller, server: FakeServer, folder: Path, missing: str
+) -> None:
+    (folder / missing).unlink()
+    with pytest.raises(errors.AdapterFolderError, match=missing):
+        caller.push("math", folder)
+    assert server.requests == []
+
+
+def test_a_file_is_no_folder(caller: Caller, folder: Path) -> None:
+    with pytest.raises(errors.AdapterFolderError, match="is not a folder"):
+        caller.push("math", folder / "adapter_config.json")
+
+
+def test_tensors_over_the_limit_are_not_even_read(caller: Caller, folder: Path) -> None:
+    with (folder / "adapter_model.safetensors").open("r+b") as file:
+        file.truncate(256 * 2**20 + 1)  # sparse: takes no space
+    with pytest.raises(errors.AdapterFolderError, match="268435457 bytes"):
+        caller.push("math", folder)
+
+
+def test_delete(caller: Caller, server: FakeServer) -> None:
+    assert caller.delete("math") is None
+    assert server.request == adapter_pb2.DeleteAdapterRequest(domain="math")
+
+
+def test_info(caller: Caller, server: FakeServer) -> None:
+    info = caller.info()
+    assert (info.base, info.context_length, info.running) == ("mini", 256, 3)
+    assert info.limits.max_adapter_bytes == 2**28
+    assert info.mix.weights == DEFAULT
+    assert info.weights_verified
+
+
+def test_health(caller: Caller, server: FakeServer) -> None:
+    assert caller.health() is HealthStatus.SERVING
+    caller.health("superpose.v1.InferenceService")
+    assert server.requests[-1].service == "superpose.v1.InferenceService"
+
+
+def test_values_of_later_versions_read_as_unspecified(caller: Caller, server: FakeServer) -> None:
+    response = inference_pb2.GenerateResponse()
+    response.MergeFromString(b"\x18\x63")  # finish_reason = 99
+    server.answers["Generate"] = response
+    assert caller.generate("x").finish_reason is FinishReason.UNSPECIFIED
+
+
+MESSAGES: list[tuple[Any, Any]] = [
+    (results.BoundEntry, mix_pb2.BoundEntry),
+    (results.MixState, mix_pb2.MixState),
+    (results.Usage, inference_pb2.Usage),
+    (results.Generation, inference_pb2.GenerateResponse),
+    (results.GenerationChunk, inference_pb2.GenerateStreamResponse),
+    (results.ItemScore, inference_pb2.ItemScore),
+    (results.ScoreResult, inference_pb2.ScoreResponse),
+    (results.AdapterInfo, adapter_pb2.Adapter),
+    (results.PushResult, adapter_pb2.PushAdapterResponse),
+    (results.DomainAnalysis, mix_pb2.DomainAnalysis),
+    (results.ModuleCosine, mix_pb2.ModuleCosine),
+    (results.ModuleTypeCosine, mix_pb2.ModuleTypeCosine),
+    (results.PairAnalysis, mix_pb2.PairAnalysis),
+    (results.Analysis, mix_pb2.AnalyzeMixResponse),
+    (results.Verification, mix_pb2.VerifyWeightsResponse),
+    (results.Limits, server_pb2.Limits),
+    (results.ServerInfo, server_pb2.GetServerInfoResponse),
+]
+
+
+@pytest.mark.parametrize(("result", "message"), MESSAGES, ids=lambda kind: kind.__name__)
+def test_results_have_the_fields_of_the_proto(result: Any, message: Any) -> None:
+    assert list(result.__dataclass_fields__) == [f.name for f in message.DESCRIPTOR.fields]
+
+
+def test_the_enums_are_those_of_the_proto() -> None:
+    assert [kind.value for kind in FinishReason] == inference_pb2.FinishReason.keys()
+    assert [kind.value for kind in AdapterSource] == adapter_pb2.AdapterSource.keys()
+
+
+def test_both_clients_have_the_same_calls() -> None:
+    def calls(kind: type) -> dict[str, tuple[list[str], str | None]]:
+        return {
+            name: (list(inspect.signature(method).parameters), method.__doc__)
+            for name, method in inspect.getmembers(kind, inspect.isfunction)
+            if not name.startswith("_")
+        }
+
+    assert calls(Client) == calls(AsyncClient)
+
+
+def call(caller: Caller, method: str, *arguments: Any, **options: Any) -> Any:
+    if method == "stream":
+        return caller.collect(method, *arguments, **options)
+    return getattr(caller, method)(*arguments, **options)
