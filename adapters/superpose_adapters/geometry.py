@@ -17,7 +17,7 @@ from torch import Tensor
 
 from superpose_adapters.adapter import Adapter, Factors
 from superpose_adapters.layout import Layout
-from superpose_adapters.mix import BoundMix
+from superpose_adapters.mix import BoundEntry, BoundMix
 
 # Above this fold error a mix is served by correction (design, section 2).
 MAX_FOLD_ERROR = 0.25
@@ -38,17 +38,32 @@ def inner_product(first: Factors, second: Factors) -> float:
     return first.scaling * second.scaling * float((over_inputs * over_outputs).sum())
 
 
-def _norm(factors: Factors) -> float:
-    # Rounding can take a square that is nearly zero below it.
-    return math.sqrt(max(0.0, inner_product(factors, factors)))
-
-
 def gram(deltas: Sequence[Factors]) -> Tensor:
     """Return the inner products of the deltas of one module, float64 (n, n)."""
-    result = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
-    for i, first in enumerate(deltas):
-        for j, second in enumerate(deltas[: i + 1]):
-            result[i, j] = result[j, i] = inner_product(first, second)
+    ranks = torch.tensor([factors.rank for factors in deltas])
+    scalings = torch.tensor([factors.scaling for factors in deltas], dtype=torch.float64)
+    a = torch.cat([factors.a for factors in deltas]).double()  # (R, in)
+    b = torch.cat([factors.b for factors in deltas], dim=1).double()  # (out, R)
+    # (R, n): the scaling of delta j in the rows of its ranks, 0 elsewhere.
+    owners = torch.diag(scalings).repeat_interleave(ranks, dim=0)
+    products = owners.T @ ((a @ a.T) * (b.T @ b)) @ owners
+    # Rounding can take the square of a norm that is nearly zero below it.
+    products.diagonal().clamp_(min=0)
+    return products
+
+
+def grams(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+    """Return {module: inner products of the adapters' deltas, (n, n)}, sorted by module.
+
+    An adapter that leaves a module alone has zeros there. One adapter may be given twice.
+    """
+    result: dict[str, Tensor] = {}
+    for module in sorted({module for adapter in adapters for module in adapter.modules}):
+        present = [i for i, adapter in enumerate(adapters) if module in adapter.modules]
+        products = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
+        index = torch.tensor(present)
+        products[index[:, None], index] = gram([adapters[i].modules[module] for i in present])
+        result[module] = products
     return result
 
 
@@ -59,24 +74,14 @@ def delta_norm(adapter: Adapter) -> float:
 
 def mix_norm(weights: Mapping[Adapter, float]) -> float:
     """Return the norm of the weighted sum of deltas, over all modules."""
-    present = [(adapter, weight) for adapter, weight in weights.items() if weight != 0]
-    energy = 0.0
-    for module in _modules(adapter for adapter, _ in present):
-        parts = [(a.modules[module], w) for a, w in present if module in a.modules]
-        energy += _energies(parts)[0]
-    return math.sqrt(energy)
+    present = {adapter: weight for adapter, weight in weights.items() if weight != 0}
+    values = torch.tensor(list(present.values()), dtype=torch.float64)
+    return math.sqrt(sum(_energy(values, g) for g in grams(list(present)).values()))
 
 
-def _energies(parts: Sequence[tuple[Factors, float]]) -> tuple[float, float]:
-    """Return the squared norm of a module's weighted sum, and the sum of its terms' squares."""
-    products = gram([factors for factors, _ in parts])
-    weights = torch.tensor([weight for _, weight in parts], dtype=torch.float64)
-    whole = float(weights @ products @ weights)
-    return max(whole, 0.0), float(products.diagonal() @ weights.square())
-
-
-def _modules(adapters: Iterable[Adapter]) -> list[str]:
-    return sorted({module for adapter in adapters for module in adapter.modules})
+def _energy(weights: Tensor, products: Tensor) -> float:
+    """Return the squared norm of a module's weighted sum."""
+    return max(0.0, float(weights @ products @ weights))
 
 
 def module_type(module: str) -> str:
@@ -132,15 +137,25 @@ class Overlap:
 
 def overlap(first: str, a: Adapter, second: str, b: Adapter) -> Overlap:
     """Return the overlap of two named adapters."""
+    return _overlap((first, 0, a), (second, 1, b), grams([a, b]))
+
+
+def _overlap(
+    first: tuple[str, int, Adapter],
+    second: tuple[str, int, Adapter],
+    products: Mapping[str, Tensor],
+) -> Overlap:
+    """Return the overlap of the adapters at two places (name, index, adapter) in `products`."""
+    (name, i, adapter), (other, j, _) = first, second
     cosines: dict[str, float] = {}
     floors: dict[str, float] = {}
-    for module in sorted(set(a.modules) & set(b.modules)):
-        one, other = a.modules[module], b.modules[module]
-        norms = _norm(one) * _norm(other)
+    for module, g in products.items():
+        norms = math.sqrt(g[i, i]) * math.sqrt(g[j, j])
         if norms > 0:
-            cosines[module] = min(1.0, max(-1.0, inner_product(one, other) / norms))
-            floors[module] = 1 / math.sqrt(one.a.shape[1] * one.b.shape[0])
-    return Overlap(first, second, cosines, floors)
+            cosines[module] = min(1.0, max(-1.0, float(g[i, j]) / norms))
+            factors = adapter.modules[module]
+            floors[module] = 1 / math.sqrt(factors.a.shape[1] * factors.b.shape[0])
+    return Overlap(name, other, cosines, floors)
 
 
 @dataclass(frozen=True)
@@ -159,15 +174,16 @@ class Interference:
 
 def interference(terms: Sequence[tuple[Adapter, float]]) -> Interference:
     """Return the interference of a weighted sum; an adapter may be among its terms twice."""
-    energies = {
-        module: _energies([(a.modules[module], w) for a, w in terms if module in a.modules])
-        for module in _modules(adapter for adapter, _ in terms)
-    }
-    whole = sum(energy for energy, _ in energies.values())
-    apart = sum(energy for _, energy in energies.values())
+    return _interference([weight for _, weight in terms], grams([adapter for adapter, _ in terms]))
+
+
+def _interference(weights: Sequence[float], products: Mapping[str, Tensor]) -> Interference:
+    values = torch.tensor(weights, dtype=torch.float64)
+    whole = {module: _energy(values, g) for module, g in products.items()}
+    apart = {module: float(g.diagonal() @ values.square()) for module, g in products.items()}
     return Interference(
-        ratio=_excess(whole, apart),
-        by_module={module: _excess(*pair) for module, pair in energies.items()},
+        ratio=_excess(sum(whole.values()), sum(apart.values())),
+        by_module={module: _excess(whole[module], apart[module]) for module in products},
     )
 
 
@@ -227,7 +243,7 @@ def fold_error(
         0 if nothing is lost; 0 too if the delta is zero and nothing changed.
     """
     lost = total = 0.0
-    for module in _modules(weights):
+    for module in sorted({module for adapter in weights for module in adapter.modules}):
         delta = torch.zeros(base[module].shape, dtype=torch.float64, device=base[module].device)
         for adapter, weight in weights.items():
             if module in adapter.modules:
@@ -293,19 +309,21 @@ def analyze(
         rounding: {module: `rounding_energy` of the base parameter} of the same modules.
     """
     entries = sorted(mix.entries, key=lambda entry: entry.domain)
-    sizes = tuple(_size(e.domain, e.adapter, e.weight, base_norms) for e in entries)
-    overlaps = tuple(
-        overlap(x.domain, x.adapter, y.domain, y.adapter) for x, y in combinations(entries, 2)
+    products = grams([entry.adapter for entry in entries])
+    places = [(entry.domain, i, entry.adapter) for i, entry in enumerate(entries)]
+    sizes = tuple(
+        _size(entry, {m: math.sqrt(products[m][i, i]) for m in entry.adapter.modules}, base_norms)
+        for i, entry in enumerate(entries)
     )
-    gained = interference([(e.adapter, e.weight) for e in entries])
+    overlaps = tuple(_overlap(*pair, products) for pair in combinations(places, 2))
+    gained = _interference([entry.weight for entry in entries], products)
     norm = mix_norm(mix.weights)
-    adapted = _modules(mix.weights)
-    lost = expected_fold_error({module: rounding[module] for module in adapted}, norm)
+    lost = expected_fold_error({module: rounding[module] for module in products}, norm)
     alone = {
-        e.domain: expected_fold_error(
-            {module: rounding[module] for module in e.adapter.modules}, abs(e.weight) * size.norm
+        entry.domain: expected_fold_error(
+            {m: rounding[m] for m in entry.adapter.modules}, abs(entry.weight) * size.norm
         )
-        for e, size in zip(entries, sizes, strict=True)
+        for entry, size in zip(entries, sizes, strict=True)
     }
     return Analysis(
         sizes, overlaps, gained, norm, lost, tuple(_warnings(overlaps, gained, lost, alone))
@@ -313,13 +331,12 @@ def analyze(
 
 
 def _size(
-    domain: str, adapter: Adapter, weight: float, base_norms: Mapping[str, float]
+    entry: BoundEntry, norms: Mapping[str, float], base_norms: Mapping[str, float]
 ) -> DomainSize:
-    norms = {module: _norm(factors) for module, factors in adapter.modules.items()}
     norm = math.hypot(*norms.values())
     return DomainSize(
-        domain=domain,
-        weight=weight,
+        domain=entry.domain,
+        weight=entry.weight,
         norm=norm,
         relative=_share(norm, math.hypot(*(base_norms[module] for module in norms))),
         relative_by_module={m: _share(value, base_norms[m]) for m, value in norms.items()},

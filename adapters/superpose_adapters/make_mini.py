@@ -109,7 +109,7 @@ def make_mini(data: Path, corpus: Path | None, out: Path) -> dict[str, Any]:
                     label=MINI,
                     max_length=MAX_LENGTH,
                     epochs=2,
-                    max_rows=3000,
+                    max_rows=2000,
                     max_eval_rows=400,
                 )
             )

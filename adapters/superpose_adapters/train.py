@@ -364,7 +364,7 @@ def training_arguments(options: Options, work: Path, rows: int, device: str) -> 
         num_train_epochs=options.epochs,
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 20),
+        warmup_steps=steps // 20,
         optim="adamw_torch",
         seed=options.seed,
         data_seed=options.seed,
@@ -480,6 +480,8 @@ def train(options: Options) -> dict[str, Any]:
     resume = claim_work(work, identity)
 
     model.config.use_cache = False
+    # GPT-2's class name does not tell transformers which loss is meant, and it says so each time.
+    model.loss_type = "ForCausalLM"
     model = attach_adapter(model, options, targets)
     trainer = AdapterTrainer(
         model=model,

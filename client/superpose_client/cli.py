@@ -6,6 +6,7 @@ after Ctrl-C. gRPC and rich are imported by the commands that need them, not by 
 
 import dataclasses
 import inspect
+import io
 import json
 import math
 import os
@@ -130,9 +131,13 @@ class Session:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        typer.echo(f"adapterctl {version('superpose')}")
+        try:
+            number = version("superpose")
+        except PackageNotFoundError:
+            number = "from a source tree"
+        typer.echo(f"adapterctl {number}")
         raise typer.Exit
 
 
@@ -492,7 +497,7 @@ def _print_generation_end(chunks: "list[Generation | GenerationChunk]") -> None:
 
 
 def _print_json(result: Any) -> None:
-    print(json.dumps(_plain(result), ensure_ascii=False, allow_nan=False))
+    print(json.dumps(_plain(result), allow_nan=False))
 
 
 def _plain(value: Any) -> Any:
@@ -564,6 +569,9 @@ def _describe(error: "CallError", session: Session) -> str:
 
 def main() -> None:
     """Run `adapterctl`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Generated text goes to terminals of any encoding.
+        sys.stdout.reconfigure(errors="replace")
     app()
 
 

@@ -167,8 +167,8 @@ def _(result: Analysis) -> RenderableType:
     if len(result.domains) > 1:
         fields.append(("interference", interference_words(result.interference_ratio)))
     if result.domains:
-        served = "folded into the weights" if result.folded else "too large: served by correction"
-        fields.append(("fold error", f"{result.fold_error:.2g}, {served}"))
+        how = "small enough to fold" if result.folded else "too large to fold, served by correction"
+        fields.append(("fold error", f"{result.fold_error:.2g}: {how}"))
     fields.append(("longest stall", f"{result.longest_stall_seconds * 1000:.1f} ms"))
     parts: list[RenderableType] = [_fields(*fields)]
     if result.domains:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 _LOOPBACK_NAMES = {"localhost"}
+_ON = {"1", "true", "yes", "on"}
+_OFF = {"", "0", "false", "no", "off"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class ServerConfig:
             raise ValueError(f"--max-batch is {self.max_batch}: use at least 1")
         if self.max_queue < 0:
             raise ValueError(f"--max-queue is {self.max_queue}: use 0 or more")
-        if self.grace < 0:
+        if not (math.isfinite(self.grace) and self.grace >= 0):
             raise ValueError(f"--grace is {self.grace:g}: use 0 or more seconds")
         for flag, address in (("listen", self.listen), ("metrics-listen", self.metrics_listen)):
             host, _ = split_address(flag, address)
@@ -81,7 +85,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> ServerConfig:
 
     Exits with status 2 and one line if either is wrong.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="superpose-server",
         description="Serve a base model plus any weighted sum of LoRA adapters over gRPC.",
         epilog="Each option can also be set by an environment variable: --max-batch by "
@@ -89,10 +93,6 @@ def parse_config(arguments: Sequence[str] | None = None) -> ServerConfig:
     )
     for option in _OPTIONS:
         value = os.environ.get(_variable(option.flag), option.default)
-        # argparse checks the choices of flags, but not those of defaults.
-        if option.choices and value not in option.choices:
-            choices = ", ".join(option.choices)
-            parser.error(f"{_variable(option.flag)} is {value!r}: use one of {choices}")
         shown = option.help if option.default is None else f"{option.help} ({option.default})"
         parser.add_argument(
             f"--{option.flag}",
@@ -102,9 +102,17 @@ def parse_config(arguments: Sequence[str] | None = None) -> ServerConfig:
             choices=option.choices or None,
         )
     for flag, text in _SWITCHES:
-        on = os.environ.get(_variable(flag), "").lower() in {"1", "true", "yes"}
-        parser.add_argument(f"--{flag}", action="store_true", default=on, help=text)
+        setting = os.environ.get(_variable(flag), "").lower()
+        if setting not in _ON | _OFF:
+            parser.error(f"{_variable(flag)} is {setting!r}: use 1 or 0")
+        parser.add_argument(f"--{flag}", action="store_true", default=setting in _ON, help=text)
     values = vars(parser.parse_args(arguments))
+    for option in _OPTIONS:
+        # argparse checks the choices of flags, but not those of defaults.
+        value = values[option.flag.replace("-", "_")]
+        if option.choices and value not in option.choices:
+            choices = ", ".join(option.choices)
+            parser.error(f"{_variable(option.flag)} is {value!r}: use one of {choices}")
     if values["base"] is None:
         parser.error("--base is needed: a folder, a Hub id, or mini for the bundled model")
     values["reflection"] = not values.pop("no_reflection")
@@ -112,6 +120,14 @@ def parse_config(arguments: Sequence[str] | None = None) -> ServerConfig:
         return ServerConfig(**values)
     except ValueError as error:
         parser.error(str(error))
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def _variable(flag: str) -> str:

@@ -133,7 +133,8 @@ class Engine:
                 self._wake.wait_for(self._idle)
 
     def stop(self) -> None:
-        """End the thread after its current step; what still waits fails with ShuttingDown."""
+        """End the thread after its current step: rows are aborted, jobs fail with ShuttingDown."""
+        self._scheduler.close()
         with self._wake:
             self._stopping = True
             self._wake.notify_all()
@@ -158,14 +159,15 @@ class Engine:
                 # Each phase handles what it can blame on a row or a job; what is left is a fault
                 # of ours, and no row may hang because of it.
                 _log.exception("engine step failed")
-                self._fail([*self._scheduler.drop_waiting(False), *self.running_rows], error)
                 self._end_all(error)
         self._end_all(ShuttingDown())
 
     def step(self) -> None:
         """Do one step."""
         self._fold()
-        self._drop(cancelled_only=not self._aborting)
+        if self._aborting:
+            self._end_all(ShuttingDown())
+        self._drop(cancelled_only=True)
         self._prefill()
         self._decode()
         self._do_slice()
@@ -214,7 +216,7 @@ class Engine:
                 self._hand_out([sequence], logits)
             except Exception as error:
                 _log.exception("prefill failed")
-                self._fail([sequence], error)
+                self._fail([row for row in (sequence,) if row in self._scheduler.running], error)
 
     def _decode(self) -> None:
         rows = tuple(self._scheduler.running)
@@ -270,19 +272,30 @@ class Engine:
         if chunk.finish_reason is not None:
             self._release(self._scheduler.running.index(row))
             self._observer.finished(row, chunk.finish_reason)
-        row.sink(chunk)
+        self._tell(row, chunk)
 
     def _abort(self, row: Sequence) -> None:
         chunk = row.abort()
         if chunk.finish_reason is not None:
             self._observer.finished(row, chunk.finish_reason)
-        row.sink(chunk)
+        self._tell(row, chunk)
 
     def _fail(self, rows: list[Sequence], error: Exception) -> None:
         for row in rows:
-            self._release(self._scheduler.running.index(row))
+            if row in self._scheduler.running:
+                slot = self._scheduler.running.index(row)
+                # What is masked is multiplied by 0, which does not undo a NaN.
+                self._model.cache.clear(slot)
+                self._release(slot)
             self._observer.failed(row, error)
-            row.sink(Chunk(error=error))
+            self._tell(row, Chunk(error=error))
+
+    def _tell(self, row: Sequence, chunk: Chunk) -> None:
+        try:
+            row.sink(chunk)
+        except Exception:  # The client's loop is gone; other rows have nothing to do with it.
+            _log.exception("sink failed")
+            row.cancelled = True
 
     def _release(self, slot: int) -> None:
         moved = self._scheduler.release(slot)
@@ -293,12 +306,17 @@ class Engine:
 
     def _do_slice(self) -> None:
         if self._jobs:
-            job = self._jobs.popleft()
-            if job.run_slice():
-                self._jobs.append(job)  # Behind the others, so that jobs take turns.
+            # It stays in the queue meanwhile, so that the engine is not taken for idle.
+            if self._jobs[0].run_slice():
+                self._jobs.rotate(-1)  # Behind the others, so that jobs take turns.
+            else:
+                self._jobs.popleft()
 
     def _end_all(self, error: Exception) -> None:
-        self._drop(cancelled_only=False)
+        if isinstance(error, ShuttingDown):
+            self._drop(cancelled_only=False)
+        else:
+            self._fail([*self._scheduler.drop_waiting(False), *self._scheduler.running], error)
         while self._jobs:
             self._jobs.popleft().fail(error)
         while self._folds:

@@ -31,6 +31,7 @@ class Job(Generic[T]):
     def run_slice(self) -> bool:
         """Run the next slice; return True while there is more to do."""
         if self.future.cancelled():
+            self._slices.close()
             return False
         started = time.perf_counter()
         try:
@@ -47,6 +48,7 @@ class Job(Generic[T]):
 
     def fail(self, error: Exception) -> None:
         """End the job before its time."""
+        self._slices.close()
         self._resolve(None, error)
 
     def _measure(self, started: float) -> None:

@@ -40,27 +40,29 @@ def score_slices(
         FailedPrecondition: The model's output is not finite under this mix.
     """
     results: list[list[float]] = [[] for _ in rows]
-    for indices in _slices([len(row.ids) for row in rows]):
-        width = len(rows[indices[0]].ids)
-        ids = torch.zeros(len(indices), width, dtype=torch.int64)
-        for i, index in enumerate(indices):
-            ids[i, : len(rows[index].ids)] = torch.tensor(rows[index].ids)
-        ids = ids.to(model.device)
-        with torch.inference_mode():
-            with corrections.applied(corrections.plan([mix], weights.resident.mix)):
-                logits = model.logits(ids)
-            logprobs = token_log_probabilities(logits, ids).cpu()  # (rows, width - 1)
-        for i, index in enumerate(indices):
-            row = rows[index]
-            scored = logprobs[i, row.first - 1 : len(row.ids) - 1]
-            if not bool(torch.isfinite(scored).all()):
-                raise FailedPrecondition(
-                    "the model's output is not finite under this mix: use smaller weights",
-                    "OUTPUT_NOT_FINITE",
-                )
-            results[index] = scored.tolist()
-        yield
-    corrections.forget()
+    try:
+        for indices in _slices([len(row.ids) for row in rows]):
+            width = len(rows[indices[0]].ids)
+            ids = torch.zeros(len(indices), width, dtype=torch.int64)
+            for i, index in enumerate(indices):
+                ids[i, : len(rows[index].ids)] = torch.tensor(rows[index].ids)
+            ids = ids.to(model.device)
+            with torch.inference_mode():
+                with corrections.applied(corrections.plan([mix], weights.resident.mix)):
+                    logits = model.logits(ids)
+                logprobs = token_log_probabilities(logits, ids).cpu()  # (rows, width - 1)
+            for i, index in enumerate(indices):
+                row = rows[index]
+                scored = logprobs[i, row.first - 1 : len(row.ids) - 1]
+                if not bool(torch.isfinite(scored).all()):
+                    raise FailedPrecondition(
+                        "the model's output is not finite under this mix: use smaller weights",
+                        "OUTPUT_NOT_FINITE",
+                    )
+                results[index] = scored.tolist()
+            yield
+    finally:
+        corrections.forget()  # It may hold the last reference to an adapter.
     return results
 
 

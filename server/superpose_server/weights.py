@@ -211,17 +211,17 @@ class ResidentWeights:
                 return found
 
     def _verify_against(self, resident: PreparedMix) -> Generator[None, None, Verification | None]:
-        kept = {f"{module}.weight": module for module in list(self._base)}
+        kept = set(self._base)
         hashes, damaged_resident, damaged_base = {}, [], []
         for name, parameter in self._parameters.items():
+            module = name.removesuffix(".weight")
             hashes[name] = hash_bytes(parameter)
-            if name in kept:
-                module = kept[name]
-                if hash_bytes(self._base[module]) != self._hashes[name]:
-                    damaged_base.append(name)
-                if hashes[name] != hash_bytes(self._fresh(module, resident)):
-                    damaged_resident.append(name)
-            elif hashes[name] != self._hashes[name]:
+            if module in kept and hash_bytes(self._base[module]) != self._hashes[name]:
+                damaged_base.append(name)
+            expected = self._hashes[name]
+            if module in resident.factors:
+                expected = hash_bytes(self._fresh(module, resident))
+            if hashes[name] != expected:
                 damaged_resident.append(name)
             yield
             if self.resident is not resident:
@@ -232,8 +232,6 @@ class ResidentWeights:
 
     @torch.inference_mode()
     def _fresh(self, module: str, resident: PreparedMix) -> Tensor:
-        if module not in resident.factors:
-            return self._base[module]
         folded = torch.empty_like(self._live(module))
         fold_into(folded, self._base[module], *resident.factors[module], self.layout[module])
         return folded

@@ -184,7 +184,9 @@ def test_interference_is_that_of_dense_sums() -> None:
         assert found.by_module[module] == pytest.approx(expected, abs=1e-12)
     terms = [w * flat(a) for a, w in weights.items()]
     apart = sum(float((t**2).sum()) for t in terms)
-    assert found.ratio == pytest.approx(float((np.sum(terms, axis=0) ** 2).sum()) / apart - 1, abs=1e-12)
+    assert found.ratio == pytest.approx(
+        float((np.sum(terms, axis=0) ** 2).sum()) / apart - 1, abs=1e-12
+    )
 
 
 def test_interference_of_equal_and_cancelling_terms() -> None:
@@ -291,7 +293,9 @@ def test_an_analysis_holds_the_parts() -> None:
             assert relative == pytest.approx(expected)
     assert found.norm == pytest.approx(geometry.mix_norm(mix.weights))
     assert found.fold_error == pytest.approx(geometry.expected_fold_error(rounding, found.norm))
-    assert found.interference == geometry.interference([(e.adapter, e.weight) for e in mix.entries])
+    alone = geometry.interference([(e.adapter, e.weight) for e in mix.entries])
+    assert found.interference.ratio == pytest.approx(alone.ratio)
+    assert found.interference.by_module == pytest.approx(alone.by_module)
     assert found.warnings == ()
 
 

@@ -44,7 +44,7 @@ def test_what_is_missing_is_made_and_measured(
 
     def quick(options: Options) -> dict[str, object]:
         assert options.label == "mini"
-        fast = {"max_rows": 16, "max_eval_rows": 4, "max_length": 24, "epochs": 1}
+        fast = {"max_rows": 32, "max_eval_rows": 4, "max_length": 24, "epochs": 1}
         return train(Options(**(vars(options) | fast)))
 
     monkeypatch.setattr(make_mini, "train", quick)

@@ -19,7 +19,7 @@ from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.pretrain import Settings
 
 TINY = Settings(
-    vocabulary=300, layers=1, heads=2, width=16, context=16, batch_size=4, warmup_steps=3
+    vocabulary=280, layers=1, heads=2, width=16, context=16, batch_size=4, warmup_steps=3
 )
 
 
@@ -34,13 +34,13 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 200 passages of lines drawn from few words: something that a tiny model can learn."""
+    """About 300 passages of lines drawn from few words: something that a tiny model can learn."""
     words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "red", "bird", "fly"]
     chance = random.Random(0)
     path = tmp_path_factory.mktemp("corpus") / "text.jsonl.gz"
     with gzip.open(path, "wt", encoding="utf-8") as file:
         for document in range(4):
-            lines = (" ".join(chance.choices(words, k=60)) for _ in range(1500))
+            lines = (" ".join(chance.choices(words, k=60)) for _ in range(2200))
             print(json.dumps({"title": str(document), "text": "\n".join(lines)}), file=file)
     return path
 
@@ -73,7 +73,7 @@ def test_result_loads_offline_as_a_base(trained: Path) -> None:
     assert tokenizer.model_max_length == model.config.n_positions == TINY.context
     assert tokenizer.eos_token_id == tokenizer.bos_token_id == model.config.eos_token_id == 0
     assert tokenizer.convert_ids_to_tokens(0) == pretrain.END_OF_TEXT
-    assert len(tokenizer) == model.config.vocab_size == 300
+    assert len(tokenizer) == model.config.vocab_size == 280
     text = "the cat — 漢字 🙂\n\n 12.5"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     tensors = load_file(trained / "model.safetensors")
@@ -87,7 +87,7 @@ def test_record_states_what_was_measured(trained: Path, corpus: Path) -> None:
     assert record["tokens_seen"] == 1280 == record["steps"] * TINY.tokens_per_step
     assert record["validation_perplexity"] == pytest.approx(math.exp(record["validation_loss"]))
     # Better than a model that knows the vocabulary only.
-    assert record["validation_loss"] < 0.98 * math.log(300)
+    assert record["validation_loss"] < 0.98 * math.log(280)
     tokenizer = AutoTokenizer.from_pretrained(trained)
     model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
     held_out = pretrain.pack(

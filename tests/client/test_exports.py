@@ -77,7 +77,7 @@ def python(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 BASE_INSTALL = """
-import contextlib, io, sys
+import sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -96,7 +96,8 @@ except ModuleNotFoundError:
 from superpose_client.cli import app
 
 server, *commands = sys.argv[1:]
-for arguments in [["--help"], *([name, "--help"] for name in commands), ["--server", server, "mix"]]:
+helps = [["--help"], *([name, "--help"] for name in commands)]
+for arguments in [*helps, ["--server", server, "mix"]]:
     try:
         app(arguments)
     except SystemExit as end:

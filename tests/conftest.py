@@ -1,0 +1,20 @@
+"""What every test needs: no network, and examples that may take their time on a busy machine."""
+
+from __future__ import annotations
+
+import os
+
+# Read when transformers is imported, and handed on to the processes that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+for name in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy"):
+    os.environ.pop(name, None)
+    os.environ.pop(name.upper(), None)
+# A developer's own settings must not reach the servers under test.
+for name in [name for name in os.environ if name.startswith("SUPERPOSE_")]:
+    del os.environ[name]
+
+from hypothesis import settings  # noqa: E402  # after the environment is set
+
+settings.register_profile("superpose", deadline=None)
+settings.load_profile("superpose")

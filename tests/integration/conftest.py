@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.integration.harness import Family, LoopThread, Served, start
+from tests.makers import make_adapter, save_base, tiny_gpt2, tiny_llama
+from torch import nn
+
+
+@pytest.fixture(scope="session")
+def loop() -> Iterator[LoopThread]:
+    thread = LoopThread()
+    yield thread
+    thread.close()
+
+
+def _family(model: nn.Module, folder: Path) -> Family:
+    seeds = {"a": 1, "b": 2, "c": 3, "a2": 4}
+    return Family(
+        model,
+        save_base(model, folder / "base"),
+        {
+            name: make_adapter(model, folder / "adapters" / name, seed, size=0.3)
+            for name, seed in seeds.items()
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """A tiny GPT-2 with a context of 1024."""
+    return _family(tiny_gpt2(n_positions=1024), tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """A tiny Llama with a context of 512."""
+    return _family(tiny_llama(n_positions=512), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def served(loop: LoopThread, gpt2: Family, tmp_path: Path) -> Iterator[Served]:
+    """A server of the tiny GPT-2 with `a`, `b` and `c` pushed and `a` in the default mix."""
+    server = start(loop, gpt2.base, tmp_path / "state")
+    try:
+        gpt2.push_all(server.client)
+        server.client.add("a")
+        server.recorder.forget()
+        yield server
+    finally:
+        server.stop()
