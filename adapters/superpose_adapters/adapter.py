@@ -78,9 +78,11 @@ class Adapter:
     nbytes: int = 0
 
     def __eq__(self, other: object) -> bool:
+        """Tell whether two adapters have one digest."""
         return isinstance(other, Adapter) and self.digest == other.digest
 
     def __hash__(self) -> int:
+        """Return a hash of the digest."""
         return hash(self.digest)
 
     @property

@@ -31,7 +31,7 @@ DATA_FILES = {
     "medicine": "medicine.jsonl.gz",
     "finance": "finance_stock_trading.jsonl.gz",
 }
-TOKENS = 6_200_000
+TOKENS = 4_505_600
 MAX_LENGTH = 128
 HELD_OUT_ROWS = 48
 # A held-out row fits the context of 256 tokens whole, in which `Score` truncates by default.

@@ -444,7 +444,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--corpus", type=Path, required=True, help='JSONL(.gz) with "text"')
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--work", type=Path, help="checkpoints; OUT.work, deleted at the end")
-    parser.add_argument("--tokens", type=int, default=6_200_000, help="tokens to train on")
+    parser.add_argument("--tokens", type=int, default=4_505_600, help="tokens to train on")
     parser.add_argument("--vocabulary", type=int, default=defaults.vocabulary)
     parser.add_argument("--layers", type=int, default=defaults.layers)
     parser.add_argument("--heads", type=int, default=defaults.heads)

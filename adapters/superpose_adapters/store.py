@@ -201,18 +201,15 @@ class AdapterStore:
             The digests that were removed.
 
         Raises:
-            StoreError: The disk refuses; what is left is whole.
+            OSError: The disk refuses; what is left is whole.
         """
         keep = {*in_use, *self._names.values()}
         removed = sorted(path.name for path in self._objects.iterdir() if path.name not in keep)
-        try:
-            for digest in removed:
-                # Out of sight by one rename first, so that no half of an object is found later.
-                doomed = self._temporary / f"removed-{digest}"
-                (self._objects / digest).rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
-        except OSError as error:
-            raise self._refused(error) from error
+        for digest in removed:
+            # Out of sight by one rename first, so that no half of an object is found later.
+            doomed = self._temporary / f"removed-{digest}"
+            (self._objects / digest).rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
         return removed
 
     def _is_whole(self, digest: str) -> bool:

@@ -352,10 +352,37 @@ def test_the_byte_caps_hold_for_folders_and_pushes(good: Path) -> None:
         assert pushed.value.reason == read.value.reason == "TOO_LARGE"
 
 
-def test_a_huge_file_is_refused_before_it_is_read(good: Path) -> None:
-    os.truncate(good / TENSORS_NAME, 1 << 40)  # sparse: reading it would need a terabyte
+def test_a_huge_file_is_refused_before_it_is_read(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.truncate(good / TENSORS_NAME, 1 << 40)  # sparse
+    opened: list[int] = []
+    original = os.fdopen
+
+    def fdopen(descriptor: int, *arguments: Any, **options: Any) -> Any:
+        opened.append(os.fstat(descriptor).st_size)
+        return original(descriptor, *arguments, **options)
+
+    monkeypatch.setattr(os, "fdopen", fdopen)
     with pytest.raises(AdapterError, match="larger than the limit"):
         read_adapter(good, LAYOUT)
+    assert opened == [(good / CONFIG_NAME).stat().st_size]
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (good / TENSORS_NAME).stat().st_size
+    original = os.fdopen
+
+    def fdopen(descriptor: int, *arguments: Any, **options: Any) -> Any:
+        if os.fstat(descriptor).st_size == size:
+            os.truncate(good / TENSORS_NAME, 4 * size)
+        return original(descriptor, *arguments, **options)
+
+    monkeypatch.setattr(os, "fdopen", fdopen)
+    with pytest.raises(AdapterError, match="larger than the limit"):
+        read_adapter(good, LAYOUT, Limits(max_bytes=2 * size))
 
 
 @pytest.mark.parametrize("limit", ["max_rank", "max_bytes", "max_config_bytes"])

@@ -335,6 +335,10 @@ def test_a_pattern_that_would_take_too_long_is_stopped() -> None:
         Pattern("(a|b|c)*d", Budget(steps=50)).matches("abc" * 50, full=True)
 
 
+def test_a_huge_count_costs_no_more_than_the_name_is_long() -> None:
+    assert Pattern("(?:|a){4000000000}b", Budget(steps=100)).matches("aab", full=True)
+
+
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize(
     "pattern",

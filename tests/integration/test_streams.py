@@ -44,7 +44,7 @@ CHANGES: list[Callable[[Client], Any]] = [
     lambda client: client.remove("b"),
     lambda client: client.set({"b": 0.5, "c": 1.25}),
     lambda client: client.add("a"),
-    lambda client: client.set("base"),
+    lambda client: client.set({"a": 1.0}),
 ] * 2
 
 
@@ -87,9 +87,13 @@ def stream_all(served: Served, run: Run) -> dict[str, list[GenerationChunk]]:
     recorder.gate = gate
     with ThreadPoolExecutor(len(REQUESTS)) as pool:
         streams = {name: pool.submit(collect, mix) for name, mix in REQUESTS.items()}
-        recorder.wait_for(lambda: any(len(s.rows) == len(REQUESTS) for s in recorder.steps))
-        for change in CHANGES:
-            change(served.client)
+        try:
+            recorder.wait_for(lambda: any(len(s.rows) == len(REQUESTS) for s in recorder.steps))
+            for change in CHANGES:
+                change(served.client)
+        finally:
+            recorder.gate = lambda step: None
+            recorder.folds_asked.release(len(CHANGES))  # a failed change must not hold the engine
         return {name: stream.result(PATIENCE) for name, stream in streams.items()}
 
 

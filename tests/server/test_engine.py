@@ -1,0 +1,632 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import weakref
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from superpose_adapters.adapter import Adapter
+from superpose_adapters.mix import BoundMix
+from superpose_server import weights as weights_module
+from superpose_server.corrections import ModuleCorrection
+from superpose_server.errors import FailedPrecondition, Internal, QueueFull, ShuttingDown
+from superpose_server.sampling import SamplingParams
+from superpose_server.score import ScoreRow
+from superpose_server.sequence import FinishReason
+from tests.server.helpers import GREEDY, Bench, random_adapter
+
+PROMPTS = [[72, 101, 108], [65], [10, 20, 30, 40, 50, 60, 70], [200, 3]]
+
+
+@pytest.fixture
+def bench(bases: dict[str, Path]) -> Bench:
+    return Bench(bases["gpt2"])
+
+
+@pytest.fixture
+def adapters(bench: Bench) -> tuple[Adapter, Adapter]:
+    return random_adapter(bench.layout, 1), random_adapter(bench.layout, 2, rank=2)
+
+
+def four_mixes(bench: Bench) -> list[BoundMix]:
+    one, two = random_adapter(bench.layout, 1), random_adapter(bench.layout, 2, rank=2)
+    return [
+        bench.mix((one, 1.0)),
+        bench.mix(),
+        bench.mix((one, -0.8), (two, 0.5)),
+        bench.mix((two, 1.0)),
+    ]
+
+
+def params(**changes: Any) -> SamplingParams:
+    return dataclasses.replace(GREEDY, **changes)
+
+
+# What a row gets does not depend on what is resident or who shares the batch.
+
+
+def test_four_mixes_in_one_batch_give_the_texts_of_each_alone_while_folds_happen(
+    base: Path,
+) -> None:
+    bench = Bench(base)
+    mixes = four_mixes(bench)
+    # One prompt, so that texts differ by their mixes alone.
+    clients = [bench.submit(PROMPTS[0], mix)[1] for mix in mixes]
+    for resident in [*mixes, *reversed(mixes), *mixes]:
+        bench.fold(resident)
+    bench.run()
+    expected = [bench.alone(PROMPTS[0], mix) for mix in mixes]
+    assert [client.tokens for client in clients] == expected
+    assert len({tuple(tokens) for tokens in expected}) == len(mixes)
+    assert bench.observer.steps[0] == (4, 3)
+    assert len(bench.observer.folds) == 12
+    assert all(client.reason is FinishReason.LENGTH for client in clients)
+
+
+class Plan:
+    """A schedule: who comes at which step, and what is folded when."""
+
+    def __init__(self, draw: st.DrawFn) -> None:
+        row = st.tuples(
+            st.integers(0, 8),  # step
+            st.integers(0, 3),  # prompt
+            st.integers(0, 3),  # mix
+            st.integers(1, 9),  # tokens
+            st.one_of(st.none(), st.integers(1, 6)),  # cancelled so many steps later
+        )
+        self.rows = draw(st.lists(row, min_size=1, max_size=6))
+        self.folds = draw(st.dictionaries(st.integers(0, 12), st.integers(0, 3), max_size=6))
+
+    def __repr__(self) -> str:
+        return f"Plan(rows={self.rows}, folds={self.folds})"
+
+
+PLANS = st.composite(Plan)()
+KNOWN: dict[tuple[int, int], list[int]] = {}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(plan=PLANS)
+def test_rows_join_and_leave_at_any_step_without_changing_one_another(
+    bases: dict[str, Path], plan: Plan
+) -> None:
+    bench = Bench(bases["gpt2"], slots=3)
+    mixes = four_mixes(bench)
+    running = []
+    cancels: dict[int, list[Any]] = {}
+    for step in range(30):
+        for at, prompt, mix, tokens, cancel in plan.rows:
+            if at == step:
+                row, client = bench.submit(
+                    PROMPTS[prompt], mixes[mix], params(max_new_tokens=tokens)
+                )
+                running.append((prompt, mix, tokens, cancel, client))
+                if cancel is not None:
+                    cancels.setdefault(step + cancel, []).append(row)
+        for row in cancels.get(step, []):
+            row.cancelled = True
+        if step in plan.folds:
+            bench.engine.fold(bench.weights.prepare(mixes[plan.folds[step]]))
+        bench.engine.step()
+    bench.run()
+    assert len(running) == len(plan.rows)
+    for prompt, mix, tokens, cancel, client in running:
+        if (prompt, mix) not in KNOWN:
+            KNOWN[prompt, mix] = bench.alone(PROMPTS[prompt], mixes[mix])
+        assert client.ended
+        expected = KNOWN[prompt, mix][:tokens]
+        assert client.tokens == expected[: len(client.tokens)]
+        if cancel is None:
+            assert client.tokens == expected
+    assert bench.engine.running == bench.engine.waiting == 0
+
+
+def test_a_slot_that_is_used_again_does_not_leak_old_keys(bench: Bench) -> None:
+    mix = bench.mix()
+    # A long row fills a slot; a short one takes it, beside another whose window is wide.
+    _, long = bench.submit(PROMPTS[2] * 4, mix, params(max_new_tokens=3))
+    _, wide = bench.submit(PROMPTS[2] * 3, mix, params(max_new_tokens=30))
+    while not long.ended:
+        bench.engine.step()
+    _, short = bench.submit(PROMPTS[1], mix)
+    bench.run()
+    assert short.tokens == bench.alone(PROMPTS[1], mix)
+    assert wide.tokens == bench.alone(PROMPTS[2] * 3, mix, 30)
+
+
+# No arithmetic where none is due.
+
+
+@pytest.fixture
+def corrected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one entry at each low-rank product."""
+    calls: list[int] = []
+    real = ModuleCorrection.add_to
+
+    def counting(self: ModuleCorrection, output: Tensor, x: Tensor) -> Tensor:
+        calls.append(self.a.shape[1])
+        return real(self, output, x)
+
+    monkeypatch.setattr(ModuleCorrection, "add_to", counting)
+    return calls
+
+
+def test_no_low_rank_arithmetic_when_every_row_asks_for_the_resident_mix(
+    bench: Bench, adapters: tuple[Adapter, Adapter], corrected: list[int]
+) -> None:
+    mix = bench.mix((adapters[0], 0.5), (adapters[1], 1.0))
+    bench.fold(mix)
+    clients = [bench.submit(prompt, mix)[1] for prompt in PROMPTS]
+    future = bench.engine.score([ScoreRow((1, 2, 3))], mix)
+    bench.run()
+    assert all(client.reason is FinishReason.LENGTH for client in clients)
+    assert future.done()
+    assert corrected == []
+    assert {rows for _, rows in bench.observer.steps} == {0}
+
+
+def test_a_batch_computes_only_with_the_adapters_that_it_needs(
+    bench: Bench, adapters: tuple[Adapter, Adapter], corrected: list[int]
+) -> None:
+    one, two = adapters
+    bench.fold(bench.mix((one, 0.5)))
+    bench.submit(PROMPTS[0], bench.mix((one, 0.5), (two, 1.0)))
+    bench.run()
+    assert set(corrected) == {two.rank}  # the gate of the other one is 0
+
+
+def test_an_adapter_is_freed_once_nothing_refers_to_it(bench: Bench) -> None:
+    adapter = random_adapter(bench.layout, 9)
+    gone = weakref.ref(adapter)
+    mix = bench.mix((adapter, 1.0))
+    row, client = bench.submit(PROMPTS[0], mix)
+    bench.engine.step()
+    bench.fold(mix)
+    del adapter, mix
+    bench.fold(bench.mix())
+    gc.collect()
+    assert gone() is not None  # the row goes on with it
+    bench.run()
+    assert len(client.tokens) == GREEDY.max_new_tokens
+    del row, client
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("ending", ["result", "error", "cancel"])
+def test_a_score_frees_its_adapter_however_it_ends(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    adapter = random_adapter(bench.layout, 9)
+    gone = weakref.ref(adapter)
+    rows = [ScoreRow(tuple(range(60)))] * 12  # more than one slice
+    future: Future[Any] | None = bench.engine.score(rows, bench.mix((adapter, 1.0)))
+    assert future is not None
+    bench.engine.step()
+    assert not future.done()
+    if ending == "cancel":
+        assert future.cancel()
+    elif ending == "error":
+        monkeypatch.setattr(bench.model, "logits", broken("the model is gone"))
+    for _ in range(4):
+        bench.engine.step()
+    assert future.done()
+    monkeypatch.undo()
+    del adapter, future
+    gc.collect()
+    assert gone() is None
+
+
+# Requests that end early.
+
+
+def test_a_row_that_is_cancelled_leaves_at_the_next_step(bench: Bench) -> None:
+    row, client = bench.submit(PROMPTS[0], bench.mix())
+    bench.engine.step()
+    row.cancelled = True
+    bench.engine.step()
+    assert client.reason is FinishReason.ABORTED
+    assert client.tokens == bench.alone(PROMPTS[0], bench.mix())[:2]  # prefill and one decode
+    assert bench.scheduler.idle
+
+
+def test_a_row_that_is_cancelled_while_it_waits_never_runs(bench: Bench) -> None:
+    for prompt in PROMPTS:
+        bench.submit(prompt, bench.mix())
+    bench.engine.step()
+    row, client = bench.submit(PROMPTS[0], bench.mix())
+    bench.engine.step()
+    assert bench.engine.waiting == 1
+    row.cancelled = True
+    bench.engine.step()
+    assert (client.reason, client.tokens, client.text) == (FinishReason.ABORTED, [], "")
+    assert bench.engine.waiting == 0
+    assert bench.engine.running == 4
+
+
+def test_a_full_queue_refuses_at_once(bases: dict[str, Path]) -> None:
+    bench = Bench(bases["gpt2"], slots=1, max_queue=1)
+    bench.submit(PROMPTS[0], bench.mix())
+    bench.submit(PROMPTS[0], bench.mix())
+    with pytest.raises(QueueFull):
+        bench.submit(PROMPTS[0], bench.mix())
+    bench.run()
+    _, client = bench.submit(PROMPTS[0], bench.mix())
+    bench.run()
+    assert client.reason is FinishReason.LENGTH
+
+
+# Faults.
+
+
+def broken(message: str) -> Any:
+    def raise_error(*_: object, **__: object) -> Any:
+        raise RuntimeError(message)
+
+    return raise_error
+
+
+def test_a_failing_decode_fails_its_rows_and_the_engine_goes_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = [bench.submit(prompt, bench.mix())[1] for prompt in PROMPTS[:2]]
+    bench.engine.step()
+    monkeypatch.setattr(bench.model, "decode", broken("decode"))
+    bench.engine.step()
+    assert [str(client.error) for client in clients] == ["decode", "decode"]
+    monkeypatch.undo()
+    _, client = bench.submit(PROMPTS[0], bench.mix())
+    bench.run()
+    assert client.tokens == bench.alone(PROMPTS[0], bench.mix())
+
+
+def test_a_failing_prefill_fails_its_row_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, other = bench.submit(PROMPTS[1], bench.mix())
+    bench.engine.step()
+    monkeypatch.setattr(bench.model, "prefill", broken("prefill"))
+    _, client = bench.submit(PROMPTS[0], bench.mix())
+    bench.engine.step()
+    assert str(client.error) == "prefill"
+    monkeypatch.undo()
+    bench.run()
+    assert other.tokens == bench.alone(PROMPTS[1], bench.mix())
+
+
+def poison(bench: Bench, mix: BoundMix, value: float) -> Adapter:
+    """Put a value into a factor of the first adapter of `mix`, as no loader lets pass."""
+    adapter = mix.entries[0].adapter
+    next(iter(adapter.modules.values())).b.fill_(value)
+    return adapter
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_output_that_is_not_finite_fails_only_its_row(bench: Bench, value: float) -> None:
+    good = bench.mix((random_adapter(bench.layout, 1), 1.0))
+    bad = bench.mix((random_adapter(bench.layout, 2), 1.0))
+    _, before = bench.submit(PROMPTS[0], good)
+    row, during = bench.submit(PROMPTS[1], bad)
+    _, beside = bench.submit(PROMPTS[2], good)
+    bench.engine.step()
+    poison(bench, bad, value)
+    bench.engine._corrections.forget()
+    bench.run()
+    assert isinstance(during.error, FailedPrecondition)
+    assert during.error.reason == "OUTPUT_NOT_FINITE"
+    assert during.tokens == bench.alone(PROMPTS[1], bench.mix())[:0] + row.tokens
+    assert before.tokens == bench.alone(PROMPTS[0], good)
+    assert beside.tokens == bench.alone(PROMPTS[2], good)
+
+
+def test_a_slot_that_held_nan_serves_the_next_row_well(bases: dict[str, Path]) -> None:
+    bench = Bench(bases["gpt2"], slots=2)
+    bad = bench.mix((random_adapter(bench.layout, 2), 1.0))
+    poison(bench, bad, float("nan"))
+    # The wide row makes the batch read far beyond the end of the short one.
+    _, wide = bench.submit(PROMPTS[2] * 4, bench.mix(), params(max_new_tokens=25))
+    bench.engine.step()
+    _, failed = bench.submit(PROMPTS[2] * 4, bad)
+    bench.engine.step()
+    assert failed.error is not None
+    _, short = bench.submit(PROMPTS[1], bench.mix())
+    bench.run()
+    assert short.error is None
+    assert short.tokens == bench.alone(PROMPTS[1], bench.mix())
+    assert wide.tokens == bench.alone(PROMPTS[2] * 4, bench.mix(), 25)
+
+
+def test_a_sink_that_raises_ends_its_own_row_only(bench: Bench) -> None:
+    row, _ = bench.submit(PROMPTS[0], bench.mix())
+    row.sink = broken("the client's loop is closed")
+    _, other = bench.submit(PROMPTS[1], bench.mix())
+    bench.engine.step()
+    bench.engine.step()
+    assert bench.engine.running == 1
+    bench.run()
+    assert other.tokens == bench.alone(PROMPTS[1], bench.mix())
+
+
+def test_a_fold_that_fails_is_told_and_rows_go_on(
+    bench: Bench, adapters: tuple[Adapter, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = bench.mix((adapters[0], 1.0)), bench.mix((adapters[1], 1.0))
+    bench.fold(old)
+    _, client = bench.submit(PROMPTS[0], new)
+    bench.engine.step()
+    prepared = bench.weights.prepare(new)
+    monkeypatch.setattr(weights_module, "fold_into", broken("no memory"))
+    future = bench.engine.fold(prepared)
+    bench.engine.step()
+    monkeypatch.undo()
+    with pytest.raises(Internal, match="no memory"):
+        future.result(timeout=0)
+    bench.run()
+    assert bench.observer.folds == [True, False]
+    assert client.tokens == bench.alone(PROMPTS[0], new)
+
+
+# How a text ends, and what is told of it.
+
+
+def test_eos_ends_a_text_unless_it_is_ignored(bench: Bench) -> None:
+    # Bias the output towards the end of text after some steps by choosing it as what comes third.
+    expected = bench.alone(PROMPTS[0], bench.mix())
+    bench.tokenizer.eos_token_id = expected[2]
+    _, stopped = bench.submit(PROMPTS[0], bench.mix(), params(ignore_eos=False))
+    _, ignoring = bench.submit(PROMPTS[0], bench.mix())
+    bench.run()
+    first = expected.index(expected[2])
+    assert stopped.tokens == expected[: first + 1]
+    assert stopped.reason is FinishReason.STOP
+    assert ignoring.tokens == expected
+    assert ignoring.reason is FinishReason.LENGTH
+
+
+def test_stop_ids_end_a_text_and_min_new_tokens_forbids_them(bench: Bench) -> None:
+    expected = bench.alone(PROMPTS[0], bench.mix())
+    stop = expected[1]
+    _, stopped = bench.submit(PROMPTS[0], bench.mix(), params(stop_token_ids=(stop,)))
+    _, held = bench.submit(
+        PROMPTS[0], bench.mix(), params(stop_token_ids=(stop,), min_new_tokens=6)
+    )
+    bench.run()
+    assert stopped.tokens == expected[: expected.index(stop) + 1]
+    assert stopped.reason is FinishReason.STOP
+    assert stop not in held.tokens[:6]
+    assert len(held.tokens) >= 6
+    # transformers' own min_new_tokens forbids the same ids for as long.
+    reference = bench.reference(bench.mix())
+    ids = torch.tensor([PROMPTS[0]])
+    text = reference.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=GREEDY.max_new_tokens,
+        min_new_tokens=6,
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=0,
+    )
+    assert held.tokens == text[0, len(PROMPTS[0]) :].tolist()
+
+
+def test_logprobs_are_those_of_the_reference(bench: Bench) -> None:
+    mixes = four_mixes(bench)
+    bench.fold(mixes[2])
+    asked = [bench.submit(p, m, params(logprobs=True))[1] for p, m in zip(PROMPTS, mixes, strict=True)]
+    # Sampled rows report the model's own log-probabilities, before temperature and top_k.
+    warm = params(logprobs=True, temperature=2.0, top_k=5, seed=1)
+    bench.run()
+    _, sampled = bench.submit(PROMPTS[0], mixes[0], warm)
+    _, silent = bench.submit(PROMPTS[0], mixes[0])
+    bench.run()
+    assert silent.logprobs == []
+    for prompt, mix, client in [
+        *zip(PROMPTS, mixes, asked, strict=True),
+        (PROMPTS[0], mixes[0], sampled),
+    ]:
+        ids = torch.tensor([prompt + client.tokens])
+        with torch.inference_mode():
+            logits = bench.reference(mix)(ids).logits
+        exact = logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+        expected = exact.gather(1, ids[0, len(prompt) :, None])[:, 0].tolist()
+        assert client.logprobs == pytest.approx(expected, abs=2e-4)
+        assert len(client.logprobs) == GREEDY.max_new_tokens
+
+
+def test_the_same_seed_gives_the_same_text_whoever_shares_the_batch(bench: Bench) -> None:
+    mixes = four_mixes(bench)
+    hot = params(temperature=1.0, seed=7)
+    _, alone = bench.submit(PROMPTS[0], mixes[0], hot)
+    bench.run()
+    bench.fold(mixes[2])
+    for i in (1, 2, 3):
+        bench.submit(PROMPTS[i], mixes[i], params(temperature=1.0, seed=i))
+    bench.engine.step()
+    _, shared = bench.submit(PROMPTS[0], mixes[0], hot)
+    bench.run()
+    assert shared.tokens == alone.tokens
+
+
+def test_one_token_is_a_whole_text(bench: Bench) -> None:
+    _, client = bench.submit(PROMPTS[0], bench.mix(), params(max_new_tokens=1))
+    bench.engine.step()
+    assert client.tokens == bench.alone(PROMPTS[0], bench.mix())[:1]
+    assert client.reason is FinishReason.LENGTH
+
+
+def test_a_row_may_fill_the_whole_context(bench: Bench) -> None:
+    length = bench.model.context_length
+    prompt = (PROMPTS[2] * length)[: length - 20]
+    _, client = bench.submit(prompt, bench.mix(), params(max_new_tokens=20))
+    bench.run()
+    assert client.tokens == bench.alone(prompt, bench.mix(), 20)
+
+
+# Scoring.
+
+
+def test_scores_are_those_of_the_reference_and_restored_bit_for_bit(
+    bench: Bench, adapters: tuple[Adapter, Adapter]
+) -> None:
+    mix = bench.mix((adapters[0], 1.0), (adapters[1], -0.5))
+    rows = [ScoreRow(tuple(range(40))), ScoreRow((5, 6, 7, 8), first=2), ScoreRow((9,))]
+
+    def score(mix: BoundMix) -> list[list[float]]:
+        future = bench.engine.score(rows, mix)
+        while not future.done():
+            bench.engine.step()
+        return future.result(timeout=0).value
+
+    start = score(bench.mix())
+    for resident in (bench.mix(), mix, bench.mix((adapters[1], 2.0))):
+        bench.fold(resident)
+        scores = score(mix)
+        for row, found in zip(rows, scores, strict=True):
+            ids = torch.tensor([row.ids])
+            with torch.inference_mode():
+                exact = bench.reference(mix)(ids).logits.log_softmax(-1)[0]
+            expected = [float(exact[i - 1, row.ids[i]]) for i in range(row.first, len(row.ids))]
+            assert found == pytest.approx(expected, abs=2e-4)
+    bench.fold(bench.mix())
+    assert score(bench.mix()) == start
+
+
+def test_rows_go_on_between_the_slices_of_a_job(bench: Bench) -> None:
+    _, client = bench.submit(PROMPTS[0], bench.mix())
+    verification = bench.engine.verify()
+    score = bench.engine.score([ScoreRow(tuple(range(60)))] * 20, bench.mix())
+    counts = []
+    while not (verification.done() and score.done()):
+        bench.engine.step()
+        counts.append(len(client.tokens))
+    # A token at each step: the row's text was done long before the jobs.
+    assert counts[:11] == list(range(2, 13))
+    assert verification.result(timeout=0).value.ok
+    assert verification.result(timeout=0).longest_stall_seconds > 0
+
+
+def test_verification_between_folds_is_right(
+    bench: Bench, adapters: tuple[Adapter, Adapter]
+) -> None:
+    future = bench.engine.verify()
+    bench.engine.step()
+    mix = bench.mix((adapters[0], 1.0))
+    bench.fold(mix)
+    while not future.done():
+        bench.engine.step()
+    assert future.result(timeout=0).value.ok
+    assert future.result(timeout=0).value.mix == mix
+
+
+# The thread.
+
+
+def wait_for(client: Any) -> None:
+    """Wait for the end of a row that the engine's thread runs."""
+    client.done.result(timeout=60)
+
+
+class Waiting:
+    """A sink that another thread can wait on."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Any] = []
+        self.first: Future[None] = Future()
+        self.done: Future[None] = Future()
+
+    def __call__(self, chunk: Any) -> None:
+        self.chunks.append(chunk)
+        if len(self.chunks) == 1:
+            self.first.set_result(None)
+        if chunk.last:
+            self.done.set_result(None)
+
+
+def start_row(bench: Bench, tokens: int) -> Waiting:
+    waiting = Waiting()
+    row, _ = bench.row(PROMPTS[0], bench.mix(), params(max_new_tokens=tokens))
+    row.sink = waiting
+    bench.engine.submit(row)
+    return waiting
+
+
+def test_drain_lets_rows_end_and_takes_no_more(bench: Bench) -> None:
+    bench.engine.start()
+    client = start_row(bench, 12)
+    bench.engine.drain(grace=60)
+    wait_for(client)
+    assert client.chunks[-1].finish_reason is FinishReason.LENGTH
+    with pytest.raises(ShuttingDown):
+        start_row(bench, 1)
+    bench.engine.stop()
+    with pytest.raises(ShuttingDown):
+        bench.engine.verify()
+    with pytest.raises(ShuttingDown):
+        bench.engine.fold(bench.weights.prepare(bench.mix()))
+
+
+def test_drain_aborts_what_is_not_done_when_grace_is_over(bases: dict[str, Path]) -> None:
+    bench = Bench(bases["gpt2"], slots=1)
+    # Begun before the thread, so that nothing can end before grace is over.
+    running, waiting = start_row(bench, 60), start_row(bench, 60)
+    job = bench.engine.score([ScoreRow(tuple(range(60)))] * 500, bench.mix())
+    bench.engine._aborting = False
+    bench.engine.start()
+    running.first.result(timeout=60)
+    bench.engine.drain(grace=0)
+    for client in (running, waiting):
+        wait_for(client)
+    assert waiting.chunks[-1].finish_reason is FinishReason.ABORTED
+    with pytest.raises(ShuttingDown):
+        job.result(timeout=60)
+    bench.engine.stop()
+
+
+def test_stop_ends_everything_that_waits(bench: Bench) -> None:
+    client = start_row(bench, 60)
+    job = bench.engine.verify()
+    fold = bench.engine.fold(bench.weights.prepare(bench.mix()))
+    bench.engine._stopping = True
+    bench.engine.start()
+    bench.engine.stop()
+    wait_for(client)
+    assert client.chunks[-1].finish_reason is FinishReason.ABORTED
+    for future in (job, fold):
+        with pytest.raises(ShuttingDown):
+            future.result(timeout=0)
+    # A row that came now would never be told anything.
+    with pytest.raises(ShuttingDown):
+        start_row(bench, 1)
+
+
+def test_a_fault_of_the_engine_itself_leaves_no_row_hanging(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = broken("a fault of ours")
+    monkeypatch.setattr(bench.engine, "_decode", fault)
+    client = start_row(bench, 12)
+    bench.engine.start()
+    wait_for(client)
+    # Not `aborted`, which would pass for an answer.
+    assert str(client.chunks[-1].error) == "a fault of ours"
+    monkeypatch.undo()
+    after = start_row(bench, 12)
+    wait_for(after)
+    assert after.chunks[-1].finish_reason is FinishReason.LENGTH
+    bench.engine.stop()
+
+
+def test_the_pristine_copy_is_the_base(bench: Bench) -> None:
+    copied = copy.deepcopy(bench.pristine)
+    for name, parameter in bench.model.module.named_parameters():
+        assert torch.equal(dict(copied.named_parameters())[name], parameter), name
