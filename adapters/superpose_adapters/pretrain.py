@@ -24,7 +24,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -439,24 +439,30 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m superpose_adapters.pretrain",
         description="Train a byte-level BPE and pretrain a small GPT-2 on plain text.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--corpus", type=Path, required=True, help='JSONL(.gz) with "text"')
-    parser.add_argument("--out", type=Path, required=True, help="folder to create")
-    parser.add_argument("--work", type=Path, help="checkpoints; OUT.work, deleted at the end")
-    parser.add_argument("--tokens", type=int, default=4_505_600, help="tokens to train on")
-    parser.add_argument("--vocabulary", type=int, default=defaults.vocabulary)
-    parser.add_argument("--layers", type=int, default=defaults.layers)
-    parser.add_argument("--heads", type=int, default=defaults.heads)
-    parser.add_argument("--width", type=int, default=defaults.width)
-    parser.add_argument("--context", type=int, default=defaults.context)
-    parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="blocks a step")
-    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
-    parser.add_argument("--warmup-steps", type=int, default=defaults.warmup_steps)
-    parser.add_argument("--decay-fraction", type=float, default=defaults.decay_fraction)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice when absent")
-    parser.add_argument("--checkpoint-steps", type=int, default=200)
+    add = parser.add_argument
+    add("--corpus", type=Path, required=True, metavar="FILE", help='JSONL(.gz) with "text"')
+    add("--out", type=Path, required=True, help="folder to create")
+    add("--work", type=Path, help="checkpoints, kept; default OUT.work, deleted at the end")
+    add("--tokens", type=int, default=4_505_600, help="to train on; default %(default)s")
+    numbers = (
+        ("vocabulary", "tokens of the BPE"),
+        ("layers", "blocks of the model"),
+        ("heads", "attention heads"),
+        ("width", "of the embedding"),
+        ("context", "tokens a text"),
+        ("batch_size", "texts a step"),
+        ("learning_rate", "its maximum"),
+        ("warmup_steps", "to that maximum"),
+        ("decay_fraction", "of the steps, at the end"),
+        ("seed", "of parameters and order"),
+    )
+    for field, meaning in numbers:
+        default = getattr(defaults, field)
+        flag = "--" + field.replace("_", "-")
+        add(flag, type=type(default), default=default, help=f"{meaning}; default {default}")
+    add("--threads", type=int, help="of the CPU; default torch's choice")
+    add("--checkpoint-steps", type=int, default=200, help="default %(default)s")
     return parser
 
 
@@ -467,18 +473,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        settings = Settings(
-            vocabulary=options.vocabulary,
-            layers=options.layers,
-            heads=options.heads,
-            width=options.width,
-            context=options.context,
-            batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            warmup_steps=options.warmup_steps,
-            decay_fraction=options.decay_fraction,
-            seed=options.seed,
-        )
+        names = {field.name for field in fields(Settings)}
+        settings = Settings(**{k: v for k, v in vars(options).items() if k in names})
         pretrain(
             options.corpus,
             options.out,

@@ -558,31 +558,45 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train a LoRA adapter on question-answer files (JSONL or JSONL.gz).",
         epilog="Files are split 80:10:10 by a hash of the question with its numbers masked. "
         "An interrupted run goes on when the same command is repeated.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--base", required=True, help="mini, a transformers folder, or a Hub id")
     add("--data", required=True, nargs="+", type=Path, metavar="FILE", help="trained on jointly")
     add("--name", required=True, help="the domain's name")
     add("--out", required=True, type=Path, help="PEFT folder to create")
-    add("--rank", type=int, default=Options.rank)
-    add("--alpha", type=float, default=Options.alpha)
+    add("--rank", type=int, default=Options.rank, help="default %(default)s")
+    add("--alpha", type=float, default=Options.alpha, help="default %(default)s")
     add(
         "--target-modules",
         default="",
         metavar="NAME,...",
-        help="by architecture when absent: GPT-2 c_attn,c_proj; Llama all its projections",
+        help="default by architecture: GPT-2 c_attn,c_proj; Llama all its projections",
     )
-    add("--max-length", type=int, default=Options.max_length, help="tokens a row")
-    add("--epochs", type=float, default=Options.epochs)
-    add("--batch-size", type=int, default=Options.batch_size)
-    add("--learning-rate", type=float, default=Options.learning_rate)
-    add("--dropout", type=float, default=Options.dropout)
-    add("--seed", type=int, default=Options.seed, help="order of the rows, dropout, samples")
-    add("--init-seed", type=int, help="adapter's initial factors; --seed when absent")
-    add("--max-rows", type=int, help="training rows a file, sampled; all when absent")
-    add("--max-eval-rows", type=int, help="validation and test rows a file; all when absent")
-    add("--device", choices=("auto", "cpu", "cuda"), default=Options.device)
+    add(
+        "--max-length",
+        type=int,
+        default=Options.max_length,
+        help="tokens a row, cut on the right; default %(default)s",
+    )
+    add("--epochs", type=float, default=Options.epochs, help="default %(default)s")
+    add("--batch-size", type=int, default=Options.batch_size, help="rows; default %(default)s")
+    add("--learning-rate", type=float, default=Options.learning_rate, help="default %(default)s")
+    add("--dropout", type=float, default=Options.dropout, help="default %(default)s")
+    add(
+        "--seed",
+        type=int,
+        default=Options.seed,
+        help="order of the rows, dropout, samples; default %(default)s",
+    )
+    add("--init-seed", type=int, help="the adapter's first factors; default --seed")
+    add("--max-rows", type=int, help="training rows a file, sampled; default all")
+    add("--max-eval-rows", type=int, help="validation and test rows a file; default all")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default=Options.device,
+        help="default %(default)s",
+    )
     return parser
 
 

@@ -46,19 +46,6 @@ def test_a_mix_has_no_order_and_no_zeros(content: dict[str, float], random: Any)
     assert Mix.of([*pairs, ("zz-absent", 0.0)] if "zz-absent" not in content else pairs) == mix
 
 
-@given(mixes, domains, weights)
-def test_a_domain_can_be_set_and_taken_out(
-    content: dict[str, float], domain: str, weight: float
-) -> None:
-    mix = Mix.of(content)
-    changed = mix.with_domain(domain, weight)
-    assert (domain in changed) == (weight != 0)
-    assert changed.without(domain) == mix.without(domain)
-    assert domain not in mix.without(domain)
-    assert len(changed) == len(mix.without(domain)) + (weight != 0)
-    assert dict(changed.entries).get(domain, 0.0) == weight
-
-
 @pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf, 1e300, -10001.0])
 def test_bad_weights_are_refused(weight: float) -> None:
     with pytest.raises(ValueError, match="weight of math is"):
@@ -120,11 +107,6 @@ def test_the_digest_sees_base_adapter_and_weight() -> None:
         BoundMix("base").digest,
     }
     assert len(digests) == 6
-
-
-def test_unbinding_gives_the_mix_of_names() -> None:
-    mix = BoundMix.of("base", [BoundEntry("b", ADAPTERS[0], 2.0), BoundEntry("a", ADAPTERS[1], 1)])
-    assert mix.unbound() == Mix.of({"a": 1.0, "b": 2.0})
 
 
 def test_adapters_are_equal_when_their_digests_are() -> None:

@@ -296,9 +296,8 @@ def test_a_selection_of_nothing_is_refused(target: Any) -> None:
     ("pattern", "message"),
     [
         ("(", "not a valid regular expression"),
-        (r"(.)\1", "groupref"),
-        ("(?i:c)_attn", "sets flags"),
-        ("(?<=c)_attn", "assert"),
+        (r"(?P<a>c)(?P=b)", "not a valid regular expression"),
+        ("[c", "not a valid regular expression"),
         ("a" * 5000 + "*", "characters long"),
         ("(" * 2000 + "a" + ")" * 2000, "not a valid regular expression|nested too deeply"),
     ],
@@ -317,6 +316,7 @@ HOSTILE = [
     r".*.*.*.*.*.*.*.*x",
     r"(?:(?:.{0,60}){0,60}){0,60}x",
     r"(?!(.*)*x)(.*)*y",
+    r"(?:.|..)*[^\w.]",
 ]
 
 
@@ -332,18 +332,15 @@ def test_hostile_patterns_end_soon(pattern: str) -> None:
 
 def test_a_pattern_that_would_take_too_long_is_stopped() -> None:
     with pytest.raises(PatternError, match="takes too long"):
-        Pattern("(a|b|c)*d", Budget(steps=50)).matches("abc" * 50, full=True)
-
-
-def test_a_huge_count_costs_no_more_than_the_name_is_long() -> None:
-    assert Pattern("(?:|a){4000000000}b", Budget(steps=100)).matches("aab", full=True)
+        Pattern("(?:a|aa)*[^a]", Budget(seconds=0.01)).matches("a" * 60, full=True)
 
 
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize(
     "pattern",
     [r"\bab\b", r"a\Bb", "^a$", "[^a]b*?", r"\w+?\.\d{2,}", "(?:a|)+b", r"a(?=b).*", "a{0}b",
-     r"\Aab?\Z", "[a-c._]+", r"[^\W\d]+", "(a)|(b)$", "a|b|", "(?!b).", "x*", r"\D\S\s?"],
+     r"\Aab?\Z", r"(.)\1", "(?i:A)b", "(?<=a)b", "a(?<=a)b",
+     "[a-c._]+", r"[^\W\d]+", "(a)|(b)$", "a|b|", "(?!b).", "x*", r"\D\S\s?"],
 )  # fmt: skip
 def test_patterns_mean_what_they_mean_to_re(pattern: str, full: bool) -> None:
     for text in ["", "a", "b", "ab", "aab", "a.b", "ab.c", "a_b", "abc.12", "b1", "ba ", "a\n"]:
