@@ -80,11 +80,13 @@ class SlotCache:
             read.append(store[window.first : last, :, : window.length])
         return read[0], read[1]
 
+    @torch.inference_mode()
     def clear(self, slot: int) -> None:
         """Write zeros over a slot, whose keys or values may not be finite."""
         for store in (*self._keys, *self._values):
             store[slot].zero_()
 
+    @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of slot `source` to slot `target`."""
         for store in (*self._keys, *self._values):

@@ -33,7 +33,8 @@ class ModuleCorrection:
 
     def add_to(self, output: Tensor, x: Tensor) -> Tensor:
         """Return output (n, tokens, out) plus the term, rounded once to the output's dtype."""
-        low = (x.float() @ self.a) * self.gate
+        # A gate of 0 must win over factors so large that the product overflows.
+        low = torch.where(self.gate == 0, 0.0, (x.float() @ self.a) * self.gate)
         return (output.float() + low @ self.b).to(output.dtype)
 
 
@@ -127,6 +128,8 @@ class Corrections:
         for name in {module: None for adapter in adapters for module in adapter.modules}:
             factors = concatenate_factors(weights, name)
             if factors is not None:
-                a, b = (f.to(self._device) for f in factors)
+                # Finite, since rows whose gate is 0 are multiplied by it too.
+                largest = torch.finfo(torch.float32).max
+                a, b = (f.clamp(-largest, largest).to(self._device) for f in factors)
                 stack[name] = (a.T, b.T)
         return stack

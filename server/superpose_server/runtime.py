@@ -23,7 +23,7 @@ from superpose_adapters.store import AdapterStore, StoreError
 from superpose_server.config import ServerConfig
 from superpose_server.default_mix import DefaultMix, MixState
 from superpose_server.engine import Engine
-from superpose_server.errors import ServerError
+from superpose_server.errors import ServerError, ShuttingDown
 from superpose_server.journal import Journal, JournalDamaged, JournalEntry
 from superpose_server.metrics import Metrics
 from superpose_server.model import Model
@@ -222,7 +222,13 @@ class Runtime:
         )
 
     async def operate(self, action: Callable[[Operator], T]) -> T:
-        """Run an operator's action after all earlier ones, to its end even if nobody waits."""
+        """Run an operator's action after all earlier ones, to its end even if nobody waits.
+
+        Raises:
+            ShuttingDown: The server is stopping.
+        """
+        if self.ending.is_set():
+            raise ShuttingDown
         loop = asyncio.get_running_loop()
         return await asyncio.shield(
             loop.run_in_executor(self._operator_thread, action, self._operator)

@@ -124,7 +124,7 @@ class Server:
         await asyncio.to_thread(self.runtime.engine.drain, grace)
         if self._grpc is not None:
             await self._grpc.stop(_CLOSING_SECONDS)
-        self._http.shutdown()
+        await asyncio.to_thread(self._http.shutdown)  # its thread looks up twice a second
         self._http.server_close()
         await asyncio.to_thread(self.runtime.close)
 

@@ -120,8 +120,12 @@ class Recorder(EngineObserver):
             assert self._changed.wait_for(condition, PATIENCE), "the engine did not get there"
 
     def forget(self) -> None:
+        """Begin anew, as if nothing had happened yet."""
         with self._changed:
             self.events.clear()
+        for semaphore in (self.submitted, self.folds_asked):
+            while semaphore.acquire(blocking=False):
+                pass
 
     def _record(self, event: Event) -> None:
         with self._changed:
@@ -220,7 +224,6 @@ class Served:
 
 
 PROMPT = "The sum of"
-PROMPT_IDS = tuple(PROMPT.encode())  # tests/makers.py's tokenizer has other ids; see `encode`
 
 
 def start(

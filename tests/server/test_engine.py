@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import dataclasses
 import gc
 import weakref
@@ -10,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tests.server.helpers import GREEDY, Bench, random_adapter
 from torch import Tensor
 
 from superpose_adapters.adapter import Adapter
@@ -22,7 +22,6 @@ from superpose_server.errors import FailedPrecondition, Internal, QueueFull, Shu
 from superpose_server.sampling import SamplingParams
 from superpose_server.score import ScoreRow
 from superpose_server.sequence import FinishReason
-from tests.server.helpers import GREEDY, Bench, random_adapter
 
 PROMPTS = [[72, 101, 108], [65], [10, 20, 30, 40, 50, 60, 70], [200, 3]]
 
@@ -80,7 +79,7 @@ class Plan:
             st.integers(0, 8),  # step
             st.integers(0, 3),  # prompt
             st.integers(0, 3),  # mix
-            st.integers(1, 9),  # tokens
+            st.integers(1, 8),  # tokens
             st.one_of(st.none(), st.integers(1, 6)),  # cancelled so many steps later
         )
         self.rows = draw(st.lists(row, min_size=1, max_size=6))
@@ -91,10 +90,8 @@ class Plan:
 
 
 PLANS = st.composite(Plan)()
-KNOWN: dict[tuple[int, int], list[int]] = {}
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plan=PLANS)
 def test_rows_join_and_leave_at_any_step_without_changing_one_another(
     bases: dict[str, Path], plan: Plan
@@ -103,7 +100,7 @@ def test_rows_join_and_leave_at_any_step_without_changing_one_another(
     mixes = four_mixes(bench)
     running = []
     cancels: dict[int, list[Any]] = {}
-    for step in range(30):
+    for step in range(15):
         for at, prompt, mix, tokens, cancel in plan.rows:
             if at == step:
                 row, client = bench.submit(
@@ -120,10 +117,8 @@ def test_rows_join_and_leave_at_any_step_without_changing_one_another(
     bench.run()
     assert len(running) == len(plan.rows)
     for prompt, mix, tokens, cancel, client in running:
-        if (prompt, mix) not in KNOWN:
-            KNOWN[prompt, mix] = bench.alone(PROMPTS[prompt], mixes[mix])
         assert client.ended
-        expected = KNOWN[prompt, mix][:tokens]
+        expected = bench.alone(PROMPTS[prompt], mixes[mix])[:tokens]
         assert client.tokens == expected[: len(client.tokens)]
         if cancel is None:
             assert client.tokens == expected
@@ -303,27 +298,26 @@ def test_a_failing_prefill_fails_its_row_alone(
     assert other.tokens == bench.alone(PROMPTS[1], bench.mix())
 
 
-def poison(bench: Bench, mix: BoundMix, value: float) -> Adapter:
-    """Put a value into a factor of the first adapter of `mix`, as no loader lets pass."""
-    adapter = mix.entries[0].adapter
-    next(iter(adapter.modules.values())).b.fill_(value)
-    return adapter
+def poison(mix: BoundMix, factor: str) -> None:
+    """Make A or B of an adapter so large that its products overflow; the loader lets it pass."""
+    factors = next(iter(mix.entries[0].adapter.modules.values()))
+    getattr(factors, factor).fill_(3e38)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
-def test_output_that_is_not_finite_fails_only_its_row(bench: Bench, value: float) -> None:
+@pytest.mark.parametrize("factor", ["a", "b"])
+def test_output_that_is_not_finite_fails_only_its_row(bench: Bench, factor: str) -> None:
     good = bench.mix((random_adapter(bench.layout, 1), 1.0))
     bad = bench.mix((random_adapter(bench.layout, 2), 1.0))
     _, before = bench.submit(PROMPTS[0], good)
-    row, during = bench.submit(PROMPTS[1], bad)
+    _, during = bench.submit(PROMPTS[1], bad)
     _, beside = bench.submit(PROMPTS[2], good)
     bench.engine.step()
-    poison(bench, bad, value)
+    poison(bad, factor)
     bench.engine._corrections.forget()
     bench.run()
     assert isinstance(during.error, FailedPrecondition)
     assert during.error.reason == "OUTPUT_NOT_FINITE"
-    assert during.tokens == bench.alone(PROMPTS[1], bench.mix())[:0] + row.tokens
+    assert len(during.tokens) == 2  # of prefill and of the step before
     assert before.tokens == bench.alone(PROMPTS[0], good)
     assert beside.tokens == bench.alone(PROMPTS[2], good)
 
@@ -331,9 +325,9 @@ def test_output_that_is_not_finite_fails_only_its_row(bench: Bench, value: float
 def test_a_slot_that_held_nan_serves_the_next_row_well(bases: dict[str, Path]) -> None:
     bench = Bench(bases["gpt2"], slots=2)
     bad = bench.mix((random_adapter(bench.layout, 2), 1.0))
-    poison(bench, bad, float("nan"))
+    poison(bad, "a")
     # The wide row makes the batch read far beyond the end of the short one.
-    _, wide = bench.submit(PROMPTS[2] * 4, bench.mix(), params(max_new_tokens=25))
+    _, wide = bench.submit(PROMPTS[2] * 4, bench.mix(), params(max_new_tokens=20))
     bench.engine.step()
     _, failed = bench.submit(PROMPTS[2] * 4, bad)
     bench.engine.step()
@@ -342,7 +336,7 @@ def test_a_slot_that_held_nan_serves_the_next_row_well(bases: dict[str, Path]) -
     bench.run()
     assert short.error is None
     assert short.tokens == bench.alone(PROMPTS[1], bench.mix())
-    assert wide.tokens == bench.alone(PROMPTS[2] * 4, bench.mix(), 25)
+    assert wide.tokens == bench.alone(PROMPTS[2] * 4, bench.mix(), 20)
 
 
 def test_a_sink_that_raises_ends_its_own_row_only(bench: Bench) -> None:
@@ -422,7 +416,9 @@ def test_stop_ids_end_a_text_and_min_new_tokens_forbids_them(bench: Bench) -> No
 def test_logprobs_are_those_of_the_reference(bench: Bench) -> None:
     mixes = four_mixes(bench)
     bench.fold(mixes[2])
-    asked = [bench.submit(p, m, params(logprobs=True))[1] for p, m in zip(PROMPTS, mixes, strict=True)]
+    asked = [
+        bench.submit(p, m, params(logprobs=True))[1] for p, m in zip(PROMPTS, mixes, strict=True)
+    ]
     # Sampled rows report the model's own log-probabilities, before temperature and top_k.
     warm = params(logprobs=True, temperature=2.0, top_k=5, seed=1)
     bench.run()
@@ -510,7 +506,7 @@ def test_rows_go_on_between_the_slices_of_a_job(bench: Bench) -> None:
         bench.engine.step()
         counts.append(len(client.tokens))
     # A token at each step: the row's text was done long before the jobs.
-    assert counts[:11] == list(range(2, 13))
+    assert counts[:7] == list(range(2, 9))
     assert verification.result(timeout=0).value.ok
     assert verification.result(timeout=0).longest_stall_seconds > 0
 
@@ -577,10 +573,8 @@ def test_drain_lets_rows_end_and_takes_no_more(bench: Bench) -> None:
 
 def test_drain_aborts_what_is_not_done_when_grace_is_over(bases: dict[str, Path]) -> None:
     bench = Bench(bases["gpt2"], slots=1)
-    # Begun before the thread, so that nothing can end before grace is over.
     running, waiting = start_row(bench, 60), start_row(bench, 60)
     job = bench.engine.score([ScoreRow(tuple(range(60)))] * 500, bench.mix())
-    bench.engine._aborting = False
     bench.engine.start()
     running.first.result(timeout=60)
     bench.engine.drain(grace=0)
@@ -613,8 +607,8 @@ def test_a_fault_of_the_engine_itself_leaves_no_row_hanging(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault = broken("a fault of ours")
-    monkeypatch.setattr(bench.engine, "_decode", fault)
     client = start_row(bench, 12)
+    monkeypatch.setattr(bench.engine, "_decode", fault)
     bench.engine.start()
     wait_for(client)
     # Not `aborted`, which would pass for an answer.
@@ -624,9 +618,3 @@ def test_a_fault_of_the_engine_itself_leaves_no_row_hanging(
     wait_for(after)
     assert after.chunks[-1].finish_reason is FinishReason.LENGTH
     bench.engine.stop()
-
-
-def test_the_pristine_copy_is_the_base(bench: Bench) -> None:
-    copied = copy.deepcopy(bench.pristine)
-    for name, parameter in bench.model.module.named_parameters():
-        assert torch.equal(dict(copied.named_parameters())[name], parameter), name

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.makers import load_peft, make_adapter, tiny_gpt2, tiny_llama
+from tests.server.helpers import bound, dense_model, open_model, open_weights
 from torch import Tensor, nn
 
 from superpose_adapters.adapter import Adapter
@@ -20,8 +22,6 @@ from superpose_adapters.mix import BoundMix
 from superpose_server.corrections import Corrections
 from superpose_server.model import Model
 from superpose_server.weights import ResidentWeights
-from tests.makers import load_peft, make_adapter, tiny_gpt2, tiny_llama
-from tests.server.helpers import bound, dense_model, open_model, open_weights
 
 RTOL, ATOL = 1e-4, 2e-5
 IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))

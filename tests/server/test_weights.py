@@ -2,22 +2,14 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
-
-from superpose_adapters import fold as fold_arithmetic
-from superpose_adapters.adapter import Adapter, Factors
-from superpose_adapters.layout import Layout, ModuleLayout, read_layout
-from superpose_adapters.mix import BoundEntry, BoundMix
-from superpose_server import weights as weights_module
-from superpose_server.errors import FailedPrecondition, Internal
-from superpose_server.weights import PreparedMix, ResidentWeights, Verification
 from tests.makers import tiny_gpt2, tiny_llama
 from tests.server.helpers import (
     bound,
@@ -27,6 +19,17 @@ from tests.server.helpers import (
     open_weights,
     random_adapter,
 )
+from torch import Tensor, nn
+
+from superpose_adapters import fold as fold_arithmetic
+from superpose_adapters.adapter import Adapter, Factors
+from superpose_adapters.layout import Layout, ModuleLayout, read_layout
+from superpose_adapters.mix import BoundEntry, BoundMix
+from superpose_server import weights as weights_module
+from superpose_server.errors import FailedPrecondition, Internal
+from superpose_server.weights import PreparedMix, ResidentWeights, Verification
+
+T = TypeVar("T")
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {"gpt2": tiny_gpt2, "llama": tiny_llama}
 CASES = [(family, dtype) for family in FAMILIES for dtype in (torch.float32, torch.bfloat16)]
@@ -70,14 +73,17 @@ class Case:
         return finish(self.weights)
 
 
-def finish(weights: ResidentWeights) -> Verification:
-    slices = weights.verify()
+def run_job(slices: Generator[None, None, T]) -> T:
     while True:
         try:
             next(slices)
         except StopIteration as end:
-            assert isinstance(end.value, Verification)
-            return end.value
+            result: T = end.value
+            return result
+
+
+def finish(weights: ResidentWeights) -> Verification:
+    return run_job(weights.verify())
 
 
 def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
@@ -470,13 +476,7 @@ def test_the_same_tiny_delta_is_folded_in_float32() -> None:
 def test_expected_and_measured_fold_error_agree(family: str, share: float) -> None:
     case = Case(family, torch.bfloat16)
     prepared = case.fold(bound((sized_adapter(case, share), 1.0)))
-    slices = case.weights.measure_fold_error(prepared)
-    while True:
-        try:
-            next(slices)
-        except StopIteration as end:
-            measured = end.value
-            break
+    measured = run_job(case.weights.measure_fold_error(prepared))
     live = case.bits()
     exact = dense_weights(case.start, prepared.mix, case.layout)
     names = [f"{module}.weight" for module in prepared.factors]

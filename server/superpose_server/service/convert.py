@@ -73,13 +73,19 @@ def params_from_wire(options: inference_pb2.GenerateOptions) -> SamplingParams:
         )
         if options.HasField(name)
     }
-    return SamplingParams(
-        **given,
-        ignore_eos=options.ignore_eos,
-        stop_token_ids=tuple(options.stop_token_ids),
-        stop=tuple(options.stop),
-        logprobs=options.logprobs,
-    )
+    try:
+        return SamplingParams(
+            **given,
+            ignore_eos=options.ignore_eos,
+            stop_token_ids=tuple(options.stop_token_ids),
+            stop=tuple(options.stop),
+            logprobs=options.logprobs,
+        )
+    except InvalidArgument as error:
+        # On the wire the fields are those of a message within the request.
+        raise InvalidArgument(
+            error.message, error.reason, field=f"options.{error.field}"
+        ) from error
 
 
 def adapter_to_wire(

@@ -13,7 +13,7 @@ from superpose_adapters.mix import BoundMix
 from superpose_adapters.scoring import EncodedText, Loss, Scope, encode_qa, encode_text
 from superpose_proto.v1 import inference_pb2 as pb
 from superpose_proto.v1 import inference_pb2_grpc, mix_pb2
-from superpose_server.errors import DataLoss, InvalidArgument, QueueFull
+from superpose_server.errors import DataLoss, InvalidArgument, QueueFull, ShuttingDown
 from superpose_server.runtime import Runtime
 from superpose_server.sampling import SamplingParams
 from superpose_server.score import ScoreRow
@@ -129,9 +129,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> tuple[BoundMix, mix_pb2.MixState]:
         """Resolve the request's mix now; what changes later does not concern it."""
         runtime = self._runtime
+        if runtime.ending.is_set():
+            raise ShuttingDown
         if not runtime.weights_intact:
             raise DataLoss(
-                "the weights failed their last verification: set the mix anew and verify again, "
+                "the weights failed their last verification: set another mix and verify again, "
                 "or restart the server",
                 "WEIGHTS_DAMAGED",
             )

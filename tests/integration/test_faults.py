@@ -1,0 +1,213 @@
+"""A change that fails half-way leaves the old mix, bit for bit, and a server that serves."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.integration.harness import PROMPT, Family, Fingerprint, Served
+
+import superpose_server.weights
+from superpose_client import Client, FailedPreconditionError, InternalError
+
+SET: Callable[[Client], Any] = lambda client: client.set({"b": 1.0, "c": -0.5})  # noqa: E731
+OLD_MIX = {"a": 1.0}
+MODULES = 6  # that the adapters of the tiny GPT-2 adapt
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a failed change must leave."""
+
+    fingerprint: Fingerprint
+    hashes: dict[str, str]
+    journal: bytes
+    weights: dict[str, float]
+    resident: dict[str, float]
+
+
+def journal(served: Served) -> Path:
+    assert served.runtime.config.state_dir is not None
+    return served.runtime.config.state_dir / "mix.json"
+
+
+def state_of(served: Served) -> State:
+    mix = served.client.mix()
+    return State(
+        served.fingerprint(),
+        served.hashes(),
+        journal(served).read_bytes(),
+        mix.weights,
+        mix.resident.weights,
+    )
+
+
+def check_serves(served: Served, before: State) -> None:
+    """Check that nothing has changed, and that the same change works now."""
+    assert state_of(served) == before
+    assert served.client.verify().ok
+    state = served.client.set({"b": 1.0, "c": -0.5})
+    assert state.generation == before.fingerprint.generation + 1
+    assert served.greedy() != before.fingerprint.tokens
+    assert served.client.verify().ok
+
+
+def fail_folds(monkeypatch: pytest.MonkeyPatch, which: Callable[[int], bool]) -> list[int]:
+    """Let the folds of modules whose number `which` names fail; returns the numbers so far."""
+    calls: list[int] = []
+    fold_into = superpose_server.weights.fold_into
+
+    def failing(out: Any, *arguments: Any) -> None:
+        calls.append(len(calls))
+        if which(calls[-1]):
+            out.view(-1)[: out.numel() // 2].fill_(7.0)  # half-way through
+            raise MemoryError("no memory")
+        fold_into(out, *arguments)
+
+    monkeypatch.setattr(superpose_server.weights, "fold_into", failing)
+    return calls
+
+
+@pytest.mark.parametrize("failing", [0, MODULES // 2, MODULES - 1], ids=["first", "middle", "last"])
+def test_a_fold_that_fails_leaves_the_old_mix(
+    served: Served, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    before = state_of(served)
+    with monkeypatch.context() as patch:
+        calls = fail_folds(patch, lambda number: number == failing)
+        with pytest.raises(InternalError, match="the fold failed.*is served still") as caught:
+            SET(served.client)
+    assert caught.value.reason == "FOLD_FAILED"
+    assert len(calls) == failing + 1 + MODULES  # up to the fault, and the old mix once more
+    assert served.recorder.folds[-1].ok is False
+    check_serves(served, before)
+
+
+def test_a_fold_and_a_refold_that_fail_leave_the_base_and_corrected_rows(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = state_of(served)
+    with monkeypatch.context() as patch:
+        fail_folds(patch, lambda number: True)
+        with pytest.raises(InternalError, match="the fold failed"):
+            SET(served.client)
+    mix = served.client.mix()
+    assert (mix.generation, mix.weights) == (before.fingerprint.generation, OLD_MIX)
+    assert mix.resident.weights == {}
+    assert served.client.verify().ok
+    assert served.greedy() == before.fingerprint.tokens
+    assert served.recorder.steps[-1].corrected == 1
+    assert journal(served).read_bytes() == before.journal
+    served.client.set("base")
+    assert served.client.set(OLD_MIX).digest == before.fingerprint.digest
+    assert served.hashes() == before.hashes
+
+
+def fail_nth(
+    monkeypatch: pytest.MonkeyPatch, where: object, name: str, nth: int
+) -> None:
+    """Let the nth call of `where.name` from now on say that there is no space."""
+    real = getattr(where, name)
+    calls = 0
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(where, name, failing)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "nth"),
+    [(os, "fsync", 1), (os, "link", 1), (Path, "replace", 1), (os, "fsync", 2)],
+    ids=["file", "link", "rename", "folder"],
+)
+def test_a_journal_that_cannot_be_written_leaves_the_old_mix(
+    served: Served, monkeypatch: pytest.MonkeyPatch, where: object, name: str, nth: int
+) -> None:
+    before = state_of(served)
+    with monkeypatch.context() as patch:
+        fail_nth(patch, where, name, nth)
+        with pytest.raises(
+            FailedPreconditionError, match=r"journal .*mix\.json cannot be written \(No space"
+        ) as caught:
+            SET(served.client)
+    assert caught.value.reason == "JOURNAL_WRITE_FAILED"
+    check_serves(served, before)
+
+
+def test_a_replacement_whose_fold_fails_leaves_the_old_adapter(
+    served: Served, gpt2: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, adapter = state_of(served), served.client.adapter("a")
+    with monkeypatch.context() as patch:
+        fail_folds(patch, lambda number: number == 2)
+        with pytest.raises(InternalError, match="the fold failed"):
+            served.client.push("a", gpt2.adapters["a2"], replace=True)
+    assert served.client.adapter("a") == adapter
+    assert served.runtime._store.names["a"] == adapter.digest
+    check_serves(served, before)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_fault_in_a_step_ends_its_rows_and_no_others(
+    served: Served, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    before = state_of(served)
+    model = served.runtime.model
+    real = getattr(model, phase)
+    with monkeypatch.context() as patch:
+
+        def fails_once(*arguments: Any) -> Any:
+            patch.setattr(model, phase, real)
+            raise RuntimeError("secret detail")
+
+        patch.setattr(model, phase, fails_once)
+        with pytest.raises(InternalError, match=r"^internal error$") as caught:
+            list(served.client.stream(PROMPT, max_new_tokens=20, ignore_eos=True))
+    assert caught.value.reason == "INTERNAL"
+    assert served.client.info().running == 0
+    check_serves(served, before)
+
+
+def test_a_fault_outside_of_every_phase_hangs_nobody(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = state_of(served)
+    engine = served.runtime.engine
+    stream = served.client.stream(PROMPT, max_new_tokens=900, ignore_eos=True)
+    next(stream)
+    with monkeypatch.context() as patch:
+        real = engine._do_slice
+
+        def fails_once() -> None:
+            patch.setattr(engine, "_do_slice", real)
+            raise RuntimeError("secret detail")
+
+        patch.setattr(engine, "_do_slice", fails_once)
+        with pytest.raises(InternalError, match=r"^internal error$"):
+            list(stream)
+    check_serves(served, before)
+
+
+def test_an_unexpected_error_tells_no_more_than_that(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("secret detail")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.runtime.registry, "all", broken)
+        with pytest.raises(InternalError, match=r"^internal error$") as caught:
+            served.client.adapters()
+    assert caught.value.reason == "INTERNAL"
+    assert "secret detail" in caplog.text
+    assert len(served.client.adapters()) == 3

@@ -1,0 +1,263 @@
+"""What is on disk: a restart comes back with the same mix, or says in one line why it does not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.integration.harness import Family, LoopThread, Served, ServerProcess, start
+
+from superpose_client import CallError, Client, MixState
+from superpose_server.runtime import StartupError
+
+
+def entries(state: MixState) -> list[tuple[str, float, str]]:
+    return [(e.domain, e.weight, e.adapter_digest) for e in state.entries]
+
+
+def journal(state_dir: Path) -> Path:
+    return state_dir / "mix.json"
+
+
+def test_a_restart_comes_back_with_the_same_mix_and_bits(
+    loop: LoopThread, gpt2: Family, tmp_path: Path
+) -> None:
+    first = start(loop, gpt2.base, tmp_path / "state")
+    gpt2.push_all(first.client)
+    first.client.set({"a": 1.0, "b": -0.3})
+    first.client.push("a", gpt2.adapters["a2"], replace=True)
+    state, adapters = first.client.mix(), first.client.adapters()
+    bits, hashes = first.score_bits(), first.hashes()
+    first.stop()
+
+    second = start(loop, gpt2.base, tmp_path / "state")
+    try:
+        assert second.client.mix() == state
+        assert second.client.adapters() == adapters
+        assert second.score_bits() == bits
+        assert second.hashes() == hashes
+        assert second.client.verify().ok
+        assert second.client.add("c").generation == state.generation + 1
+    finally:
+        second.stop()
+
+
+def stopped(loop: LoopThread, family: Family, state_dir: Path) -> MixState:
+    """Leave the state of a server whose default mix is a=1, b=0.5; return that mix."""
+    served = start(loop, family.base, state_dir)
+    family.push_all(served.client)
+    state = served.client.set({"a": 1.0, "b": 0.5})
+    served.stop()
+    return state
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _edit(path: Path) -> None:
+    path.write_text(path.read_text().replace("0.5", "0.6"))
+
+
+def _binary(path: Path) -> None:
+    path.write_bytes(b"\xff\xfe\0")
+
+
+@pytest.mark.parametrize("damage", [_truncate, _empty, _edit, _binary])
+def test_a_damaged_journal_is_refused_with_the_way_out(
+    loop: LoopThread, gpt2: Family, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    state_dir = tmp_path / "state"
+    stopped(loop, gpt2, state_dir)
+    damage(journal(state_dir))
+    damaged = journal(state_dir).read_bytes()
+    with pytest.raises(StartupError, match=r"journal .*/mix\.json is damaged: .*") as caught:
+        start(loop, gpt2.base, state_dir)
+    assert "or delete it to start from the base model" in str(caught.value)
+    assert journal(state_dir).read_bytes() == damaged
+    # The way out works.
+    journal(state_dir).unlink()
+    served = start(loop, gpt2.base, state_dir)
+    try:
+        assert served.client.mix().weights == {}
+        assert [adapter.domain for adapter in served.client.adapters()] == ["a", "b", "c"]
+    finally:
+        served.stop()
+
+
+def test_the_command_refuses_a_damaged_journal_in_one_line(
+    loop: LoopThread, gpt2: Family, tmp_path: Path
+) -> None:
+    state_dir = tmp_path / "state"
+    stopped(loop, gpt2, state_dir)
+    _truncate(journal(state_dir))
+    with ServerProcess(gpt2.base, state_dir) as process:
+        status, errors = process.wait()
+    assert (status, process.ready_line) == (1, "")
+    assert errors.count("\n") == 1
+    assert errors.startswith(f"superpose-server: journal {journal(state_dir)} is damaged: ")
+    assert "delete it to start from the base model" in errors
+
+
+def test_an_adapter_of_the_mix_that_is_gone_is_named(
+    loop: LoopThread, gpt2: Family, tmp_path: Path
+) -> None:
+    state_dir, folders = tmp_path / "state", tmp_path / "adapters"
+    for name in ("a", "b"):
+        shutil.copytree(gpt2.adapters[name], folders / name)
+    served = start(loop, gpt2.base, state_dir, adapter_dir=folders)
+    state = served.client.set({"a": 1.0, "b": 0.5})
+    served.stop()
+
+    shutil.rmtree(folders / "b")
+    with pytest.raises(StartupError, match=r"holds b \(adapter [0-9a-f]{12}\), which is gone"):
+        start(loop, gpt2.base, state_dir, adapter_dir=folders)
+    shutil.copytree(gpt2.adapters["c"], folders / "b")
+    with pytest.raises(StartupError, match=r"holds b .*, which now has digest [0-9a-f]{12}"):
+        start(loop, gpt2.base, state_dir, adapter_dir=folders)
+    shutil.rmtree(folders / "b")
+    shutil.copytree(gpt2.adapters["b"], folders / "b")
+    again = start(loop, gpt2.base, state_dir, adapter_dir=folders)
+    try:
+        assert entries(again.client.mix()) == entries(state)
+    finally:
+        again.stop()
+
+
+def test_the_state_of_another_base_is_refused(
+    loop: LoopThread, gpt2: Family, llama: Family, tmp_path: Path
+) -> None:
+    stopped(loop, gpt2, tmp_path / "with-adapters")
+    with pytest.raises(StartupError, match="use another --state-dir"):
+        start(loop, llama.base, tmp_path / "with-adapters")
+    served = start(loop, gpt2.base, tmp_path / "mix-only", adapter_dir=gpt2.adapters["a"].parent)
+    served.client.add("a")
+    served.stop()
+    with pytest.raises(StartupError, match=r"mix\.json belongs to another base .*--state-dir"):
+        start(loop, llama.base, tmp_path / "mix-only")
+
+
+def test_a_second_server_on_the_same_state_is_refused(served: Served, gpt2: Family) -> None:
+    state_dir = served.runtime.config.state_dir
+    assert state_dir is not None
+    with pytest.raises(StartupError, match="another server uses it: .* another --state-dir"):
+        start(served.loop, gpt2.base, state_dir)
+    assert served.client.add("b").weights == {"a": 1.0, "b": 1.0}
+
+
+def test_a_port_that_is_taken_is_refused_and_the_state_is_free_again(
+    served: Served, loop: LoopThread, gpt2: Family, tmp_path: Path
+) -> None:
+    state_dir = tmp_path / "other"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for flag in ("listen", "metrics_listen"):
+            with pytest.raises(StartupError, match=f"cannot listen on {address}.*free port"):
+                start(loop, gpt2.base, state_dir, **{flag: address})
+    start(loop, gpt2.base, state_dir).stop()
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_a_link_out_of_the_adapter_folder_is_refused(
+    loop: LoopThread, gpt2: Family, tmp_path: Path, what: str
+) -> None:
+    folders = tmp_path / "adapters"
+    folders.mkdir()
+    if what == "folder":
+        (folders / "a").symlink_to(gpt2.adapters["a"])
+    else:
+        shutil.copytree(gpt2.adapters["a"], folders / "a")
+        tensors = folders / "a" / "adapter_model.safetensors"
+        tensors.unlink()
+        tensors.symlink_to(gpt2.adapters["a"] / tensors.name)
+    with pytest.raises(StartupError, match=f"leads outside {folders}: copy the files into it"):
+        start(loop, gpt2.base, tmp_path / "state", adapter_dir=folders)
+
+
+def test_the_state_at_any_instant_of_a_change_is_the_old_mix_or_the_new_one(
+    loop: LoopThread, gpt2: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a process that is killed leaves is what it wrote: so copy that, before every write."""
+    state_dir = tmp_path / "state"
+    served = start(loop, gpt2.base, state_dir)
+    gpt2.push_all(served.client)
+    copies: list[Path] = []
+
+    def copying(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            copies.append(tmp_path / f"copy-{len(copies)}")
+            shutil.copytree(state_dir, copies[-1])
+            return real(*arguments, **options)
+
+        return call
+
+    states = [served.client.set({"a": 1.0, "b": 0.5})]
+    with monkeypatch.context() as patch:
+        for where, name in ((os, "fsync"), (os, "link"), (Path, "replace"), (Path, "rename")):
+            patch.setattr(where, name, copying(getattr(where, name)))
+        states.append(served.client.set({"b": -1.0, "c": 0.25, "a": 1.0}))
+        served.client.push("a", gpt2.adapters["a2"], replace=True)
+        states.append(served.client.mix())
+    served.stop()
+
+    assert len(copies) > 8
+    seen = []
+    for copy in copies:
+        again = start(loop, gpt2.base, copy)
+        found = again.client.mix()
+        assert again.client.verify().ok
+        again.stop()
+        seen.append((found.generation, found.digest))
+    known = [(state.generation, state.digest) for state in states]
+    assert set(seen) <= set(known)
+    assert seen == sorted(seen)
+    assert {generation for generation, _ in seen} >= {g for g, _ in known[:2]}
+
+
+@pytest.mark.parametrize("changes", [5, 16])
+def test_kill_9_in_the_middle_of_changes_leaves_the_old_mix_or_the_new_one(
+    loop: LoopThread, gpt2: Family, tmp_path: Path, changes: int
+) -> None:
+    """`changes` are answered before the kill; the one in flight may have landed or not."""
+    state_dir = tmp_path / "state"
+    answered: list[MixState] = []
+    enough = threading.Event()
+
+    def change(client: Client) -> None:
+        number = 0
+        while True:
+            number += 1
+            try:
+                answered.append(client.set({"a": number / 8, "b": -1.0}))
+            except CallError:
+                return  # killed
+            if len(answered) == changes:
+                enough.set()
+
+    with ServerProcess(gpt2.base, state_dir) as process, process.client() as client:
+        gpt2.push_all(client)
+        operator = threading.Thread(target=change, args=(client,))
+        operator.start()
+        assert enough.wait(60)
+        process.kill()
+        operator.join()
+
+    served = start(loop, gpt2.base, state_dir)
+    try:
+        found = served.client.mix()
+        number = len(answered) + (found.generation - answered[-1].generation)
+        assert number in (len(answered), len(answered) + 1)
+        assert found.weights == {"a": number / 8, "b": -1.0}
+        assert served.client.verify().ok
+    finally:
+        served.stop()

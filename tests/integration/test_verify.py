@@ -1,0 +1,96 @@
+"""Damage to a single bit is found, and nothing is served from damaged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.integration.harness import PROMPT, Served
+from torch import Tensor
+from typer.testing import CliRunner
+
+from superpose_client import Client, DataLossError
+from superpose_client.cli import app
+
+ADAPTED = "transformer.h.0.attn.c_attn.weight"
+
+
+def flip(tensor: Tensor) -> None:
+    """Flip the lowest bit of one element."""
+    with torch.inference_mode():
+        tensor.view(-1)[7:8].view(torch.int32).bitwise_xor_(1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [ADAPTED, "transformer.h.1.mlp.c_fc.weight", "transformer.h.1.ln_1.bias", "transformer.wte.weight"],
+)
+def test_one_flipped_bit_of_a_live_parameter_is_found(served: Served, name: str) -> None:
+    assert served.client.verify().ok
+    flip(served.parameters()[name].data)
+    found = served.client.verify()
+    assert not found.ok
+    assert found.damaged_resident == (name,)
+    assert found.damaged_base == ()
+    flip(served.parameters()[name].data)
+    assert served.client.verify().ok
+
+
+def test_one_flipped_bit_of_the_kept_base_is_found_and_stays(served: Served) -> None:
+    flip(served.weights._base[ADAPTED.removesuffix(".weight")])
+    found = served.client.verify()
+    assert not found.ok
+    assert found.damaged_base == (ADAPTED,)
+    served.client.set("base")  # copies the damaged base into the weights
+    assert not served.client.verify().ok
+
+
+CALLS: list[Callable[[Client], object]] = [
+    lambda client: client.generate(PROMPT),
+    lambda client: list(client.stream(PROMPT)),
+    lambda client: client.score(["abc"]),
+    lambda client: client.generate(PROMPT, mix="base"),
+]
+
+
+def test_damaged_weights_serve_nothing_until_they_are_whole_again(served: Served) -> None:
+    scores = served.score_bits()
+    flip(served.parameters()[ADAPTED].data)
+    assert not served.client.verify().ok
+    assert not served.client.info().weights_verified
+    for call in CALLS:
+        with pytest.raises(DataLossError, match="failed their last verification") as caught:
+            call(served.client)
+        assert caught.value.reason == "WEIGHTS_DAMAGED"
+    served.client.set("b")
+    with pytest.raises(DataLossError):  # whole again, but nobody knows yet
+        CALLS[0](served.client)
+    assert served.client.verify().ok
+    assert served.client.info().weights_verified
+    for call in CALLS:
+        call(served.client)
+    served.client.set("a")
+    assert served.score_bits() == scores
+
+
+def test_adapterctl_verify_exits_with_1_on_damage(served: Served) -> None:
+    command = ["verify", "--server", served.address]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    flip(served.parameters()[ADAPTED].data)
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert ADAPTED in result.stdout
+    assert result.stderr == "adapterctl: the weights are not what they should be\n"
+
+
+def test_verify_while_rows_run_and_the_mix_changes(served: Served) -> None:
+    stream = served.client.stream(PROMPT, max_new_tokens=300, ignore_eos=True, temperature=0)
+    next(stream)
+    for weight in (0.5, 0.25, -1.0):
+        served.client.set({"b": weight})
+        found = served.client.verify()
+        assert found.ok
+        assert found.mix.weights == {"b": weight}
+        assert found.longest_stall_seconds > 0
+    assert sum(1 for _ in stream) == 299

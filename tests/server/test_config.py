@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from superpose_server.config import ServerConfig, parse_config, split_address
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in list(os.environ):
+        if name.startswith("SUPERPOSE_"):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_a_base_is_enough() -> None:
+    assert parse_config(["--base", "mini"]) == ServerConfig("mini")
+
+
+def test_a_flag_beats_the_environment_which_beats_the_default(
+    environment: pytest.MonkeyPatch,
+) -> None:
+    environment.setenv("SUPERPOSE_MAX_BATCH", "3")
+    environment.setenv("SUPERPOSE_BASE", "from-environment")
+    environment.setenv("SUPERPOSE_STATE_DIR", "/state")
+    config = parse_config(["--max-batch", "5"])
+    assert config.max_batch == 5
+    assert config.base == "from-environment"
+    assert config.state_dir == Path("/state")
+    assert config.max_queue == ServerConfig("x").max_queue
+    assert parse_config([]).max_batch == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "on"), [("1", True), ("true", True), ("YES", True), ("0", False), ("", False)]
+)
+def test_switches_can_be_set_in_the_environment(
+    environment: pytest.MonkeyPatch, value: str, on: bool
+) -> None:
+    environment.setenv("SUPERPOSE_NO_REFLECTION", value)
+    environment.setenv("SUPERPOSE_INSECURE", value)
+    config = parse_config(["--base", "mini"])
+    assert (config.reflection, config.insecure) == (not on, on)
+
+
+def test_a_flag_overrides_a_bad_choice_in_the_environment(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("SUPERPOSE_DTYPE", "float8")
+    assert parse_config(["--base", "mini", "--dtype", "float32"]).dtype == "float32"
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line with which the command ends."""
+    with pytest.raises(SystemExit) as caught:
+        parse_config(arguments)
+    assert caught.value.code == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    (line,) = error.splitlines()
+    assert line.startswith("superpose-server: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--base"),
+        (["--base"], "--base"),
+        (["--base", "mini", "--unknown", "1"], "--unknown"),
+        (["--base", "mini", "--max-batch", "many"], "--max-batch"),
+        (["--base", "mini", "--max-batch", "0"], "--max-batch is 0: use at least 1"),
+        (["--base", "mini", "--max-queue", "-1"], "--max-queue is -1"),
+        (["--base", "mini", "--grace", "-1"], "--grace is -1"),
+        (["--base", "mini", "--grace", "nan"], "--grace is nan"),
+        (["--base", "mini", "--grace", "inf"], "--grace is inf"),
+        (["--base", "mini", "--dtype", "int8"], "--dtype"),
+        (["--base", "mini", "--listen", "50051"], "use HOST:PORT"),
+        (["--base", "mini", "--listen", ":50051"], "use HOST:PORT"),
+        (["--base", "mini", "--listen", "127.0.0.1:x"], "use HOST:PORT"),
+        (["--base", "mini", "--listen", "127.0.0.1:65536"], "use HOST:PORT"),
+        (["--base", "mini", "--listen", "0.0.0.0:50051"], "--insecure"),
+        (["--base", "mini", "--listen", "example.org:50051"], "--insecure"),
+        (["--base", "mini", "--listen", "[::]:50051"], "--insecure"),
+        (["--base", "mini", "--metrics-listen", "10.0.0.1:9464"], "--metrics-listen"),
+    ],
+)
+def test_a_bad_command_line_ends_with_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert words in fails(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("SUPERPOSE_DTYPE", "float8"),
+        ("SUPERPOSE_RESIDENCY", "never"),
+        ("SUPERPOSE_LOG_LEVEL", "loud"),
+        ("SUPERPOSE_INSECURE", "maybe"),
+    ],
+)
+def test_a_bad_choice_in_the_environment_is_named(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str, value: str
+) -> None:
+    environment.setenv(variable, value)
+    line = fails(capsys, "--base", "mini")
+    assert variable in line
+    assert value in line
+
+
+def test_a_bad_number_in_the_environment_ends_with_one_line(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment.setenv("SUPERPOSE_MAX_BATCH", "many")
+    assert "many" in fails(capsys, "--base", "mini")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "127.9.9.9:1", "localhost:50051", "[::1]:80"])
+def test_loopback_addresses_need_no_leave(address: str) -> None:
+    config = ServerConfig("mini", listen=address, metrics_listen=address)
+    assert config.listen == address
+
+
+def test_insecure_allows_any_address() -> None:
+    config = parse_config(["--base", "mini", "--listen", "0.0.0.0:1", "--insecure"])
+    assert config.listen == "0.0.0.0:1"
+
+
+def test_addresses_are_split_at_the_last_colon() -> None:
+    assert split_address("listen", "127.0.0.1:80") == ("127.0.0.1", 80)
+    assert split_address("listen", "[::1]:0") == ("::1", 0)

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.makers import EOS_ID
+from tests.server.helpers import Client, bound
+
+from superpose_server.errors import InvalidArgument
+from superpose_server.sampling import SamplingParams
+from superpose_server.sequence import FinishReason, Sequence
+from superpose_server.tokenizer import Detokenizer, Tokenizer
+
+WORDS = "naïve 👩🏽‍🚀 日本語 done"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(bases: dict[str, Path]) -> Tokenizer:
+    return Tokenizer(bases["gpt2"])
+
+
+def push_all(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
+    """The pieces, the last one from `finish`; nothing is pushed after a stop."""
+    pieces = []
+    for token in ids:
+        pieces.append(detokenizer.push(token))
+        if detokenizer.stopped:
+            break
+    return [*pieces, detokenizer.finish()]
+
+
+TOKENS = st.lists(
+    # Whole characters, so that some are complete, between bytes that are often not.
+    st.one_of(
+        st.integers(0, EOS_ID).map(lambda token: [token]),
+        st.sampled_from(["é", "日", "👍", "a", " "]).map(lambda text: list(text.encode())),
+    ),
+    max_size=12,
+).map(lambda groups: [token for group in groups for token in group])
+
+
+@given(ids=TOKENS)
+def test_pieces_join_to_the_text_of_all_tokens(tokenizer: Tokenizer, ids: list[int]) -> None:
+    pieces = push_all(Detokenizer(tokenizer, ()), ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
+
+
+@given(text=st.text(max_size=12))
+def test_a_character_is_never_split(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    pieces = push_all(Detokenizer(tokenizer, ()), ids)
+    assert "".join(pieces) == text
+    if "\N{REPLACEMENT CHARACTER}" not in text:
+        assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
+
+
+def test_a_character_comes_with_its_last_byte(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a👍b")
+    assert len(ids) == 6  # one token a byte
+    assert push_all(Detokenizer(tokenizer, ()), ids) == ["a", "", "", "", "👍", "b", ""]
+
+
+def test_half_a_character_at_the_end_is_told_by_finish(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a日")[:-1]
+    pieces = push_all(Detokenizer(tokenizer, ()), ids)
+    assert pieces == ["a", "", "", "\N{REPLACEMENT CHARACTER}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one two three", ("two",), "one "),
+        ("one two three", ("e t", "two"), "on"),
+        ("one two three", ("two", "ne"), "o"),
+        ("aab", ("ab",), "a"),
+        ("aaab", ("aab",), "a"),
+        ("abab!", ("abb", "ab!"), "ab"),
+        ("xyz", ("yzz", "z"), "xy"),
+        ("xyz", ("xyzq",), "xyz"),
+        ("end", ("end",), ""),
+        ("日本語", ("本",), "日"),
+        ("a👍b", ("👍",), "a"),
+        ("\n\nUser:", ("\n\nUser:", "\n\nBot:"), ""),
+    ],
+)
+def test_text_ends_before_a_stop_string(
+    tokenizer: Tokenizer, text: str, stop: tuple[str, ...], expected: str
+) -> None:
+    detokenizer = Detokenizer(tokenizer, stop)
+    assert "".join(push_all(detokenizer, tokenizer.encode(text))) == expected
+    assert detokenizer.stopped == any(s in text for s in stop)
+
+
+@given(
+    text=st.text(alphabet="ab", max_size=16),
+    stop=st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3),
+)
+def test_no_piece_ever_holds_a_part_of_a_stop_string_that_comes(
+    tokenizer: Tokenizer, text: str, stop: list[str]
+) -> None:
+    detokenizer = Detokenizer(tokenizer, stop)
+    found = "".join(push_all(detokenizer, tokenizer.encode(text)))
+    # The first prefix of the text that holds a stop string ends it, at that string's begin.
+    prefixes = (text[:end] for end in range(len(text) + 1))
+    whole = next((p for p in prefixes if any(s in p for s in stop)), None)
+    if whole is None:
+        assert found == text
+        assert not detokenizer.stopped
+    else:
+        assert found == whole[: min(whole.find(s) for s in stop if s in whole)]
+        assert detokenizer.stopped
+
+
+def test_text_that_may_become_a_stop_string_is_held_back(tokenizer: Tokenizer) -> None:
+    pieces = push_all(Detokenizer(tokenizer, ("abc",)), tokenizer.encode("xababd"))
+    assert pieces == ["x", "", "", "ab", "", "abd", ""]
+
+
+# Rows: stops, lengths and minimum lengths together.
+
+
+def run(tokenizer: Tokenizer, ids: list[int], **values: object) -> Client:
+    """What a client is told of a row for which a model chose `ids`."""
+    client = Client()
+    params = SamplingParams(**({"max_new_tokens": len(ids)} | values))  # type: ignore[arg-type]
+    row = Sequence([1], bound(), params, client, tokenizer)
+    for token in ids:
+        client(row.append(token, None))
+        if client.ended:
+            break
+    return client
+
+
+def test_a_stop_string_ends_a_row(tokenizer: Tokenizer) -> None:
+    client = run(tokenizer, tokenizer.encode("one. two"), stop=(". ",))
+    assert (client.text, client.reason) == ("one", FinishReason.STOP)
+    assert len(client.tokens) == 5  # the tokens of the stop string are told
+
+
+def test_a_stop_string_in_the_last_token_is_a_stop(tokenizer: Tokenizer) -> None:
+    client = run(tokenizer, tokenizer.encode("one!"), stop=("!",))
+    assert (client.text, client.reason) == ("one", FinishReason.STOP)
+
+
+def test_held_text_comes_at_the_end(tokenizer: Tokenizer) -> None:
+    client = run(tokenizer, tokenizer.encode("one"), stop=("e!",))
+    assert (client.text, client.reason) == ("one", FinishReason.LENGTH)
+
+
+def test_the_end_of_text_is_no_text(tokenizer: Tokenizer) -> None:
+    client = run(tokenizer, [*tokenizer.encode("日")[:2], EOS_ID, 65])
+    assert client.text == "\N{REPLACEMENT CHARACTER}"
+    assert client.reason is FinishReason.STOP
+    assert client.tokens[-1] == EOS_ID
+
+
+def test_stop_strings_before_min_new_tokens_are_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a.b.c.d")
+    client = run(tokenizer, ids, stop=(".",), min_new_tokens=5)
+    assert (client.text, client.reason) == ("a.b.c", FinishReason.STOP)
+    assert len(client.tokens) == 6
+    assert run(tokenizer, ids, stop=(".",), min_new_tokens=4).text == "a.b"
+
+
+def test_an_aborted_row_gets_the_text_that_was_held(tokenizer: Tokenizer) -> None:
+    client = Client()
+    row = Sequence([1], bound(), SamplingParams(stop=("abc",)), client, tokenizer)
+    for token in tokenizer.encode("xab"):
+        client(row.append(token, None))
+    assert client.text == "x"
+    client(row.abort())
+    assert (client.text, client.reason) == ("xab", FinishReason.ABORTED)
+
+
+def test_eos_is_a_stop_unless_it_is_ignored(tokenizer: Tokenizer) -> None:
+    def stops(**values: object) -> frozenset[int]:
+        params = SamplingParams(**values)  # type: ignore[arg-type]
+        return Sequence([1], bound(), params, Client(), tokenizer).stop_token_ids
+
+    assert stops() == {EOS_ID}
+    assert stops(ignore_eos=True) == frozenset()
+    assert stops(ignore_eos=True, stop_token_ids=(5, EOS_ID)) == {5, EOS_ID}
+
+
+def test_prompts_are_encoded_whole(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode(WORDS)) == WORDS
+    assert tokenizer.encode("") == []
+
+
+def test_a_base_without_chat_template_says_so(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidArgument, match="no chat template") as caught:
+        tokenizer.encode_chat([("user", "hello")])
+    assert caught.value.reason == "NO_CHAT_TEMPLATE"
+
+
+def test_messages_are_put_into_the_chat_template(bases: dict[str, Path]) -> None:
+    tokenizer = Tokenizer(bases["gpt2"])
+    tokenizer.inner.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}bot:{% endif %}"
+    )
+    ids = tokenizer.encode_chat([("user", "hi"), ("bot", "yes"), ("user", "so")])
+    assert tokenizer.decode(ids) == "user: hi\nbot: yes\nuser: so\nbot:"
+
+
+def test_a_template_that_refuses_is_an_invalid_argument(bases: dict[str, Path]) -> None:
+    tokenizer = Tokenizer(bases["gpt2"])
+    tokenizer.inner.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InvalidArgument, match="roles must alternate") as caught:
+        tokenizer.encode_chat([("user", "hi")])
+    assert caught.value.reason == "BAD_CHAT"
