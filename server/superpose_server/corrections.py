@@ -53,10 +53,8 @@ class Corrections:
         """Watch `modules`, {name: module}, whose factors are to be held on `device`."""
         self._device = device
         self._active: Correction | None = None
-        self._stack_of: tuple[Adapter, ...] = ()
-        self._stack: dict[str, tuple[Tensor, Tensor]] = {}
-        self._planned_for: tuple[object, ...] = ()
-        self._plan: Correction | None = None
+        self._stacks: dict[tuple[Adapter, ...], dict[str, tuple[Tensor, Tensor]]] = {}
+        self._plans: dict[tuple[str, ...], Correction | None] = {}
         for name, module in modules.items():
             module.register_forward_hook(self._hook(name))
 
@@ -86,14 +84,18 @@ class Corrections:
             resident: The mix that is folded into the weights.
         """
         key = (resident.digest, *(mix.digest for mix in rows))
-        if key != self._planned_for:
-            self._plan = self._make_plan(rows, resident)
-            self._planned_for = key
-        return self._plan
+        if key not in self._plans:
+            self._plans[key] = self._make_plan(rows, resident)
+        return self._plans[key]
 
     def forget(self) -> None:
-        """Drop plans and factors that no row needs, so that adapters can be freed."""
-        self._planned_for, self._plan, self._stack_of, self._stack = (), None, (), {}
+        """Drop plans and factors, so that adapters that no row needs are freed.
+
+        To be called whenever a row or a job ends, or the resident mix changes: in between there are
+        few plans, since only rows that join make new ones.
+        """
+        self._plans.clear()
+        self._stacks.clear()
 
     def _make_plan(self, rows: Sequence[BoundMix], resident: BoundMix) -> Correction | None:
         stored = resident.weights
@@ -105,11 +107,10 @@ class Corrections:
         if not gates:
             return None
         in_use = tuple(sorted(gates, key=lambda adapter: adapter.digest))
-        if in_use != self._stack_of:
-            self._stack = self._stack_factors(in_use)
-            self._stack_of = in_use
+        if in_use not in self._stacks:
+            self._stacks[in_use] = self._stack_factors(in_use)
         modules = {}
-        for name, (a, b) in self._stack.items():
+        for name, (a, b) in self._stacks[in_use].items():
             columns = [
                 torch.tensor(gates[adapter], dtype=torch.float32)[:, None].expand(
                     -1, adapter.modules[name].rank

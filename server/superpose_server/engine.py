@@ -130,7 +130,8 @@ class Engine:
                 _log.warning("grace is over rows=%d waiting=%d", self.running, self.waiting)
                 self._aborting = True
                 self._wake.notify_all()
-                self._wake.wait_for(self._idle)
+                # A step may be long, but it ends; only a thread that has died would not.
+                self._wake.wait_for(lambda: self._idle() or not self._thread.is_alive())
 
     def stop(self) -> None:
         """End the thread after its current step: rows are aborted, jobs fail with ShuttingDown."""

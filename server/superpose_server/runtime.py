@@ -98,12 +98,11 @@ class Runtime:
             raise StartupError(str(error)) from error
         try:
             self._start(state_dir, observer or self.metrics)
-        except (ValueError, StoreError, OSError) as error:
+        except BaseException as error:
             self._store.close()
-            raise StartupError(str(error)) from error
-        except ServerError as error:
-            self._store.close()
-            raise StartupError(error.message) from error
+            if isinstance(error, ValueError | StoreError | OSError | ServerError):
+                raise StartupError(str(error)) from error
+            raise
 
     def _start(self, state_dir: Path, observer: EngineObserver) -> None:
         model = self.model

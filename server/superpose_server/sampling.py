@@ -7,6 +7,7 @@ the same random numbers whatever else is in the batch.
 from __future__ import annotations
 
 import math
+import random
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch import Tensor
 from superpose_server.errors import InvalidArgument
 
 _MAX_STOPS = 16
+# Far below any vocabulary, so that something is left to choose while they are forbidden.
+_MAX_STOP_TOKENS = 64
 _MAX_STOP_LENGTH = 256
 
 
@@ -51,15 +54,20 @@ class SamplingParams:
             _refuse("top_p", self.top_p, "above 0 and at most 1")
         if len(self.stop) > _MAX_STOPS:
             _refuse("stop", f"{len(self.stop)} strings", f"at most {_MAX_STOPS}")
+        if len(self.stop_token_ids) > _MAX_STOP_TOKENS:
+            _refuse(
+                "stop_token_ids", f"{len(self.stop_token_ids)} ids", f"at most {_MAX_STOP_TOKENS}"
+            )
         for text in self.stop:
             if not 1 <= len(text) <= _MAX_STOP_LENGTH:
                 _refuse("stop", f"{len(text)} characters", f"1 to {_MAX_STOP_LENGTH} characters")
 
-    def generator(self) -> torch.Generator:
-        """Return the row's own source of random numbers."""
-        seed = secrets.randbits(63) if self.seed is None else self.seed
-        # torch takes seeds as signed 64-bit numbers; the wire's are unsigned.
-        return torch.Generator().manual_seed(seed - (1 << 64) if seed >= 1 << 63 else seed)
+    def generator(self) -> random.Random:
+        """Return the row's own source of random numbers.
+
+        Python's, because torch's on the CPU uses the low 32 bits of a seed only.
+        """
+        return random.Random(secrets.randbits(64) if self.seed is None else self.seed)
 
 
 def _refuse(field: str, value: object, allowed: str) -> None:
@@ -67,7 +75,7 @@ def _refuse(field: str, value: object, allowed: str) -> None:
 
 
 def sample(
-    logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
+    logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[random.Random]
 ) -> Tensor:
     """Choose one token a row.
 
@@ -84,8 +92,7 @@ def sample(
     if not drawing:
         return tokens
     uniform = torch.tensor(
-        [torch.rand((), generator=generators[row], dtype=torch.float64) for row in drawing],
-        device=logits.device,
+        [generators[row].random() for row in drawing], dtype=torch.float64, device=logits.device
     )
     temperature, top_p = (
         torch.tensor(

@@ -79,7 +79,7 @@ class Sequence:
     def __post_init__(self) -> None:
         """Set up the row's own random numbers and text."""
         self.generator = self.params.generator()
-        self._detokenizer = Detokenizer(self.tokenizer, self.params.stop)
+        self._detokenizer = Detokenizer(self.tokenizer, self.params.stop, self.prompt)
         eos = self.tokenizer.eos_token_id
         stops = set(self.params.stop_token_ids)
         if eos is not None and not self.params.ignore_eos:

@@ -10,6 +10,9 @@ from transformers import AutoTokenizer
 
 from superpose_server.errors import InvalidArgument
 
+# Tokens of the prompt that the text of the first new token may depend on.
+_CONTEXT_TOKENS = 8
+
 
 class Tokenizer:
     """The base's tokenizer."""
@@ -57,15 +60,18 @@ class Detokenizer:
     A piece never ends within a character, and never within what may become a stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        """Begin an empty text that ends before the first of `stop`."""
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int] = ()
+    ) -> None:
+        """Begin the text that follows `prompt` and ends before the first of `stop`."""
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._ids: list[int] = []
-        # Decoding starts a few tokens back, since a token's text can depend on the one before:
-        # text of [_start, _read) is known already, text of [_start, end) minus that is new.
+        # Decoding starts a few tokens back, since a token's text can depend on the one before (a
+        # SentencePiece word at the very start has no space): text of [_start, _read) is known
+        # already, text of [_start, end) minus that is new.
+        self._ids = list(prompt[-_CONTEXT_TOKENS:])
         self._start = 0
-        self._read = 0
+        self._read = len(self._ids)
         self._held = ""
         self.stopped = False
 

@@ -28,6 +28,8 @@ from superpose_adapters.layout import Layout
 from superpose_adapters.mix import BoundMix
 from superpose_server.errors import FailedPrecondition, Internal
 
+_VERIFY_ATTEMPTS = 8
+
 _log = logging.getLogger(__name__)
 
 
@@ -203,12 +205,20 @@ class ResidentWeights:
 
         Yields after each parameter, so that the engine can step in between; begins anew when the
         resident mix changes meanwhile.
+
+        Raises:
+            FailedPrecondition: The resident mix changed again and again.
         """
-        while True:
+        for _ in range(_VERIFY_ATTEMPTS):
             resident = self.resident
             found = yield from self._verify_against(resident)
             if found is not None:
                 return found
+        raise FailedPrecondition(
+            f"the mix changed {_VERIFY_ATTEMPTS} times while the weights were verified: verify "
+            "again when it rests",
+            "MIX_KEEPS_CHANGING",
+        )
 
     def _verify_against(self, resident: PreparedMix) -> Generator[None, None, Verification | None]:
         kept = set(self._base)

@@ -92,9 +92,9 @@ def test_top_p_is_compared_as_the_number_that_was_sent() -> None:
 def test_temperature_zero_takes_the_first_of_the_likeliest() -> None:
     params = SamplingParams(temperature=0.0, seed=1)
     generator = params.generator()
-    before = generator.get_state()
+    before = generator.getstate()
     assert int(sample(LOGITS[None], [params], [generator])) == 0  # tokens 0 and 5 are equal
-    assert torch.equal(generator.get_state(), before)  # nothing was drawn
+    assert generator.getstate() == before  # nothing was drawn
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-50, 1e-300, 5e-324])
@@ -164,3 +164,14 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field(
         make()
     assert caught.value.field == field
     assert caught.value.reason == "INVALID_SAMPLING"
+
+
+def test_every_bit_of_a_seed_counts() -> None:
+    numbers = {SamplingParams(seed=1 << bit).generator().random() for bit in range(64)}
+    assert len(numbers) == 64
+
+
+def test_too_many_stop_tokens_are_refused() -> None:
+    SamplingParams(stop_token_ids=tuple(range(64)))
+    with pytest.raises(InvalidArgument, match="stop_token_ids is 65 ids"):
+        SamplingParams(stop_token_ids=tuple(range(65)))

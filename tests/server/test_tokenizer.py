@@ -3,10 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.makers import EOS_ID
 from tests.server.helpers import Client, bound
+from transformers import PreTrainedTokenizerFast
 
 from superpose_server.errors import InvalidArgument
 from superpose_server.sampling import SamplingParams
@@ -211,3 +213,15 @@ def test_a_template_that_refuses_is_an_invalid_argument(bases: dict[str, Path]) 
     with pytest.raises(InvalidArgument, match="roles must alternate") as caught:
         tokenizer.encode_chat([("user", "hi")])
     assert caught.value.reason == "BAD_CHAT"
+
+
+def test_text_goes_on_from_the_prompt_where_words_carry_their_space(tmp_path: Path) -> None:
+    # As SentencePiece does it: a word at the very start of a text has no space before it.
+    words = {"<s>": 0, "\u2581two": 1, "\u2581and": 2, "\u2581three": 3}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<s>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    inner.decoder = tokenizers.decoders.Metaspace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<s>").save_pretrained(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    assert push_all(Detokenizer(tokenizer, (), prompt=[1]), [2, 3]) == [" and", " three", ""]
+    assert push_all(Detokenizer(tokenizer, ()), [2, 3]) == ["and", " three", ""]
