@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from superpose_adapters.bundled import MINI, MINI_DOMAINS
 from superpose_adapters.pretrain import Settings, pretrain
 from superpose_adapters.qa import Row, read_rows, split_key, split_rows
-from superpose_adapters.scoring import encode_qa
+from superpose_adapters.scoring import Scope, encode_qa
 from superpose_adapters.train import Options, evaluate_loss, library_warnings_ignored, train
 
 DATA_FILES = {
@@ -59,7 +59,7 @@ def write_held_out(rows: Sequence[Row], path: Path) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
 
-def measure(folder: Path) -> dict[str, dict[str, float]]:
+def measure(folder: Path, scope: Scope) -> dict[str, dict[str, float]]:
     """Return the held-out perplexity {domain: {"base" or adapter: perplexity}}, whole rows."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
@@ -73,7 +73,9 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
     pad = tokenizer.eos_token_id
 
     def perplexities() -> dict[str, float]:
-        return {domain: evaluate_loss(model, rows[domain], pad, 16).perplexity for domain in rows}
+        return {
+            domain: evaluate_loss(model, rows[domain], pad, 16, scope).perplexity for domain in rows
+        }
 
     columns = {"base": perplexities()}
     for name in MINI_DOMAINS:
@@ -116,7 +118,10 @@ def make_mini(data: Path, corpus: Path | None, out: Path) -> dict[str, Any]:
         rows = out / "held_out" / f"{domain}.jsonl"
         if not rows.exists():
             write_held_out(held_out_rows(file, tokenizer), rows)
-    figures = {"held_out_perplexity": measure(out)}
+    figures = {
+        "held_out_perplexity": measure(out, "all"),
+        "held_out_answer_perplexity": measure(out, "answer"),
+    }
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
     return figures
 

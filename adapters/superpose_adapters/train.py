@@ -46,6 +46,7 @@ from superpose_adapters.qa import Row, file_sha256, read_rows, split_rows
 from superpose_adapters.scoring import (
     EncodedText,
     Loss,
+    Scope,
     encode_qa,
     loss_of,
     token_log_probabilities,
@@ -274,7 +275,9 @@ def pad_right(rows: Sequence[EncodedText], pad: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def evaluate_loss(model: Any, rows: Sequence[EncodedText], pad: int, batch_size: int) -> Loss:
+def evaluate_loss(
+    model: Any, rows: Sequence[EncodedText], pad: int, batch_size: int, scope: Scope = "all"
+) -> Loss:
     """Return the token-weighted loss of rows, computed in the model's dtype without autocast."""
     training = model.training
     model.eval()
@@ -292,7 +295,7 @@ def evaluate_loss(model: Any, rows: Sequence[EncodedText], pad: int, batch_size:
         for row, log_probabilities in zip(
             batch, token_log_probabilities(logits, ids).cpu(), strict=True
         ):
-            total += loss_of(log_probabilities, row, "all")
+            total += loss_of(log_probabilities, row, scope)
     model.train(training)
     return total
 

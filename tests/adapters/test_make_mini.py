@@ -58,6 +58,7 @@ def test_what_is_missing_is_made_and_measured(
     for domain, row in matrix.items():
         assert list(row) == ["base", "math", "medicine", "finance"]
         assert row[domain] < row["base"]
+        assert figures["held_out_answer_perplexity"][domain]["base"] != row["base"]
         assert read_rows(tmp_path / "held_out" / f"{domain}.jsonl")
     monkeypatch.delattr(make_mini, "train")
     assert make_mini.make_mini(data, None, tmp_path) == figures

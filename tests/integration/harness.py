@@ -250,7 +250,11 @@ def start(
 
     async def boot() -> Server:
         server = Server(Runtime(whole, limits=limits, observer=recorder))
-        await server.start()
+        try:
+            await server.start()
+        except BaseException:
+            server.runtime.close()
+            raise
         return server
 
     server = loop.run(boot())

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from tests.integration.harness import LoopThread, Served, start
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from superpose_adapters.bundled import MINI_DOMAINS, held_out, mini_adapters
 from superpose_client.cli import app

@@ -64,13 +64,18 @@ class Case:
     field: str | None = None
 
 
+def typed(call: Callable[[Served], Any], served: Served) -> None:
+    """Make a call; what a raw stub raises becomes what the client would raise."""
+    try:
+        call(served)
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from error
+
+
 def check_refused(served: Served, case: Case) -> None:
     before = served.fingerprint()
     with pytest.raises(case.error, match=case.message) as caught:
-        try:
-            case.call(served)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+        typed(case.call, served)
     assert caught.value.reason == case.reason
     assert [violation.field for violation in caught.value.field_violations] == (
         [] if case.field is None else [case.field]
@@ -306,9 +311,7 @@ SCORES = {
         "items",
     ),
     "257 items": Case(
-        _score_raw(
-            inference_pb2.ScoreRequest(items=[inference_pb2.ScoreItem(text="ab")] * 257)
-        ),
+        _score_raw(inference_pb2.ScoreRequest(items=[inference_pb2.ScoreItem(text="ab")] * 257)),
         InvalidArgumentError,
         "BAD_ITEM_COUNT",
         "items has 257 texts",

@@ -29,7 +29,8 @@ allowed = {*json.loads(sys.argv.pop(1)), *sys.stdlib_module_names, *sys.builtin_
 
 class BaseInstall(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] not in allowed:
+        # The standard library's own record of how Python was built has a name for each platform.
+        if name.partition(".")[0] not in allowed and not name.startswith("_sysconfigdata_"):
             raise ModuleNotFoundError(f"No module named {name!r} in the base install", name=name)
 
 sys.meta_path.insert(0, BaseInstall())
@@ -99,13 +100,21 @@ def test_adapterctl_works_with_the_base_install_alone(
     served: Served, arguments: tuple[str, ...], expected: str
 ) -> None:
     result = run(ADAPTERCTL, *arguments, f"--server={served.address}")
-    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stderr == ""
+    assert result.returncode == 0
     assert expected in result.stdout
 
 
 @pytest.mark.parametrize(
     "module",
-    ["torch", "transformers", "numpy", "superpose_server", "superpose_adapters", "prometheus_client"],
+    [
+        "torch",
+        "transformers",
+        "numpy",
+        "superpose_server",
+        "superpose_adapters",
+        "prometheus_client",
+    ],
 )
 def test_nothing_else_can_be_imported_there(module: str) -> None:
     """Without this, the test above would prove nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,10 +42,8 @@ def base_served(
 
 def change(served: Served, name: str, *arguments: object) -> None:
     """Make one change; one that the state refuses changes nothing."""
-    try:
+    with contextlib.suppress(AlreadyExistsError, NotFoundError):
         getattr(served.client, name)(*arguments)
-    except (AlreadyExistsError, NotFoundError):
-        pass
 
 
 @settings(max_examples=12)

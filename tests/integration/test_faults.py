@@ -13,6 +13,7 @@ import pytest
 from tests.integration.harness import PROMPT, Family, Fingerprint, Served
 
 import superpose_server.weights
+from superpose_adapters.fold import fold_into
 from superpose_client import Client, FailedPreconditionError, InternalError
 
 SET: Callable[[Client], Any] = lambda client: client.set({"b": 1.0, "c": -0.5})  # noqa: E731
@@ -60,7 +61,6 @@ def check_serves(served: Served, before: State) -> None:
 def fail_folds(monkeypatch: pytest.MonkeyPatch, which: Callable[[int], bool]) -> list[int]:
     """Let the folds of modules whose number `which` names fail; returns the numbers so far."""
     calls: list[int] = []
-    fold_into = superpose_server.weights.fold_into
 
     def failing(out: Any, *arguments: Any) -> None:
         calls.append(len(calls))
@@ -80,7 +80,7 @@ def test_a_fold_that_fails_leaves_the_old_mix(
     before = state_of(served)
     with monkeypatch.context() as patch:
         calls = fail_folds(patch, lambda number: number == failing)
-        with pytest.raises(InternalError, match="the fold failed.*is served still") as caught:
+        with pytest.raises(InternalError, match=r"the fold failed.*is served still") as caught:
             SET(served.client)
     assert caught.value.reason == "FOLD_FAILED"
     assert len(calls) == failing + 1 + MODULES  # up to the fault, and the old mix once more
@@ -108,9 +108,7 @@ def test_a_fold_and_a_refold_that_fail_leave_the_base_and_corrected_rows(
     assert served.hashes() == before.hashes
 
 
-def fail_nth(
-    monkeypatch: pytest.MonkeyPatch, where: object, name: str, nth: int
-) -> None:
+def fail_nth(monkeypatch: pytest.MonkeyPatch, where: object, name: str, nth: int) -> None:
     """Let the nth call of `where.name` from now on say that there is no space."""
     real = getattr(where, name)
     calls = 0

@@ -69,18 +69,24 @@ def _edit(path: Path) -> None:
     path.write_text(path.read_text().replace("0.5", "0.6"))
 
 
+def _renumber(path: Path) -> None:
+    path.write_text(path.read_text().replace('"generation": 1', '"generation": 7'))
+
+
 def _binary(path: Path) -> None:
     path.write_bytes(b"\xff\xfe\0")
 
 
-@pytest.mark.parametrize("damage", [_truncate, _empty, _edit, _binary])
+@pytest.mark.parametrize("damage", [_truncate, _empty, _edit, _renumber, _binary])
 def test_a_damaged_journal_is_refused_with_the_way_out(
     loop: LoopThread, gpt2: Family, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     state_dir = tmp_path / "state"
     stopped(loop, gpt2, state_dir)
+    whole = journal(state_dir).read_bytes()
     damage(journal(state_dir))
     damaged = journal(state_dir).read_bytes()
+    assert damaged != whole
     with pytest.raises(StartupError, match=r"journal .*/mix\.json is damaged: .*") as caught:
         start(loop, gpt2.base, state_dir)
     assert "or delete it to start from the base model" in str(caught.value)
@@ -150,7 +156,7 @@ def test_the_state_of_another_base_is_refused(
 def test_a_second_server_on_the_same_state_is_refused(served: Served, gpt2: Family) -> None:
     state_dir = served.runtime.config.state_dir
     assert state_dir is not None
-    with pytest.raises(StartupError, match="another server uses it: .* another --state-dir"):
+    with pytest.raises(StartupError, match=r"another server uses it: .* another --state-dir"):
         start(served.loop, gpt2.base, state_dir)
     assert served.client.add("b").weights == {"a": 1.0, "b": 1.0}
 
@@ -162,8 +168,9 @@ def test_a_port_that_is_taken_is_refused_and_the_state_is_free_again(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         for flag in ("listen", "metrics_listen"):
-            with pytest.raises(StartupError, match=f"cannot listen on {address}.*free port"):
-                start(loop, gpt2.base, state_dir, **{flag: address})
+            config: dict[str, Any] = {flag: address}
+            with pytest.raises(StartupError, match=rf"cannot listen on {address}.*free port"):
+                start(loop, gpt2.base, state_dir, **config)
     start(loop, gpt2.base, state_dir).stop()
 
 
@@ -184,6 +191,14 @@ def test_a_link_out_of_the_adapter_folder_is_refused(
         start(loop, gpt2.base, tmp_path / "state", adapter_dir=folders)
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
 def test_the_state_at_any_instant_of_a_change_is_the_old_mix_or_the_new_one(
     loop: LoopThread, gpt2: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,11 +207,15 @@ def test_the_state_at_any_instant_of_a_change_is_the_old_mix_or_the_new_one(
     served = start(loop, gpt2.base, state_dir)
     gpt2.push_all(served.client)
     copies: list[Path] = []
+    contents: list[dict[str, bytes]] = []
 
     def copying(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            copies.append(tmp_path / f"copy-{len(copies)}")
-            shutil.copytree(state_dir, copies[-1])
+            found = files(state_dir)
+            if not contents or found != contents[-1]:
+                contents.append(found)
+                copies.append(tmp_path / f"copy-{len(copies)}")
+                shutil.copytree(state_dir, copies[-1])
             return real(*arguments, **options)
 
         return call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,7 +34,10 @@ from superpose_client import (
     RequestCancelledError,
 )
 from superpose_client.client import Stream
+from superpose_proto.v1.mix_pb2 import WatchMixRequest, WatchMixResponse
+from superpose_server.errors import QueueFull
 from superpose_server.sequence import FinishReason
+from superpose_server.service.mix import MixService
 
 SERVICES = [
     "superpose.v1.InferenceService",
@@ -112,14 +115,15 @@ def test_an_expected_generation_that_is_not_met_aborts_and_tells_what_is(
 ) -> None:
     now = served.client.mix()
     late = now.generation - 1
-    for call in (
+    calls: list[Callable[[], object]] = [
         lambda: served.client.add("b", expected_generation=late),
         lambda: served.client.remove("a", expected_generation=late),
         lambda: served.client.set("base", expected_generation=late),
         # The generation goes before all else, since the change may have landed already.
         lambda: served.client.add("a", expected_generation=late),
         lambda: served.client.remove("b", expected_generation=late),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(GenerationMismatchError) as caught:
             call()
         assert caught.value.code is grpc.StatusCode.ABORTED
@@ -134,15 +138,13 @@ def test_an_absent_mix_is_the_default_and_an_empty_one_the_base(
     served: Served, gpt2: Family
 ) -> None:
     default = served.client.generate(PROMPT, temperature=0, max_new_tokens=20, ignore_eos=True)
-    base = served.client.generate(
-        PROMPT, mix={}, temperature=0, max_new_tokens=20, ignore_eos=True
-    )
+    base = served.client.generate(PROMPT, mix={}, temperature=0, max_new_tokens=20, ignore_eos=True)
     assert default.mix.weights == {"a": 1.0}
     assert base.mix.weights == {}
     assert base.mix.generation == default.mix.generation
     check_greedy(gpt2.folded({"a": 1.0}), prompt_ids(served), default.token_ids)
     check_greedy(gpt2.folded({}), prompt_ids(served), base.token_ids)
-    assert served.client.score(["abc"]).perplexity != served.client.score(["abc"], mix={}).perplexity
+    assert served.score_bits() != served.score_bits({})
 
 
 def test_watch_begins_with_the_state_and_sends_every_change_in_order(served: Served) -> None:
@@ -161,6 +163,28 @@ def test_watch_begins_with_the_state_and_sends_every_change_in_order(served: Ser
         assert [next(first) for _ in changes] == changes
         assert [next(second) for _ in changes] == changes
         assert next(iter(served.client.watch())) == changes[-1]
+
+
+def test_a_watcher_that_falls_too_far_behind_is_ended(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a socket, whose buffers would take all that a test can send."""
+    monkeypatch.setattr("superpose_server.service.mix._MAX_BEHIND", 2)
+    watch = MixService(served.runtime).WatchMix(WatchMixRequest(), None)
+
+    async def following() -> WatchMixResponse:
+        return await anext(watch)
+
+    before = served.client.mix()
+    assert served.loop.run(following()).mix.generation == before.generation
+    served.client.add("b")
+    served.client.add("c")
+    assert served.loop.run(following()).mix.generation == before.generation + 1
+    for weight in (1.0, 2.0, 3.0):
+        served.client.set({"b": weight})
+    with pytest.raises(QueueFull):
+        served.loop.run(following())
+    assert served.runtime.default_mix._watchers == {served.runtime.metrics.mix_changed}
 
 
 # Adapters.
@@ -230,12 +254,8 @@ def test_an_adapter_is_deleted_while_rows_run_with_it(served: Served, gpt2: Fami
     check_greedy(gpt2.folded(mix), prompt_ids(served), token_ids(list(running)))
 
 
-def test_adapters_of_a_folder_are_read_only(
-    loop: LoopThread, gpt2: Family, tmp_path: Path
-) -> None:
-    served = start(
-        loop, gpt2.base, tmp_path / "state", adapter_dir=gpt2.adapters["a"].parent
-    )
+def test_adapters_of_a_folder_are_read_only(loop: LoopThread, gpt2: Family, tmp_path: Path) -> None:
+    served = start(loop, gpt2.base, tmp_path / "state", adapter_dir=gpt2.adapters["a"].parent)
     try:
         listed = served.client.adapters()
         assert [adapter.domain for adapter in listed] == ["a", "a2", "b", "c"]
@@ -433,9 +453,7 @@ def test_metrics_move_with_what_happens(served: Served) -> None:
     assert before['superpose_domain_weight{domain="a"}'] == 1
     assert before["superpose_weights_verified"] == 1
     state = served.client.set({"b": 0.5, "c": -1.0})
-    generation = served.client.generate(
-        PROMPT, mix={}, max_new_tokens=5, ignore_eos=True
-    )
+    generation = served.client.generate(PROMPT, mix={}, max_new_tokens=5, ignore_eos=True)
     with pytest.raises(NotFoundError):
         served.client.generate(PROMPT, mix={"nobody": 1})
     with held(served.recorder):

@@ -176,7 +176,9 @@ def test_a_stream_equals_transformers_generate_on_folded_weights(
 ) -> None:
     mix = {"a": 1.5, "b": -0.5, "c": 0.25}
     prompt = served.runtime.tokenizer.encode(PROMPT)
-    expected = gpt2.folded(mix).generate(  # type: ignore[operator]
+    expected = gpt2.folded(
+        mix
+    ).generate(  # type: ignore[operator]
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
         do_sample=False,

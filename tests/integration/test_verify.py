@@ -24,7 +24,12 @@ def flip(tensor: Tensor) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [ADAPTED, "transformer.h.1.mlp.c_fc.weight", "transformer.h.1.ln_1.bias", "transformer.wte.weight"],
+    [
+        ADAPTED,
+        "transformer.h.1.mlp.c_fc.weight",
+        "transformer.h.1.ln_1.bias",
+        "transformer.wte.weight",
+    ],
 )
 def test_one_flipped_bit_of_a_live_parameter_is_found(served: Served, name: str) -> None:
     assert served.client.verify().ok

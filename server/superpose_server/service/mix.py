@@ -71,8 +71,13 @@ class MixService(mix_pb2_grpc.MixServiceServicer):
         changes: asyncio.Queue[MixState] = asyncio.Queue()
         default = self._runtime.default_mix
 
+        def put(state: MixState) -> None:
+            # One more than allowed ends the watch; what comes after that is not kept.
+            if changes.qsize() <= _MAX_BEHIND:
+                changes.put_nowait(state)
+
         def watcher(state: MixState) -> None:
-            loop.call_soon_threadsafe(changes.put_nowait, state)
+            loop.call_soon_threadsafe(put, state)
 
         unwatch = default.watch(watcher)
         try:
