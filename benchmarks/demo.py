@@ -21,6 +21,7 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
 from superpose_adapters.bundled import held_out
 from superpose_adapters.qa import read_rows
 from superpose_client import Client

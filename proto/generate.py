@@ -32,9 +32,7 @@ def stale(fresh: Path) -> list[str]:
     made = {path.relative_to(fresh) for path in fresh.rglob("*_pb2*")}
     kept = {path.relative_to(ROOT) for path in ROOT.rglob("*_pb2*.py*") if path.suffix != ".pyc"}
     differing = {
-        path
-        for path in made & kept
-        if not filecmp.cmp(fresh / path, ROOT / path, shallow=False)
+        path for path in made & kept if not filecmp.cmp(fresh / path, ROOT / path, shallow=False)
     }
     return sorted(str(path) for path in (made ^ kept) | differing)
 

@@ -84,13 +84,25 @@ class DefaultMix:
         try:
             self._engine.fold(prepared).result()
         except BaseException:
-            self._journal.undo()
+            self._take_back()
             raise
         self.state = state
         _log.info("mix generation=%d digest=%s", state.generation, mix.digest)
         for watcher in self._watchers:
             watcher(state)
         return state
+
+    def _take_back(self) -> None:
+        try:
+            self._journal.undo()
+        except OSError:
+            # The mix that is served is right; a restart would come up with the one that failed.
+            _log.critical(
+                "journal %s holds a mix that is not served and could not be taken back: "
+                "set the mix again before a restart",
+                self._journal.path,
+                exc_info=True,
+            )
 
 
 def record_of(state: MixState) -> Record:

@@ -7,6 +7,7 @@ ServerError
 ├── FailedPrecondition   the state must be changed by hand before a retry can succeed
 ├── GenerationMismatch   somebody else changed the default mix first
 ├── QueueFull            retry after a while
+├── WatchBehind          watch again
 ├── ShuttingDown         retry elsewhere
 ├── DataLoss             the weights fail their hash
 └── Internal             a fault of ours whose outcome is known and safe to tell
@@ -80,6 +81,17 @@ class QueueFull(ServerError):
             "QUEUE_FULL",
         )
         self.retry_after_seconds = retry_after_seconds
+
+
+class WatchBehind(ServerError):
+    """A watcher reads so slowly that changes would have to be left out."""
+
+    def __init__(self, limit: int) -> None:
+        """Name the bound that was met."""
+        super().__init__(
+            f"this watch is {limit} changes behind: watch again to begin with the current mix",
+            "WATCH_BEHIND",
+        )
 
 
 class ShuttingDown(ServerError):

@@ -21,6 +21,7 @@ from superpose_server.errors import (
     QueueFull,
     ServerError,
     ShuttingDown,
+    WatchBehind,
 )
 
 _CODES: dict[type[ServerError], grpc.StatusCode] = {
@@ -30,6 +31,7 @@ _CODES: dict[type[ServerError], grpc.StatusCode] = {
     FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
     GenerationMismatch: grpc.StatusCode.ABORTED,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    WatchBehind: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ShuttingDown: grpc.StatusCode.UNAVAILABLE,
     DataLoss: grpc.StatusCode.DATA_LOSS,
     Internal: grpc.StatusCode.INTERNAL,

@@ -35,7 +35,7 @@ from superpose_client import (
 )
 from superpose_client.client import Stream
 from superpose_proto.v1.mix_pb2 import WatchMixRequest, WatchMixResponse
-from superpose_server.errors import QueueFull
+from superpose_server.errors import WatchBehind
 from superpose_server.sequence import FinishReason
 from superpose_server.service.mix import MixService
 
@@ -182,7 +182,7 @@ def test_a_watcher_that_falls_too_far_behind_is_ended(
     assert served.loop.run(following()).mix.generation == before.generation + 1
     for weight in (1.0, 2.0, 3.0):
         served.client.set({"b": weight})
-    with pytest.raises(QueueFull):
+    with pytest.raises(WatchBehind, match="2 changes behind"):
         served.loop.run(following())
     assert served.runtime.default_mix._watchers == {served.runtime.metrics.mix_changed}
 

@@ -10,7 +10,7 @@ from superpose_adapters.geometry import DomainSize, Overlap, module_type, rms
 from superpose_proto.v1 import mix_pb2 as pb
 from superpose_proto.v1 import mix_pb2_grpc
 from superpose_server.default_mix import MixState
-from superpose_server.errors import InvalidArgument, QueueFull
+from superpose_server.errors import InvalidArgument, WatchBehind
 from superpose_server.runtime import Runtime
 from superpose_server.service.convert import mix_from_wire, mix_to_wire, state_to_wire
 
@@ -87,7 +87,7 @@ class MixService(mix_pb2_grpc.MixServiceServicer):
             yield pb.WatchMixResponse(mix=state_to_wire(state))
             while True:
                 if changes.qsize() > _MAX_BEHIND:
-                    raise QueueFull(_MAX_BEHIND, 0.0)
+                    raise WatchBehind(_MAX_BEHIND)
                 change = await self._next_change(changes)
                 if change is None:
                     return
