@@ -93,7 +93,7 @@ def matrix(measured: dict[str, dict[str, float]]) -> Table:
         cells = []
         for domain, value in values.items():
             change = value / base[domain] - 1
-            inside = domain in mix.split("+")
+            inside = domain in mix.split("+") or mix == "half of each"
             style = "green" if change < -0.2 and inside else "red" if change > 0 else "default"
             shown = "" if mix == "base" else f" {change:+5.0%}"
             cells.append(f"{value:8.1f}[{style}]{shown}[/{style}]")
@@ -115,15 +115,22 @@ def main() -> None:
         for count, domain in enumerate(DOMAINS, 1):
             adapterctl(f"add {domain}")
             folded["+".join(DOMAINS[:count])] = perplexities(client)
-        # One domain alone needs no change of the default mix: a request may name its own.
+        # These need no change of the default mix: a request may name its own.
         alone = {domain: perplexities(client, domain) for domain in DOMAINS[1:]}
+        halves = perplexities(client, ",".join(f"{domain}=0.5" for domain in DOMAINS))
         measured = {"base": base, "math": folded.pop("math"), **alone, **folded}
-        console.print(matrix(measured))
+        console.print(matrix(measured | {"half of each": halves}))
+        console.print(
+            "Each domain helps its own rows. Three whole deltas at once interfere; half of each helps\n"
+            "all three. The weights of a mix are yours to choose, per request."
+        )
 
-        heading("3. A request with a mix of its own; the resident weights stay as they are")
+        heading("3. Requests with mixes of their own; the resident weights stay as they are")
+        console.print("(The bundled model has 5 million parameters: what it writes means nothing.)")
         question = read_rows(held_out("medicine"))[0].question
         prompt = shlex.quote(f"Question: {question}\nAnswer:")
-        adapterctl(f"generate {prompt} --mix math=1,medicine=0.5 --max-new-tokens 40")
+        for mix in ("medicine", "math=1,medicine=0.5"):
+            adapterctl(f"generate {prompt} --mix {mix} --max-new-tokens 40")
 
         heading("4. How the domains interfere")
         adapterctl("analyze math,medicine,finance")
