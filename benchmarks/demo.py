@@ -121,7 +121,7 @@ def main() -> None:
         measured = {"base": base, "math": folded.pop("math"), **alone, **folded}
         console.print(matrix(measured | {"half of each": halves}))
         console.print(
-            "Each domain helps its own rows. Three whole deltas at once interfere; half of each helps\n"
+            "Each domain helps its own rows. Three whole deltas at once interfere; half of each helps "
             "all three. The weights of a mix are yours to choose, per request."
         )
 

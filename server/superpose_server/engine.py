@@ -11,26 +11,27 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
 
 from superpose_adapters.mix import BoundMix
 from superpose_server.corrections import Corrections
-from superpose_server.errors import FailedPrecondition, ShuttingDown
+from superpose_server.errors import FailedPrecondition, QueueFull, ShuttingDown
 from superpose_server.job import Job, JobResult
 from superpose_server.model import Model
 from superpose_server.observer import EngineObserver
 from superpose_server.sampling import sample
-from superpose_server.scheduler import Scheduler
+from superpose_server.scheduler import RETRY_AFTER_SECONDS, Scheduler
 from superpose_server.score import ScoreRow, score_slices
 from superpose_server.sequence import Chunk, Sequence
 from superpose_server.weights import PreparedMix, ResidentWeights, Verification
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 _log = logging.getLogger(__name__)
 
 
@@ -103,6 +104,8 @@ class Engine:
         with self._wake:
             if self._stopping:
                 raise ShuttingDown
+            if len(self._jobs) > self._scheduler.max_queue:
+                raise QueueFull(len(self._jobs), RETRY_AFTER_SECONDS)
             self._jobs.append(job)
             self._wake.notify()
         return job.future
@@ -148,27 +151,33 @@ class Engine:
         return self._scheduler.idle and not self._jobs and not self._folds
 
     def _loop(self) -> None:
-        while True:
+        try:
+            while True:
+                with self._wake:
+                    self._wake.notify_all()
+                    self._wake.wait_for(lambda: self._stopping or not self._idle())
+                    if self._stopping:
+                        break
+                try:
+                    self.step()
+                except Exception as error:
+                    # Each phase handles what it can blame on a row or a job; what is left is a
+                    # fault of ours, and nobody may wait in vain because of it.
+                    _log.exception("engine step failed")
+                    self._end_all(error)
+        finally:
+            self._scheduler.close()
             with self._wake:
+                self._stopping = True
+                self._end_all(ShuttingDown())
                 self._wake.notify_all()
-                self._wake.wait_for(lambda: self._stopping or not self._idle())
-                if self._stopping:
-                    break
-            try:
-                self.step()
-            except Exception as error:
-                # Each phase handles what it can blame on a row or a job; what is left is a fault
-                # of ours, and no row may hang because of it.
-                _log.exception("engine step failed")
-                self._end_all(error)
-        self._end_all(ShuttingDown())
 
     def step(self) -> None:
         """Do one step."""
         self._fold()
         if self._aborting:
             self._end_all(ShuttingDown())
-        self._drop(cancelled_only=True)
+        self._drop_cancelled()
         self._prefill()
         self._decode()
         self._do_slice()
@@ -183,7 +192,12 @@ class Engine:
             except Exception as caught:
                 error = caught
             seconds = time.perf_counter() - started
-            self._observer.folded(seconds, error is None, self.resident)
+            if error is None:
+                future.set_result(self.resident)
+            else:
+                future.set_exception(error)
+            self._corrections.forget()
+            self._observe(self._observer.folded, seconds, error is None, self.resident)
             _log.info(
                 "fold mix=%s resident=%s ms=%.2f ok=%s",
                 target.mix.digest[:12],
@@ -191,33 +205,28 @@ class Engine:
                 seconds * 1e3,
                 error is None,
             )
-            self._corrections.forget()
-            if error is None:
-                future.set_result(self.resident)
-            else:
-                future.set_exception(error)
 
-    def _drop(self, cancelled_only: bool) -> None:
-        for sequence in self._scheduler.drop_waiting(cancelled_only):
-            self._abort(sequence)
-        for slot in reversed(range(self.running)):
-            sequence = self._scheduler.running[slot]
-            if sequence.cancelled or not cancelled_only:
-                self._release(slot)
-                self._abort(sequence)
+    def _drop_cancelled(self) -> None:
+        for row in self._scheduler.drop_waiting(cancelled_only=True):
+            self._end(row, row.abort())
+        for row in [row for row in self._scheduler.running if row.cancelled]:
+            self._end(row, row.abort())
 
     def _prefill(self) -> None:
-        while (sequence := self._scheduler.admit()) is not None:
-            slot = self.running - 1
-            sequence.started = time.monotonic()
+        # No more than fit at once: a row may end with its first token, and others wait to go on.
+        for _ in range(self._scheduler.slots):
+            row = self._scheduler.admit()
+            if row is None:
+                return
+            row.started = time.monotonic()
             try:
-                correction = self._corrections.plan([sequence.mix], self.resident)
+                correction = self._corrections.plan([row.mix], self.resident)
                 with self._corrections.applied(correction):
-                    logits = self._model.prefill(slot, sequence.prompt)
-                self._hand_out([sequence], logits)
+                    logits = self._model.prefill(self.running - 1, row.prompt)
+                self._hand_out((row,), logits)
             except Exception as error:
                 _log.exception("prefill failed")
-                self._fail([row for row in (sequence,) if row in self._scheduler.running], error)
+                self._fail((row,), error)
 
     def _decode(self) -> None:
         rows = tuple(self._scheduler.running)
@@ -229,18 +238,22 @@ class Engine:
                 logits = self._model.decode(
                     [row.tokens[-1] for row in rows], [row.position for row in rows]
                 )
-            self._observer.stepped(rows, self.waiting, correction.rows if correction else 0)
             self._hand_out(rows, logits)
         except Exception as error:
             _log.exception("decode failed rows=%d", len(rows))
-            self._fail([row for row in rows if row in self._scheduler.running], error)
+            self._fail(rows, error)
+            return
+        corrected = correction.rows if correction else 0
+        self._observe(self._observer.stepped, rows, self.waiting, corrected)
 
     @torch.inference_mode()
-    def _hand_out(self, rows: list[Sequence] | tuple[Sequence, ...], logits: Tensor) -> None:
+    def _hand_out(self, rows: tuple[Sequence, ...], logits: Tensor) -> None:
         """Choose a token for each row from logits (rows, vocabulary) and give it to its client."""
         finite = torch.isfinite(logits).all(dim=-1).tolist()
-        broken = [row for row, fine in zip(rows, finite, strict=True) if not fine]
+        broken = tuple(row for row, fine in zip(rows, finite, strict=True) if not fine)
         if broken:
+            # Before any row leaves and another is moved into its place.
+            self._fail(broken, _not_finite())
             logits = torch.nan_to_num(logits)
         allowed = logits
         for index, row in enumerate(rows):
@@ -253,56 +266,68 @@ class Engine:
             chosen = logits.log_softmax(dim=-1).gather(1, tokens[:, None])
             logprobs = chosen[:, 0].tolist()
         for index, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-            if row in broken:
+            if row.ended:
                 continue
             wanted = logprobs[index] if logprobs and row.params.logprobs else None
-            self._emit(row, row.append(token, wanted))
-        if broken:
-            self._fail(
-                broken,
-                FailedPrecondition(
-                    "the model's output is not finite under this mix: use smaller weights",
-                    "OUTPUT_NOT_FINITE",
-                ),
-            )
+            try:
+                chunk = row.append(token, wanted)
+            except Exception as error:
+                _log.exception("row failed")
+                self._fail((row,), error)
+                continue
+            self._give(row, chunk)
 
-    def _emit(self, row: Sequence, chunk: Chunk) -> None:
+    def _give(self, row: Sequence, chunk: Chunk) -> None:
         if len(row.tokens) == 1:
             row.first_token = time.monotonic()
-            self._observer.prefilled(row)
-        if chunk.finish_reason is not None:
-            self._release(self._scheduler.running.index(row))
-            self._observer.finished(row, chunk.finish_reason)
-        self._tell(row, chunk)
+            self._observe(self._observer.prefilled, row)
+        if chunk.last:
+            self._end(row, chunk)
+        else:
+            self._tell(row, chunk)
 
-    def _abort(self, row: Sequence) -> None:
-        chunk = row.abort()
-        if chunk.finish_reason is not None:
-            self._observer.finished(row, chunk.finish_reason)
-        self._tell(row, chunk)
-
-    def _fail(self, rows: list[Sequence], error: Exception) -> None:
-        for row in rows:
-            if row in self._scheduler.running:
-                slot = self._scheduler.running.index(row)
-                # What is masked is multiplied by 0, which does not undo a NaN.
-                self._model.cache.clear(slot)
-                self._release(slot)
-            self._observer.failed(row, error)
+    def _fail(self, rows: tuple[Sequence, ...], error: Exception) -> None:
+        """End those of `rows` that go on still with an error, and wipe their slots."""
+        failed = [row for row in rows if not row.ended]
+        for row in failed:
             self._tell(row, Chunk(error=error))
+        for row in failed:
+            # What is masked is multiplied by 0, which does not undo a NaN.
+            self._model.cache.clear(self._scheduler.running.index(row))
+        for row in failed:
+            self._release(row)
+
+    def _end(self, row: Sequence, chunk: Chunk) -> None:
+        """Give a row its last chunk, and its slot to others."""
+        self._tell(row, chunk)
+        if row in self._scheduler.running:
+            self._release(row)
 
     def _tell(self, row: Sequence, chunk: Chunk) -> None:
+        """Hand a chunk to the client; the last one before anything else, which might fail."""
+        row.ended = chunk.last
         try:
             row.sink(chunk)
         except Exception:  # The client's loop is gone; other rows have nothing to do with it.
             _log.exception("sink failed")
             row.cancelled = True
+        if chunk.error is not None:
+            self._observe(self._observer.failed, row, chunk.error)
+        elif chunk.finish_reason is not None:
+            self._observe(self._observer.finished, row, chunk.finish_reason)
 
-    def _release(self, slot: int) -> None:
+    def _observe(self, event: Callable[[*Ts], None], *arguments: *Ts) -> None:
+        try:
+            event(*arguments)
+        except Exception:  # Nobody's text depends on who looks on.
+            _log.exception("observer failed")
+
+    def _release(self, row: Sequence) -> None:
+        slot = self._scheduler.running.index(row)
         moved = self._scheduler.release(slot)
         if moved is not None:
-            row = self._scheduler.running[slot]
-            self._model.cache.move(moved, slot, row.position + 1)
+            other = self._scheduler.running[slot]
+            self._model.cache.move(moved, slot, other.position + 1)
         self._corrections.forget()
 
     def _do_slice(self) -> None:
@@ -314,11 +339,21 @@ class Engine:
                 self._jobs.popleft()
 
     def _end_all(self, error: Exception) -> None:
-        if isinstance(error, ShuttingDown):
-            self._drop(cancelled_only=False)
-        else:
-            self._fail([*self._scheduler.drop_waiting(False), *self._scheduler.running], error)
+        """End every row, job and fold, with no work on the device, which may be what failed."""
+        stopping = isinstance(error, ShuttingDown)
+        for row in self._scheduler.drop_waiting(cancelled_only=False):
+            self._tell(row, Chunk(error=error))
+        for row in self._scheduler.drop_running():
+            if not row.ended:
+                self._tell(row, row.abort() if stopping else Chunk(error=error))
         while self._jobs:
             self._jobs.popleft().fail(error)
         while self._folds:
             self._folds.popleft()[1].set_exception(error)
+        self._corrections.forget()
+
+
+def _not_finite() -> FailedPrecondition:
+    return FailedPrecondition(
+        "the model's output is not finite under this mix: use smaller weights", "OUTPUT_NOT_FINITE"
+    )

@@ -71,7 +71,7 @@ class Operator:
                 f"{domain} is in the default mix already: set the mix to change its weight",
                 "DOMAIN_IN_MIX",
             )
-        self._registry.check_size(len(now.entries) + 1)
+        self._registry.check_size(len(now.entries) + 1, field="domain")
         entry = BoundEntry(domain, registered.adapter, weight)
         return self._default.change(BoundMix.of(now.base_digest, (*now.entries, entry)))
 
@@ -121,7 +121,8 @@ class Operator:
             raise FailedPrecondition(f"{domain}: {error}", error.reason) from error
         before = self._registry.find(domain)
         if before is not None and before.adapter == adapter:
-            return before, self._default.state
+            # After a crash within a replace the default mix may hold the old adapter still.
+            return before, self._rebind(before)
         if before is not None:
             _check_writable(before)
             if not replace:

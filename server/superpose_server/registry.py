@@ -90,7 +90,7 @@ class Registry:
             ),
         )
 
-    def check_size(self, domains: int) -> None:
+    def check_size(self, domains: int, field: str = "mix") -> None:
         """Refuse a mix of too many domains.
 
         Raises:
@@ -100,5 +100,5 @@ class Registry:
             raise InvalidArgument(
                 f"the mix has {domains} domains: use at most {self.max_domains}",
                 "TOO_MANY_DOMAINS",
-                field="mix",
+                field=field,
             )

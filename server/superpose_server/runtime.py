@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,16 +23,17 @@ from superpose_adapters.store import AdapterStore, StoreError
 from superpose_server.config import ServerConfig
 from superpose_server.default_mix import DefaultMix, MixState
 from superpose_server.engine import Engine
-from superpose_server.errors import ServerError, ShuttingDown
+from superpose_server.errors import DataLoss, QueueFull, ServerError, ShuttingDown
+from superpose_server.job import JobResult
 from superpose_server.journal import Journal, JournalDamaged, JournalEntry
 from superpose_server.metrics import Metrics
 from superpose_server.model import Model
 from superpose_server.observer import EngineObserver
 from superpose_server.operator import Operator
 from superpose_server.registry import Registered, Registry, Source
-from superpose_server.scheduler import Scheduler
+from superpose_server.scheduler import RETRY_AFTER_SECONDS, Scheduler
 from superpose_server.tokenizer import Tokenizer
-from superpose_server.weights import ResidentWeights
+from superpose_server.weights import ResidentWeights, Verification
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -80,6 +81,8 @@ class Runtime:
         self.started = time.monotonic()
         self.weights_intact = True
         self.ending = asyncio.Event()
+        self._actions: set[asyncio.Future[Any]] = set()
+        self._followers: list[Callable[[bool], None]] = []
         try:
             folder = resolve_base(config.base)
             device = _device(config.device)
@@ -95,13 +98,18 @@ class Runtime:
             state_dir.mkdir(parents=True, exist_ok=True)
             self._store = AdapterStore(state_dir / "adapters")
         except (ValueError, StoreError, OSError) as error:
-            raise StartupError(str(error)) from error
+            raise StartupError(_one_line(error)) from error
+        except RuntimeError as error:  # What torch raises when memory or a device is missing.
+            raise StartupError(
+                f"{config.base} does not fit {config.device} with --max-batch {config.max_batch} "
+                f"and --max-length {config.max_length}: {_one_line(error)}"
+            ) from error
         try:
             self._start(state_dir, observer or self.metrics)
         except BaseException as error:
             self._store.close()
             if isinstance(error, ValueError | StoreError | OSError | ServerError):
-                raise StartupError(str(error)) from error
+                raise StartupError(_one_line(error)) from error
             raise
 
     def _start(self, state_dir: Path, observer: EngineObserver) -> None:
@@ -225,24 +233,64 @@ class Runtime:
 
         Raises:
             ShuttingDown: The server is stopping.
+            QueueFull: Too many actions wait.
         """
         if self.ending.is_set():
             raise ShuttingDown
+        if len(self._actions) > self.config.max_queue:
+            raise QueueFull(len(self._actions), RETRY_AFTER_SECONDS)
         loop = asyncio.get_running_loop()
-        return await asyncio.shield(
-            loop.run_in_executor(self._operator_thread, action, self._operator)
-        )
+        running = loop.run_in_executor(self._operator_thread, action, self._operator)
+        self._actions.add(running)
+        running.add_done_callback(self._actions.discard)
+        try:
+            return await asyncio.shield(running)
+        except DataLoss:
+            self._note_verification(False)
+            raise
 
-    def note_verification(self, ok: bool) -> None:
-        """Remember whether the weights can be served."""
+    async def verify(self) -> JobResult[Verification]:
+        """Verify the weights and remember the outcome, even if nobody waits for it."""
+        job = self.engine.verify()
+        verifying = asyncio.ensure_future(asyncio.wrap_future(job))
+
+        def note(done: asyncio.Future[JobResult[Verification]]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                self._note_verification(done.result().value.ok)
+
+        verifying.add_done_callback(note)
+        return await asyncio.shield(verifying)
+
+    def _note_verification(self, ok: bool) -> None:
+        """Remember whether the weights can be served, and tell whoever follows it."""
         self.weights_intact = ok
         self.metrics.verified(ok)
+        for follower in self._followers:
+            follower(ok)
+
+    def follow_weights(self, follower: Callable[[bool], None]) -> None:
+        """Call `follower` on the event loop with whether the weights are intact, when known."""
+        self._followers.append(follower)
+
+    async def finish(self, grace: float) -> None:
+        """Refuse what is new; let actions and rows end within `grace` seconds."""
+        self.ending.set()
+        deadline = time.monotonic() + grace
+        if self._actions:
+            await asyncio.wait(set(self._actions), timeout=grace)
+        left = max(0.0, deadline - time.monotonic())
+        await asyncio.to_thread(self.engine.drain, left)
 
     def close(self) -> None:
         """End the threads and let another server have the state folder."""
-        self._operator_thread.shutdown(wait=True)
+        # First the engine, for which an action may be waiting.
         self.engine.stop()
+        self._operator_thread.shutdown(wait=True, cancel_futures=True)
         self._store.close()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _device(name: str) -> torch.device:

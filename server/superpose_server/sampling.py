@@ -62,6 +62,11 @@ class SamplingParams:
             if not 1 <= len(text) <= _MAX_STOP_LENGTH:
                 _refuse("stop", f"{len(text)} characters", f"1 to {_MAX_STOP_LENGTH} characters")
 
+    @property
+    def filters(self) -> bool:
+        """True if only some of the likeliest tokens may be drawn."""
+        return self.top_k > 0 or self.top_p < 1
+
     def generator(self) -> random.Random:
         """Return the row's own source of random numbers.
 
@@ -89,41 +94,52 @@ def sample(
     """
     tokens = logits.argmax(dim=-1)
     drawing = [row for row, p in enumerate(params) if p.temperature > 0]
-    if not drawing:
-        return tokens
-    uniform = torch.tensor(
-        [generators[row].random() for row in drawing], dtype=torch.float64, device=logits.device
-    )
-    temperature, top_p = (
-        torch.tensor(
-            [getattr(params[row], name) for row in drawing],
-            dtype=torch.float64,  # in float32 a small temperature is 0
-            device=logits.device,
-        )
-        for name in ("temperature", "top_p")
-    )
-    top_k = torch.tensor([params[row].top_k for row in drawing], device=logits.device)
-    index = torch.tensor(drawing, device=logits.device)
-    tokens[index] = _draw(logits[index], temperature, top_k, top_p, uniform)
+    # A row takes the same path, and so the same token, whoever else is in the batch.
+    for rows, draw in (
+        ([row for row in drawing if not params[row].filters], _draw_any),
+        ([row for row in drawing if params[row].filters], _draw_filtered),
+    ):
+        if rows:
+            index = torch.tensor(rows, device=logits.device)
+            chosen = [params[row] for row in rows]
+            uniform = _column([generators[row].random() for row in rows], logits.device)
+            temperature = _column([p.temperature for p in chosen], logits.device)
+            # The maximum is taken out first, so that a small temperature cannot overflow.
+            part = logits[index]
+            scaled = (part - part.amax(-1, keepdim=True)).double() / temperature
+            tokens[index] = draw(scaled, chosen, uniform)
     return tokens
 
 
-def _draw(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor
-) -> Tensor:
-    """Invert the cumulative distribution of the kept tokens at `uniform` (rows,)."""
-    # The maximum is taken out first, so that a small temperature cannot overflow.
-    scaled = (logits - logits.amax(-1, keepdim=True)).double() / temperature[:, None]
+def _column(values: Sequence[float], device: torch.device) -> Tensor:
+    # float64, since in float32 a small temperature is 0.
+    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+
+
+def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Invert the cumulative sums of weights (rows, tokens) at `uniform` (rows, 1) of their ends."""
+    cumulative = weights.cumsum(dim=-1)
+    choice = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    # Rounding may reach the very end, where tokens of weight 0 may stand.
+    ends = torch.arange(1, weights.shape[1] + 1, device=weights.device)
+    last = torch.where(weights > 0, ends, 0).amax(dim=-1, keepdim=True) - 1
+    return torch.minimum(choice, last)[:, 0]
+
+
+def _draw_any(scaled: Tensor, params: Sequence[SamplingParams], uniform: Tensor) -> Tensor:
+    """Draw from all tokens, in the order of their ids."""
+    return _draw(scaled.softmax(dim=-1), uniform)
+
+
+def _draw_filtered(scaled: Tensor, params: Sequence[SamplingParams], uniform: Tensor) -> Tensor:
+    """Draw from the tokens that top_k and top_p keep; the likeliest first, ties by token id."""
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(dim=-1)
-    rank = torch.arange(ordered.shape[1], device=logits.device)
-    limit = torch.where(top_k > 0, top_k, ordered.shape[1])[:, None]
+    rank = torch.arange(ordered.shape[1], device=scaled.device)
+    everything = ordered.shape[1]
+    top_k = _column([p.top_k or everything for p in params], scaled.device)
+    top_p = _column([p.top_p for p in params], scaled.device)
     before = probabilities.cumsum(dim=-1) - probabilities
-    kept = torch.where(
-        (rank < limit) & ((before < top_p[:, None]) | (top_p >= 1)[:, None]), probabilities, 0.0
-    )
-    cumulative = kept.cumsum(dim=-1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    choice = (cumulative <= target).sum(dim=-1, keepdim=True)
-    last = (kept > 0).sum(dim=-1, keepdim=True) - 1
-    return order.gather(1, torch.minimum(choice, last))[:, 0]
+    kept = (rank < top_k) & ((before < top_p) | (top_p >= 1))
+    choice = _draw(torch.where(kept, probabilities, 0.0), uniform)
+    return order.gather(1, choice[:, None])[:, 0]

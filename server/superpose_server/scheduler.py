@@ -8,7 +8,7 @@ from collections import deque
 from superpose_server.errors import QueueFull, ShuttingDown
 from superpose_server.sequence import Sequence
 
-_RETRY_AFTER_SECONDS = 1.0
+RETRY_AFTER_SECONDS = 1.0
 
 
 class Scheduler:
@@ -35,7 +35,8 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """True if no row runs or waits."""
-        return not self.running and not self._waiting
+        # In this order: a row that is admitted meanwhile is put into `running` first.
+        return not self._waiting and not self.running
 
     def submit(self, sequence: Sequence) -> None:
         """Put a row at the end of the queue.
@@ -49,7 +50,7 @@ class Scheduler:
                 raise ShuttingDown
             free = self.slots - len(self.running)
             if len(self._waiting) >= self.max_queue + max(0, free):
-                raise QueueFull(self.max_queue, _RETRY_AFTER_SECONDS)
+                raise QueueFull(self.max_queue, RETRY_AFTER_SECONDS)
             self._waiting.append(sequence)
 
     def close(self) -> None:
@@ -62,8 +63,10 @@ class Scheduler:
         with self._lock:
             if not self._waiting or len(self.running) >= self.slots:
                 return None
-            sequence = self._waiting.popleft()
+            sequence = self._waiting[0]
+            # In this order, so that `idle` finds it in one place or the other.
             self.running.append(sequence)
+            self._waiting.popleft()
             return sequence
 
     def drop_waiting(self, cancelled_only: bool) -> list[Sequence]:
@@ -73,6 +76,11 @@ class Scheduler:
             if dropped:
                 self._waiting = deque(s for s in self._waiting if s not in dropped)
             return dropped
+
+    def drop_running(self) -> list[Sequence]:
+        """Free every slot at once; return the rows that ran."""
+        rows, self.running = self.running, []
+        return rows
 
     def release(self, slot: int) -> int | None:
         """Free a slot; return the slot whose row must be moved into it, if one must.

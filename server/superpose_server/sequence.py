@@ -63,6 +63,7 @@ class Sequence:
     """One row. Made by any thread; after `Engine.submit` only the engine thread touches it.
 
     `cancelled` is the exception: any thread may set it, and the row leaves at the next step.
+    `ended` is set when the last chunk was handed out.
     """
 
     prompt: SequenceOf[int]
@@ -72,6 +73,7 @@ class Sequence:
     tokenizer: Tokenizer
     tokens: list[int] = field(default_factory=list)
     cancelled: bool = False
+    ended: bool = False
     accepted: float = field(default_factory=time.monotonic)
     started: float = 0.0
     first_token: float = 0.0

@@ -61,6 +61,7 @@ class Server:
         self.metrics_address = ""
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # types lack it
         self._grpc: grpc.aio.Server | None = None
+        self._tasks: set[asyncio.Future[None]] = set()
 
     async def start(self) -> None:
         """Open the sockets and report SERVING.
@@ -99,6 +100,7 @@ class Server:
         self._grpc = server
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        runtime.follow_weights(self._weights_known)
 
     def _start_metrics(self) -> None:
         config = self.runtime.config
@@ -117,11 +119,19 @@ class Server:
         for service in ("", *_SERVICES):
             await self._health.set(service, status)
 
+    def _weights_known(self, intact: bool) -> None:
+        """Send inference elsewhere while the weights are damaged; the other services go on."""
+        status = health_pb2.HealthCheckResponse
+        task = asyncio.ensure_future(
+            self._health.set(_SERVICES[0], status.SERVING if intact else status.NOT_SERVING)
+        )
+        self._tasks.add(task)  # The loop alone would not keep it alive.
+        task.add_done_callback(self._tasks.discard)
+
     async def stop(self, grace: float) -> None:
         """Refuse new requests, let running ones end within `grace` seconds, then close all."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        self.runtime.ending.set()
-        await asyncio.to_thread(self.runtime.engine.drain, grace)
+        await self.runtime.finish(grace)
         if self._grpc is not None:
             await self._grpc.stop(_CLOSING_SECONDS)
         await asyncio.to_thread(self._http.shutdown)  # its thread looks up twice a second

@@ -26,7 +26,7 @@ from superpose_adapters.geometry import (
 )
 from superpose_adapters.layout import Layout
 from superpose_adapters.mix import BoundMix
-from superpose_server.errors import FailedPrecondition, Internal
+from superpose_server.errors import DataLoss, FailedPrecondition, Internal
 
 _VERIFY_ATTEMPTS = 8
 
@@ -93,6 +93,7 @@ class ResidentWeights:
         self._base: dict[str, Tensor] = {}
         self._rounding: dict[str, float] = {}
         self._norms: dict[str, float] = {}
+        self._largest: dict[str, float] = {}
         self._keep_base_on = keep_base_on
         self._hashes = {name: hash_bytes(p) for name, p in self._parameters.items()}
         first = next(iter(self._parameters.values()))
@@ -138,13 +139,14 @@ class ResidentWeights:
             live = self._live(module)
             self._rounding[module] = rounding_energy(live)
             self._norms[module] = float(live.double().norm())
+            self._largest[module] = float(live.abs().max())
             self._base[module] = live.detach().to(self._keep_base_on or live.device, copy=True)
 
     def _refuse_infinite(self, mix: BoundMix, module: str, a: Tensor, b: Tensor) -> None:
         limit = torch.finfo(self.dtype).max
         base = self._base[module]
         # |sum| <= max |W| + |B| |A|; only where this bound is no help is the sum itself formed.
-        if float(base.abs().max()) + float(b.norm()) * float(a.norm()) < limit:
+        if self._largest[module] + float(b.norm()) * float(a.norm()) < limit:
             return
         folded = torch.empty_like(self._live(module))
         fold_into(folded, base, a, b, self.layout[module])
@@ -164,6 +166,7 @@ class ResidentWeights:
 
         Raises:
             Internal: The fold failed; the mix that was resident is resident again.
+            DataLoss: It failed and nothing could be put back.
         """
         if not target.foldable:
             target = PreparedMix(BoundMix(self.base_digest))
@@ -174,8 +177,8 @@ class ResidentWeights:
             _log.exception("fold failed mix=%s", target.mix.digest)
             self._restore(before)
             raise Internal(
-                f"the fold failed ({type(error).__name__}: {error}); "
-                "the mix that was served before is served still",
+                "the fold failed, see the server's log; the mix that was served before is served "
+                "still",
                 "FOLD_FAILED",
             ) from error
 
@@ -185,20 +188,34 @@ class ResidentWeights:
             fold_into(self._live(module), self._base[module], a, b, self.layout[module])
         for module in stale:
             self._live(module).copy_(self._base[module])
+        if self.device.type == "cuda":
+            # A fault on the device must show here, where the old mix can be put back.
+            torch.cuda.synchronize(self.device)
         self.resident = target
 
     def _restore(self, before: PreparedMix) -> None:
-        # Any kept module may have been written, so all are put right. Copying the base allocates
-        # nothing, so it works where a fold does not; rows of every other mix are then corrected.
-        for module, base in list(self._base.items()):
-            self._live(module).copy_(base)
-        self.resident = PreparedMix(BoundMix(self.base_digest))
+        self._copy_base()
         try:
             self._write(before)
         except Exception:
             _log.exception("refold failed mix=%s; serving it by correction", before.mix.digest)
+            self._copy_base()
+
+    def _copy_base(self) -> None:
+        """Put every module that may have been written right; allocates nothing beside the base.
+
+        Raises:
+            DataLoss: Even that failed; the weights are no mix at all.
+        """
+        try:
             for module, base in list(self._base.items()):
                 self._live(module).copy_(base)
+        except Exception as error:
+            raise DataLoss(
+                "a fold failed and the base could not be put back: restart the server",
+                "WEIGHTS_DAMAGED",
+            ) from error
+        self.resident = PreparedMix(BoundMix(self.base_digest))
 
     def verify(self) -> Generator[None, None, Verification]:
         """Compare every live bit with a fresh fold and every base bit with its hash at load.

@@ -93,7 +93,7 @@ def adapter_to_wire(
 ) -> adapter_pb2.Adapter:
     """Return an adapter for a response; with `whole` its modules and config too."""
     adapter = registered.adapter
-    weight = next((e.weight for e in default.entries if e.domain == registered.domain), 0.0)
+    held = {e.domain: e.weight for e in default.entries if e.adapter == adapter}
     message = adapter_pb2.Adapter(
         domain=registered.domain,
         digest=adapter.digest,
@@ -101,7 +101,7 @@ def adapter_to_wire(
         rank=adapter.rank,
         parameters=adapter.parameters,
         bytes=adapter.nbytes,
-        weight=weight,
+        weight=held.get(registered.domain, 0.0),
     )
     if whole:
         message.modules.extend(adapter.modules)

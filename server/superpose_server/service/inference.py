@@ -13,7 +13,7 @@ from superpose_adapters.mix import BoundMix
 from superpose_adapters.scoring import EncodedText, Loss, Scope, encode_qa, encode_text
 from superpose_proto.v1 import inference_pb2 as pb
 from superpose_proto.v1 import inference_pb2_grpc, mix_pb2
-from superpose_server.errors import DataLoss, InvalidArgument, QueueFull, ShuttingDown
+from superpose_server.errors import DataLoss, InvalidArgument, ShuttingDown
 from superpose_server.runtime import Runtime
 from superpose_server.sampling import SamplingParams
 from superpose_server.score import ScoreRow
@@ -30,7 +30,10 @@ _SCOPES: dict[int, Scope] = {
     pb.SCORE_SCOPE_ALL: "all",
     pb.SCORE_SCOPE_ANSWER: "answer",
 }
-_RETRY_SCORE_SECONDS = 1.0
+# Characters of one text: far above any context, far below what would hold the server up.
+_MAX_TEXT = 1 << 20
+# From this many characters on, a text is tokenised beside the event loop.
+_LONG_TEXT = 1 << 14
 
 GenerateRequest = pb.GenerateRequest | pb.GenerateStreamRequest
 
@@ -55,11 +58,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, runtime: Runtime) -> None:
         """Serve from `runtime`."""
         self._runtime = runtime
-        self._scores = 0
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         """Return the whole text."""
-        accepted = self._accept(request)
+        accepted = await self._accept(request)
         chunks = [chunk async for chunk in self._run(accepted)]
         ids = [token for chunk in chunks for token in chunk.token_ids]
         return pb.GenerateResponse(
@@ -76,7 +78,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.GenerateStreamRequest, context: Any
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         """Send text as it is made."""
-        accepted = self._accept(request)
+        accepted = await self._accept(request)
         count = 0
         async for chunk in self._run(accepted):
             first = count == 0
@@ -96,17 +98,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
         """Return log-probabilities and perplexities of given texts."""
-        encoded, scope = self._encode_items(request)
+        encoded, scope = await asyncio.to_thread(self._encode_items, request)
         bound, state = self._bind(request)
         rows = [ScoreRow(text.ids, text.first_scored(scope)) for text in encoded]
-        limit = self._runtime.config.max_queue + 1
-        if self._scores >= limit:
-            raise QueueFull(limit, _RETRY_SCORE_SECONDS)
-        self._scores += 1
-        try:
-            result = await asyncio.wrap_future(self._runtime.engine.score(rows, bound))
-        finally:
-            self._scores -= 1
+        result = await asyncio.wrap_future(self._runtime.engine.score(rows, bound))
         total = Loss()
         items = []
         for logprobs in result.value:
@@ -143,9 +138,12 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             bound = runtime.registry.bind(mix_from_wire(request.mix))
         return bound, mix_to_wire(state.generation, bound)
 
-    def _accept(self, request: GenerateRequest) -> _Accepted:
+    async def _accept(self, request: GenerateRequest) -> _Accepted:
         params = params_from_wire(request.options)
-        prompt = self._encode_prompt(request)
+        if len(request.prompt) < _LONG_TEXT and not request.HasField("chat"):
+            prompt = self._encode_prompt(request)
+        else:
+            prompt = await asyncio.to_thread(self._encode_prompt, request)
         context = self._runtime.model.context_length
         if len(prompt) >= context:
             raise InvalidArgument(
@@ -173,8 +171,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             self._check_ids(ids, "token_ids")
         elif kind == "chat":
             turns = [(message.role, message.content) for message in request.chat.messages]
+            _check_size(sum(len(content) for _, content in turns), "chat")
             ids = tokenizer.encode_chat(turns)
         else:
+            _check_size(len(request.prompt), "prompt")
             ids = tokenizer.encode(request.prompt) if request.prompt else []
         if not ids:
             raise InvalidArgument(
@@ -259,11 +259,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         kind = item.WhichOneof("item")
         if kind == "question_answer":
             row = item.question_answer
+            _check_size(len(row.question) + len(row.answer), field)
             return encode_qa(tokenizer, row.question, row.answer, length)
         if kind == "token_ids":
             self._check_ids(item.token_ids.ids, field)
             text = EncodedText(tuple(item.token_ids.ids[:length]))
         else:
+            _check_size(len(item.text), field)
             text = encode_text(tokenizer, item.text, length)
         if not text.ids:
             raise InvalidArgument(
@@ -272,6 +274,15 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 field=field,
             )
         return text
+
+
+def _check_size(characters: int, field: str) -> None:
+    if characters > _MAX_TEXT:
+        raise InvalidArgument(
+            f"{field} has {characters} characters: send at most {_MAX_TEXT}",
+            "TEXT_TOO_LONG",
+            field=field,
+        )
 
 
 def _finish_reason(chunk: Chunk) -> pb.FinishReason.ValueType:

@@ -10,7 +10,7 @@ from superpose_adapters.geometry import DomainSize, Overlap, module_type, rms
 from superpose_proto.v1 import mix_pb2 as pb
 from superpose_proto.v1 import mix_pb2_grpc
 from superpose_server.default_mix import MixState
-from superpose_server.errors import InvalidArgument, WatchBehind
+from superpose_server.errors import InvalidArgument, ShuttingDown, WatchBehind
 from superpose_server.runtime import Runtime
 from superpose_server.service.convert import mix_from_wire, mix_to_wire, state_to_wire
 
@@ -90,7 +90,7 @@ class MixService(mix_pb2_grpc.MixServiceServicer):
                     raise WatchBehind(_MAX_BEHIND)
                 change = await self._next_change(changes)
                 if change is None:
-                    return
+                    raise ShuttingDown
                 if change.generation > state.generation:
                     state = change
                     yield pb.WatchMixResponse(mix=state_to_wire(state))
@@ -136,13 +136,13 @@ class MixService(mix_pb2_grpc.MixServiceServicer):
     ) -> pb.VerifyWeightsResponse:
         """Compare the resident weights with a fresh fold, and the base with its hash."""
         runtime = self._runtime
-        result = await asyncio.wrap_future(runtime.engine.verify())
+        generation = runtime.default_mix.state.generation
+        result = await runtime.verify()
         found = result.value
-        runtime.note_verification(found.ok)
         model = runtime.model
         return pb.VerifyWeightsResponse(
             ok=found.ok,
-            mix=mix_to_wire(runtime.default_mix.state.generation, found.mix),
+            mix=mix_to_wire(generation, found.mix),
             base_digest=model.base_digest,
             resident_hash=found.resident_hash,
             dtype=str(model.dtype).removeprefix("torch."),
