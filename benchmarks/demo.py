@@ -121,8 +121,8 @@ def main() -> None:
         measured = {"base": base, "math": folded.pop("math"), **alone, **folded}
         console.print(matrix(measured | {"half of each": halves}))
         console.print(
-            "Each domain helps its own rows. Three whole deltas at once interfere; half of each helps "
-            "all three. The weights of a mix are yours to choose, per request."
+            "Each domain helps its own rows. Three whole deltas at once interfere; half of each "
+            "helps all three. The weights of a mix are yours to choose, per request."
         )
 
         heading("3. Requests with mixes of their own; the resident weights stay as they are")

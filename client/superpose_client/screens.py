@@ -4,7 +4,9 @@ Columns are aligned with spaces and have no frames, so that one screen suits a t
 through grep and awk as well.
 """
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import singledispatch
 from typing import Any
 
@@ -117,7 +119,7 @@ def _(adapter: AdapterInfo) -> RenderableType:
         ("size", _size(adapter.bytes)),
     ]
     if adapter.modules:
-        fields.append((f"{len(adapter.modules)} modules", ", ".join(adapter.modules)))
+        fields.append((f"{len(adapter.modules)} modules", _by_layer(adapter.modules)))
     if adapter.config_json:
         fields.append(("config", adapter.config_json))
     return _fields(*fields)
@@ -300,3 +302,9 @@ def _duration(seconds: float) -> str:
     while len(parts) > 1 and not parts[0][0]:
         parts.pop(0)
     return " ".join(f"{count} {unit}" for count, unit in parts[:2])
+
+
+def _by_layer(modules: Iterable[str]) -> str:
+    """Return module names with their layer numbers counted instead of listed."""
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in modules)
+    return ", ".join(f"{count} x {name}" for name, count in counts.items())

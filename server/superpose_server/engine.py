@@ -238,13 +238,12 @@ class Engine:
                 logits = self._model.decode(
                     [row.tokens[-1] for row in rows], [row.position for row in rows]
                 )
+            corrected = correction.rows if correction else 0
+            self._observe(self._observer.stepped, rows, self.waiting, corrected)
             self._hand_out(rows, logits)
         except Exception as error:
             _log.exception("decode failed rows=%d", len(rows))
             self._fail(rows, error)
-            return
-        corrected = correction.rows if correction else 0
-        self._observe(self._observer.stepped, rows, self.waiting, corrected)
 
     @torch.inference_mode()
     def _hand_out(self, rows: tuple[Sequence, ...], logits: Tensor) -> None:

@@ -132,6 +132,7 @@ class Operator:
                     "ADAPTER_EXISTS",
                 )
         registered = Registered(domain, adapter, Source.PUSHED)
+        self._weights.keep_base(adapter)
         try:
             digest = self._store.put(config, tensors)
             self._store.set_name(domain, digest)

@@ -122,6 +122,8 @@ class Runtime:
             model.base_digest,
             torch.device("cpu") if self.config.base_copy == "host" else None,
         )
+        for registered in self.registry.all():
+            self._weights.keep_base(registered.adapter)
         journal = Journal(state_dir)
         state = self._restore(journal)
         self._weights.fold(self._weights.prepare(state.mix))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from superpose_adapters.adapter import Adapter
 from superpose_adapters.digest import canonical_digest, hash_bytes
 from superpose_adapters.fold import concatenate_factors, fold_into
 from superpose_adapters.geometry import (
@@ -110,6 +111,15 @@ class ResidentWeights:
         return self._parameters[f"{module}.weight"]
 
     @torch.inference_mode()
+    def keep_base(self, adapter: Adapter) -> None:
+        """Keep the base of every module that `adapter` adapts, so that adding it later is quick.
+
+        Runs where `prepare` may run.
+        """
+        for module in adapter.modules:
+            self._keep_base(module)
+
+    @torch.inference_mode()
     def prepare(self, mix: BoundMix) -> PreparedMix:
         """Make all that a fold of `mix` needs, and change nothing that can be seen.
 
@@ -138,7 +148,7 @@ class ResidentWeights:
         if module not in self._base:
             live = self._live(module)
             self._rounding[module] = rounding_energy(live)
-            self._norms[module] = float(live.double().norm())
+            self._norms[module] = float(torch.linalg.vector_norm(live, dtype=torch.float64))
             self._largest[module] = float(live.abs().max())
             self._base[module] = live.detach().to(self._keep_base_on or live.device, copy=True)
 

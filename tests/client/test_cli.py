@@ -161,6 +161,7 @@ def test_show(ctl: Ctl, server: FakeServer) -> None:
     shown = ctl("show", "math").stdout
     assert server.request == adapter_pb2.GetAdapterRequest(domain="math")
     assert "4 modules" in shown
+    assert "4 x transformer.h.*.attn.c_attn" in shown
     assert '{"r":4,"lora_alpha":64,"target_modules":["c_attn"]}' in shown
     assert printed(ctl("show", "math", "--json"))["domain"] == "math"
 

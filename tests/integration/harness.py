@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -209,6 +210,12 @@ class Served:
         return self.client.generate(
             PROMPT, mix=mix, temperature=0, max_new_tokens=tokens, ignore_eos=True
         ).token_ids
+
+    def wait_for_health(self, service: str, status: str) -> None:
+        """Wait until a service reports `status`, which follows on the server's own loop."""
+        deadline = time.monotonic() + PATIENCE
+        while self.client.health(service) != status:
+            assert time.monotonic() < deadline, f"{service} is not {status}"
 
     def fingerprint(self) -> Fingerprint:
         state = self.client.mix()

@@ -229,6 +229,9 @@ GENERATIONS = {
         "prompt",
         "x" * CONTEXT,
     ),
+    "prompt beyond all contexts": BadGeneration(
+        "TEXT_TOO_LONG", "prompt has 1048577 characters", "prompt", "x" * ((1 << 20) + 1)
+    ),
     "max_new_tokens 0": BadGeneration(
         "INVALID_SAMPLING",
         "max_new_tokens is 0: use at least 1",

@@ -21,6 +21,7 @@ from tests.integration.harness import (
     start,
 )
 
+from superpose_adapters.loader import read_adapter
 from superpose_client import (
     AlreadyExistsError,
     DeadlineExceededError,
@@ -36,6 +37,7 @@ from superpose_client import (
 from superpose_client.client import Stream
 from superpose_proto.v1.mix_pb2 import WatchMixRequest, WatchMixResponse
 from superpose_server.errors import WatchBehind
+from superpose_server.registry import Registered, Source
 from superpose_server.sequence import FinishReason
 from superpose_server.service.mix import MixService
 
@@ -228,6 +230,21 @@ def test_a_replaced_adapter_serves_new_requests_and_running_rows_keep_the_old_on
     assert chunks[-1].mix is not None
     assert chunks[-1].mix.generation == generation + 1
     assert chunks[-1].mix.entries[0].adapter_digest == result.adapter.digest
+
+
+def test_a_push_that_is_repeated_after_half_a_replace_finishes_it(
+    served: Served, gpt2: Family
+) -> None:
+    """As a crash leaves it: the name has moved to the new adapter, the default mix has not."""
+    generation = served.client.mix().generation
+    new = read_adapter(gpt2.adapters["a2"], served.weights.layout)
+    served.runtime.registry.put(Registered("a", new, Source.PUSHED))
+    shown = served.client.adapter("a")
+    assert (shown.digest, shown.weight) == (new.digest, 0.0)  # the mix holds the old one
+    pushed = served.client.push("a", gpt2.adapters["a2"], replace=True)
+    assert pushed.generation == generation + 1
+    assert served.client.mix().entries[0].adapter_digest == new.digest
+    assert served.client.adapter("a").weight == 1.0
 
 
 def test_an_adapter_in_the_default_mix_is_not_deleted(served: Served) -> None:

@@ -64,6 +64,8 @@ def test_damaged_weights_serve_nothing_until_they_are_whole_again(served: Served
     flip(served.parameters()[ADAPTED].data)
     assert not served.client.verify().ok
     assert not served.client.info().weights_verified
+    served.wait_for_health("superpose.v1.InferenceService", "NOT_SERVING")
+    assert served.client.health("superpose.v1.MixService") == "SERVING"
     for call in CALLS:
         with pytest.raises(DataLossError, match="failed their last verification") as caught:
             call(served.client)
@@ -73,6 +75,7 @@ def test_damaged_weights_serve_nothing_until_they_are_whole_again(served: Served
         CALLS[0](served.client)
     assert served.client.verify().ok
     assert served.client.info().weights_verified
+    served.wait_for_health("superpose.v1.InferenceService", "SERVING")
     for call in CALLS:
         call(served.client)
     served.client.set("a")

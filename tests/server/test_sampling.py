@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -175,3 +176,13 @@ def test_too_many_stop_tokens_are_refused() -> None:
     SamplingParams(stop_token_ids=tuple(range(64)))
     with pytest.raises(InvalidArgument, match="stop_token_ids is 65 ids"):
         SamplingParams(stop_token_ids=tuple(range(65)))
+
+
+def test_a_seed_gives_the_same_token_beside_rows_that_filter() -> None:
+    plain, filtering = SamplingParams(seed=3), SamplingParams(seed=4, top_k=3)
+    for seed in range(50):
+        alone = sample(LOGITS[None], [plain], [random.Random(seed)])
+        beside = sample(
+            LOGITS.expand(2, -1), [filtering, plain], [random.Random(0), random.Random(seed)]
+        )
+        assert int(alone) == int(beside[1])
