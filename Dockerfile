@@ -1,9 +1,11 @@
+# Not built yet by its authors: the machines that they had so far run no Docker engine.
+#
 # CPU:   docker build -t superpose .
 # CUDA:  docker build -t superpose:cuda \
 #          --build-arg BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04 \
 #          --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
 # Run:   docker run -p 127.0.0.1:50051:50051 -v superpose-state:/var/lib/superpose superpose
-ARG BASE=python:3.12-slim
+ARG BASE=python:3.11-slim
 FROM ${BASE}
 
 # CUDA bases come without Python; Python bases have theirs first in PATH.
@@ -15,15 +17,15 @@ RUN command -v python3 >/dev/null && python3 -m venv --help >/dev/null 2>&1 \
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV VIRTUAL_ENV=/opt/superpose PATH=/opt/superpose/bin:$PATH
 RUN python3 -m venv $VIRTUAL_ENV \
-    && pip install --no-cache-dir --index-url ${TORCH_INDEX} "torch>=2.11"
+    && pip install --no-cache-dir --index-url ${TORCH_INDEX} torch==2.13.0
 
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY proto proto
 COPY adapters adapters
 COPY server server
 COPY client client
-RUN pip install --no-cache-dir ".[server]"
+RUN pip install --no-cache-dir --constraint constraints.txt ".[server]"
 
 RUN useradd --system --uid 10001 --home-dir /var/lib/superpose --create-home superpose
 USER superpose

@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: help setup demo test lint types imports stubs pytest proto format clean
 
 help:
-	@echo "make demo    serve the bundled model, mix its three domains, verify the weights (2 minutes)"
+	@echo "make demo    serve the bundled model, mix its three domains, verify the weights (1 minute)"
 	@echo "make test    every check: lint, types, import rules, stubs, tests"
 	@echo "make setup   only the set-up of both, in .venv"
 	@echo "make pytest  only the tests, for example: make pytest ARGS='tests/server -k fold'"

@@ -27,7 +27,7 @@ from superpose_adapters.qa import read_rows
 from superpose_client import Client
 
 DOMAINS = ("math", "medicine", "finance")
-# Tokens of a row that are scored: the length that the adapters were trained with.
+# Tokens of a row that are scored: few, so that the demo is quick.
 MAX_LENGTH = 64
 SERVER = (
     "superpose-server --base mini --listen 127.0.0.1:0 --metrics-listen 127.0.0.1:0 "

@@ -26,6 +26,8 @@ OVERLAP_COSINE = 0.1
 OVERLAP_FLOORS = 10.0
 # Share of energy that a sum gains or loses before `analyze` warns.
 MAX_INTERFERENCE = 0.2
+# Norm of the sum over the norm of the base parameters that it changes.
+MAX_RELATIVE_SUM = 1.0
 
 _CHUNK_ELEMENTS = 1 << 20
 _EXPONENT_BITS = 0x7FF0_0000_0000_0000  # of a float64
@@ -318,6 +320,7 @@ def analyze(
     overlaps = tuple(_overlap(*pair, products) for pair in combinations(places, 2))
     gained = _interference([entry.weight for entry in entries], products)
     norm = mix_norm(mix.weights)
+    relative = _share(norm, math.hypot(*(base_norms[m] for m in products))) if products else 0.0
     lost = expected_fold_error({module: rounding[module] for module in products}, norm)
     alone = {
         entry.domain: expected_fold_error(
@@ -326,7 +329,12 @@ def analyze(
         for entry, size in zip(entries, sizes, strict=True)
     }
     return Analysis(
-        sizes, overlaps, gained, norm, lost, tuple(_warnings(overlaps, gained, lost, alone))
+        sizes,
+        overlaps,
+        gained,
+        norm,
+        lost,
+        tuple(_warnings(overlaps, gained, relative, lost, alone)),
     )
 
 
@@ -348,7 +356,11 @@ def _share(norm: float, of: float) -> float:
 
 
 def _warnings(
-    overlaps: Iterable[Overlap], gained: Interference, lost: float, alone: Mapping[str, float]
+    overlaps: Iterable[Overlap],
+    gained: Interference,
+    relative: float,
+    lost: float,
+    alone: Mapping[str, float],
 ) -> Iterable[str]:
     for pair in overlaps:
         if pair.rms > max(OVERLAP_COSINE, OVERLAP_FLOORS * pair.floor):
@@ -361,6 +373,11 @@ def _warnings(
         yield (
             f"the deltas {verb} each other: the sum has {gained.ratio:+.0%} of the energy that "
             "they have apart"
+        )
+    if relative > MAX_RELATIVE_SUM:
+        yield (
+            f"the sum is {relative:.1f} times as large as the base parameters that it changes: "
+            "smaller weights may serve every domain better"
         )
     if lost > MAX_FOLD_ERROR:
         yield (

@@ -461,6 +461,9 @@ def train(options: Options) -> dict[str, Any]:
     began = time.monotonic()
     if options.out.exists():
         raise ValueError(f"{options.out} exists; name another --out or delete it")
+    for path in options.data:  # Before the base, whose loading may take minutes.
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; check the path")
     folder = resolve_base(options.base)
     device = options.device
     if device == "auto":

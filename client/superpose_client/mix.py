@@ -37,7 +37,7 @@ def parse_mix(text: str) -> dict[str, float]:
         if not _NAME.fullmatch(name):
             raise MixSyntaxError(
                 f"bad domain name {name!r} in mix {text!r}; use 1 to 64 of a-z, 0-9, '.', '_' "
-                "and '-', beginning with a letter or digit"
+                "and '-', beginning with a letter or digit, with a weight as in math=-0.5"
             )
         if name == "base" and not equals:
             raise MixSyntaxError(

@@ -70,7 +70,9 @@ class AdapterFiles(NamedTuple):
                     f"{path / pickles[0]} is a pickle, which is refused; "
                     "save the adapter with safe_serialization=True"
                 )
-            raise AdapterFolderError(f"{path} holds no {name}")
+            raise AdapterFolderError(
+                f"{path} holds no {name}; name the folder that PEFT's save_pretrained wrote"
+            )
         if (size := (path / _TENSORS).stat().st_size) > MAX_ADAPTER_BYTES:
             raise AdapterFolderError(
                 f"{path / _TENSORS} has {size} bytes, more than {MAX_ADAPTER_BYTES}"

@@ -414,7 +414,7 @@ class ServerInfo:
     mix: MixState
     adapters: int
     uptime_seconds: float
-    weights_verified: bool
+    weights_intact: bool
 
     @classmethod
     def from_proto(cls, message: server_pb2.GetServerInfoResponse) -> Self:
@@ -432,5 +432,5 @@ class ServerInfo:
             mix=MixState.from_proto(message.mix),
             adapters=message.adapters,
             uptime_seconds=message.uptime_seconds,
-            weights_verified=message.weights_verified,
+            weights_intact=message.weights_intact,
         )

@@ -57,7 +57,7 @@ def screen(result: Any) -> RenderableType:
 def _(info: ServerInfo) -> RenderableType:
     limits = info.limits
     sound: str | Text = "no fault found"
-    if not info.weights_verified:
+    if not info.weights_intact:
         sound = Text("DAMAGED: a verification failed; see adapterctl verify", style="bold red")
     return _fields(
         ("server", f"superpose {info.version}, up {_duration(info.uptime_seconds)}"),
@@ -216,12 +216,12 @@ def logprob_table(token_ids: Sequence[int], logprobs: Sequence[float]) -> Table:
 
 
 def interference_words(ratio: float) -> str:
-    """Say what an interference ratio means. At 0 the deltas are orthogonal."""
+    """Say what an interference ratio means: geometry, not quality. At 0 they are orthogonal."""
     if abs(ratio) < 0.05:
-        return f"{ratio:+.3f}: the domains hardly touch each other"
+        return f"{ratio:+.3f}: the deltas hardly overlap"
     if ratio > 0:
-        return f"{ratio:+.3f}: the domains reinforce each other"
-    return f"{ratio:+.3f}: the domains partly cancel each other"
+        return f"{ratio:+.3f}: the deltas reinforce each other"
+    return f"{ratio:+.3f}: the deltas partly cancel each other"
 
 
 def _pairs(pairs: Sequence[PairAnalysis]) -> Table:

@@ -1,4 +1,7 @@
-"""`superpose-server`: read the configuration, serve until SIGTERM or SIGINT, exit 0."""
+"""`superpose-server`: read the configuration, serve until SIGTERM or SIGINT.
+
+Exits with 0 after that, 1 if the server cannot start, 2 for usage.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,13 @@ from superpose_server.config import ServerConfig, parse_config
 async def _serve(config: ServerConfig) -> None:
     # Imported here, so that --help and usage errors do not wait for torch.
     from superpose_server.runtime import Runtime
-    from superpose_server.server import Server
+    from superpose_server.server import Server, check_addresses
 
     ending = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
+    check_addresses(config)
     server = Server(Runtime(config))
     try:
         await server.start()

@@ -1,8 +1,9 @@
 """The engine: one thread that owns model, weights and cache.
 
-A step folds if the default mix changed, takes new rows and prefills them, decodes one token for
+A step folds if asked to, takes new rows and prefills them, decodes one token for
 every running row, hands the tokens out, and does one slice of any long job. Other threads only
-put things into its queues; nothing else touches what it owns.
+put things into its queues. One thing is done beside it: `ResidentWeights.prepare` reads modules
+that were never folded, on the thread that asks for folds.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ ServerError
 ├── QueueFull            retry after a while
 ├── WatchBehind          watch again
 ├── ShuttingDown         retry elsewhere
-├── DataLoss             the weights fail their hash
+├── DataLoss             the weights fail their hash, or a fold could not be undone
 └── Internal             a fault of ours whose outcome is known and safe to tell
 """
 

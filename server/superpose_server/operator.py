@@ -68,7 +68,8 @@ class Operator:
         registered = self._registry.get(domain)
         if _holds(now, domain):
             raise AlreadyExists(
-                f"{domain} is in the default mix already: set the mix to change its weight",
+                f"{domain} is in the default mix already: to change its weight, set the whole mix "
+                "or remove it first",
                 "DOMAIN_IN_MIX",
             )
         self._registry.check_size(len(now.entries) + 1, field="domain")

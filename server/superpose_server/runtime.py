@@ -16,7 +16,7 @@ import torch
 
 from superpose_adapters.adapter import Adapter, AdapterError
 from superpose_adapters.bundled import mini_adapters, resolve_base
-from superpose_adapters.loader import DEFAULT_LIMITS, read_adapter
+from superpose_adapters.loader import CONFIG_NAME, DEFAULT_LIMITS, read_adapter
 from superpose_adapters.loader import Limits as AdapterLimits
 from superpose_adapters.mix import BoundEntry, BoundMix
 from superpose_adapters.store import AdapterStore, StoreError
@@ -161,6 +161,10 @@ class Runtime:
         if root is not None:
             if not root.is_dir():
                 raise StartupError(f"--adapter-dir {root} is no folder: create it or leave it out")
+            if (root / CONFIG_NAME).exists():
+                raise StartupError(
+                    f"--adapter-dir {root} is an adapter itself: name the folder that holds it"
+                )
             for folder in sorted(root.iterdir()):
                 if folder.is_dir() and not folder.name.startswith("."):
                     self._register(folder.name, self._read(folder, root), Source.DIRECTORY)

@@ -1,7 +1,7 @@
 """How the next token is chosen from the logits.
 
-Each row draws one uniform number a token from a generator of its own, so that the same seed gives
-the same random numbers whatever else is in the batch.
+Each row that is not greedy draws one uniform number a token from a generator of its own, so that
+the same seed gives the same random numbers whatever else is in the batch.
 """
 
 from __future__ import annotations

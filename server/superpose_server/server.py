@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from types import TracebackType
 
 import grpc
@@ -21,7 +22,7 @@ from superpose_proto.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-from superpose_server.config import split_address
+from superpose_server.config import ServerConfig, split_address
 from superpose_server.runtime import Runtime, StartupError
 from superpose_server.service.adapter import AdapterService
 from superpose_server.service.inference import InferenceService
@@ -44,6 +45,26 @@ _MESSAGE_MARGIN = 16 << 20
 _CLOSING_SECONDS = 2.0
 
 _log = logging.getLogger(__name__)
+
+
+def check_addresses(config: ServerConfig) -> None:
+    """Refuse an address that is taken, before a base is loaded for minutes in vain.
+
+    Raises:
+        StartupError: Names the flag and the address.
+    """
+    for flag, address in (("listen", config.listen), ("metrics-listen", config.metrics_listen)):
+        host, port = split_address(flag, address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise StartupError(
+                    f"cannot listen on --{flag} {address} ({error.strerror}): choose a free port, "
+                    "or 0 for any"
+                ) from error
 
 
 class Server:

@@ -296,7 +296,13 @@ def test_an_analysis_holds_the_parts() -> None:
     alone = geometry.interference([(e.adapter, e.weight) for e in mix.entries])
     assert found.interference.ratio == pytest.approx(alone.ratio)
     assert found.interference.by_module == pytest.approx(alone.by_module)
-    assert found.warnings == ()
+    touched = {module for entry in mix.entries for module in entry.adapter.modules}
+    ratio = found.norm / math.hypot(*(norms[module] for module in touched))
+    assert ratio > 1
+    (warning,) = found.warnings
+    assert warning.startswith(f"the sum is {ratio:.1f} times as large as the base parameters")
+    larger = {module: 1.01 * ratio * norm for module, norm in norms.items()}
+    assert geometry.analyze(mix, larger, rounding).warnings == ()
 
 
 def test_the_empty_mix_has_an_analysis() -> None:
@@ -315,10 +321,10 @@ def warnings_of(entries: list[BoundEntry], dtype: torch.dtype = torch.float32) -
 
 def test_the_same_adapter_under_two_names_is_warned_of() -> None:
     large = make(1, NAMES[:3])
-    overlap, sum_ = warnings_of([BoundEntry("a", large, 1.0), BoundEntry("b", large, 1.0)])
+    overlap, sum_, *_ = warnings_of([BoundEntry("a", large, 1.0), BoundEntry("b", large, 1.0)])
     assert overlap.startswith("a and b overlap: RMS cosine 1.000")
     assert sum_.startswith("the deltas reinforce each other: the sum has +100%")
-    _, cancelled = warnings_of([BoundEntry("a", large, 1.0), BoundEntry("b", large, -0.9)])
+    _, cancelled, *_ = warnings_of([BoundEntry("a", large, 1.0), BoundEntry("b", large, -0.9)])
     assert cancelled.startswith("the deltas cancel each other: the sum has -99%")
 
 

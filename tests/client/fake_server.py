@@ -214,7 +214,7 @@ def default_answers() -> dict[str, Answer]:
             mix=state(),
             adapters=3,
             uptime_seconds=7384.5,
-            weights_verified=True,
+            weights_intact=True,
         ),
         "Check": health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING),
     }

@@ -120,13 +120,13 @@ def test_status_json(ctl: Ctl) -> None:
     info = printed(ctl("status", "--json"))
     assert info["mix"] == MIX
     assert info["limits"]["max_adapter_bytes"] == 2**28
-    assert info["weights_verified"] is True
+    assert info["weights_intact"] is True
     assert info["uptime_seconds"] == 7384.5
 
 
 def test_status_of_a_damaged_server(ctl: Ctl, server: FakeServer) -> None:
     info: Any = server.answers["GetServerInfo"]
-    info.weights_verified = False
+    info.weights_intact = False
     assert "DAMAGED" in ctl("status").stdout
 
 
@@ -242,7 +242,7 @@ def test_watch(ctl: Ctl) -> None:
 def test_analyze(ctl: Ctl, server: FakeServer) -> None:
     shown = ctl("analyze", "math,medicine=0.5").stdout
     assert weights_of(server.request.mix) == DEFAULT
-    assert "+0.118: the domains reinforce each other" in shown
+    assert "+0.118: the deltas reinforce each other" in shown
     assert "0.00042: small enough to fold" in shown
     assert re.search(r"warning +math and medicine reinforce each other", shown)
     assert re.search(r"math, medicine +all +0\.1234 +0\.0013\n +attn\.c_attn +0\.1510", shown)

@@ -494,7 +494,7 @@ def test_info(caller: Caller, server: FakeServer) -> None:
     assert (info.base, info.context_length, info.running) == ("mini", 256, 3)
     assert info.limits.max_adapter_bytes == 2**28
     assert info.mix.weights == DEFAULT
-    assert info.weights_verified
+    assert info.weights_intact
 
 
 def test_health(caller: Caller, server: FakeServer) -> None:

@@ -53,7 +53,7 @@ def test_status(mini: Served) -> None:
     assert status["base"] == "mini"
     assert status["base_digest"] == mini.client.info().base_digest
     assert (status["dtype"], status["device"], status["adapters"]) == ("float32", "cpu", 3)
-    assert (status["running"], status["waiting"], status["weights_verified"]) == (0, 0, True)
+    assert (status["running"], status["waiting"], status["weights_intact"]) == (0, 0, True)
     assert status["limits"]["max_queue"] == 256
     assert set(status["mix"]) == STATE
 

@@ -514,7 +514,7 @@ def test_the_server_info_tells_what_runs(served: Served, gpt2: Family) -> None:
     assert (info.dtype, info.device, info.context_length) == ("float32", "cpu", 1024)
     assert (info.limits.max_batch, info.limits.max_queue) == (16, 256)
     assert (info.running, info.waiting, info.adapters) == (0, 0, 3)
-    assert info.weights_verified
+    assert info.weights_intact
     assert info.uptime_seconds > 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -118,6 +119,40 @@ def test_wrong_usage_exits_with_2_and_says_what_is_right(
 
 
 def test_a_base_that_is_not_there_exits_with_1_in_one_line(tmp_path: Path) -> None:
-    result = command(f"--base={tmp_path}", f"--state-dir={tmp_path / 'state'}")
+    result = command(
+        f"--base={tmp_path}",
+        f"--state-dir={tmp_path / 'state'}",
+        "--listen=127.0.0.1:0",
+        "--metrics-listen=127.0.0.1:0",
+    )
     assert (result.returncode, result.stdout) == (1, "")
     assert re.fullmatch(r"superpose-server: base .*: no config\.json .*\n", result.stderr)
+
+
+def test_an_adapter_in_place_of_a_folder_of_adapters_is_refused(
+    gpt2: Family, tmp_path: Path
+) -> None:
+    result = command(
+        f"--base={gpt2.base}",
+        f"--adapter-dir={gpt2.adapters['a']}",
+        f"--state-dir={tmp_path / 'state'}",
+        "--listen=127.0.0.1:0",
+        "--metrics-listen=127.0.0.1:0",
+    )
+    assert result.returncode == 1
+    assert "is an adapter itself: name the folder that holds it" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flag", ["listen", "metrics-listen"])
+def test_a_port_that_is_taken_is_refused_before_anything_is_loaded(
+    flag: str, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        flags = {"listen": "127.0.0.1:0", "metrics-listen": "127.0.0.1:0"} | {flag: address}
+        # No base of this name exists, but it is not what is told of.
+        result = command(f"--base={tmp_path}", *(f"--{name}={at}" for name, at in flags.items()))
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.fullmatch(
+        rf"superpose-server: cannot listen on --{flag} {address} \(.*\): choose .*\n", result.stderr
+    )

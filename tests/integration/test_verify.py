@@ -63,7 +63,7 @@ def test_damaged_weights_serve_nothing_until_they_are_whole_again(served: Served
     scores = served.score_bits()
     flip(served.parameters()[ADAPTED].data)
     assert not served.client.verify().ok
-    assert not served.client.info().weights_verified
+    assert not served.client.info().weights_intact
     served.wait_for_health("superpose.v1.InferenceService", "NOT_SERVING")
     assert served.client.health("superpose.v1.MixService") == "SERVING"
     for call in CALLS:
@@ -74,7 +74,7 @@ def test_damaged_weights_serve_nothing_until_they_are_whole_again(served: Served
     with pytest.raises(DataLossError):  # whole again, but nobody knows yet
         CALLS[0](served.client)
     assert served.client.verify().ok
-    assert served.client.info().weights_verified
+    assert served.client.info().weights_intact
     served.wait_for_health("superpose.v1.InferenceService", "SERVING")
     for call in CALLS:
         call(served.client)

@@ -43,7 +43,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     MIX_FIELD_NUMBER: builtins.int
     ADAPTERS_FIELD_NUMBER: builtins.int
     UPTIME_SECONDS_FIELD_NUMBER: builtins.int
-    WEIGHTS_VERIFIED_FIELD_NUMBER: builtins.int
+    WEIGHTS_INTACT_FIELD_NUMBER: builtins.int
     version: builtins.str
     base: builtins.str
     """As given to --base."""
@@ -57,8 +57,8 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     waiting: builtins.int
     adapters: builtins.int
     uptime_seconds: builtins.float
-    weights_verified: builtins.bool
-    """False after a verification failed."""
+    weights_intact: builtins.bool
+    """False once a verification or a fold has found the weights damaged."""
     @property
     def limits(self) -> Global___Limits: ...
     @property
@@ -80,10 +80,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         mix: superpose_proto.v1.mix_pb2.MixState | None = ...,
         adapters: builtins.int = ...,
         uptime_seconds: builtins.float = ...,
-        weights_verified: builtins.bool = ...,
+        weights_intact: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits", "mix", b"mix"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapters", b"adapters", "base", b"base", "base_digest", b"base_digest", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "limits", b"limits", "mix", b"mix", "running", b"running", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting", b"waiting", "weights_verified", b"weights_verified"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapters", b"adapters", "base", b"base", "base_digest", b"base_digest", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "limits", b"limits", "mix", b"mix", "running", b"running", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting", b"waiting", "weights_intact", b"weights_intact"]) -> None: ...
 
 Global___GetServerInfoResponse: typing_extensions.TypeAlias = GetServerInfoResponse
 

@@ -1,1 +1,1 @@
-"""The gRPC services. Only this package knows the wire contract."""
+"""The gRPC services. This package alone knows the messages; `server` registers it."""

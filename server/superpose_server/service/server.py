@@ -44,5 +44,5 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             mix=state_to_wire(runtime.default_mix.state),
             adapters=len(runtime.registry),
             uptime_seconds=time.monotonic() - runtime.started,
-            weights_verified=runtime.weights_intact,
+            weights_intact=runtime.weights_intact,
         )
