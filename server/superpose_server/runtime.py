@@ -140,13 +140,15 @@ class Runtime:
         self.default_mix.watch(self.metrics.mix_changed)
         self.engine.start()
         _log.info(
-            "loaded base=%s digest=%s dtype=%s device=%s cache_mib=%.1f slots=%d context=%d "
+            "loaded base=%s digest=%s dtype=%s device=%s cache_mib=%.1f base_copy_mib=%.1f "
+            "slots=%d context=%d "
             "adapters=%d generation=%d",
             self.config.base,
             model.base_digest[:12],
             model.dtype,
             model.device,
             model.cache.nbytes / 2**20,
+            self._weights.base_nbytes / 2**20,
             self.config.max_batch,
             model.context_length,
             len(self.registry),
@@ -248,12 +250,14 @@ class Runtime:
         loop = asyncio.get_running_loop()
         running = loop.run_in_executor(self._operator_thread, action, self._operator)
         self._actions.add(running)
-        running.add_done_callback(self._actions.discard)
-        try:
-            return await asyncio.shield(running)
-        except DataLoss:
+        running.add_done_callback(self._note_action)
+        return await asyncio.shield(running)
+
+    def _note_action(self, done: asyncio.Future[Any]) -> None:
+        # On its end and not where it is awaited: whoever asked for it may be gone.
+        self._actions.discard(done)
+        if not done.cancelled() and isinstance(done.exception(), DataLoss):
             self._note_verification(False)
-            raise
 
     async def verify(self) -> JobResult[Verification]:
         """Verify the weights and remember the outcome, even if nobody waits for it."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable
 
 import pytest
 import torch
-from tests.integration.harness import PROMPT, Served
+from tests.integration.harness import PATIENCE, PROMPT, Served
 from torch import Tensor
 from typer.testing import CliRunner
 
 from superpose_client import Client, DataLossError
 from superpose_client.cli import app
+from superpose_server.errors import DataLoss
+from superpose_server.operator import Operator
 
 ADAPTED = "transformer.h.0.attn.c_attn.weight"
 
@@ -49,6 +53,30 @@ def test_one_flipped_bit_of_the_kept_base_is_found_and_stays(served: Served) -> 
     assert found.damaged_base == (ADAPTED,)
     served.client.set("base")  # copies the damaged base into the weights
     assert not served.client.verify().ok
+
+
+def test_a_fold_that_ruins_the_weights_is_noted_even_if_its_client_is_gone(
+    served: Served,
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def ruin(_: Operator) -> None:
+        begun.set()
+        assert go_on.wait(PATIENCE)
+        raise DataLoss("nothing could be put back", "WEIGHTS_DAMAGED")
+
+    async def abandoned() -> None:
+        task = asyncio.ensure_future(served.runtime.operate(ruin))
+        await asyncio.to_thread(begun.wait, PATIENCE)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    served.loop.run(abandoned())
+    go_on.set()
+    served.wait_for_health("superpose.v1.InferenceService", "NOT_SERVING")
+    with pytest.raises(DataLossError):
+        served.client.generate(PROMPT)
 
 
 CALLS: list[Callable[[Client], object]] = [
