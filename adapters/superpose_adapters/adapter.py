@@ -44,7 +44,8 @@ class Factors:
 
     Attributes:
         a: `lora_A`, float32, (r, in).
-        b: `lora_B`, float32, (out, r).
+        b: `lora_B`, float32, (out, r); the loader keeps each rank's numbers side by side, since a
+            correction reads rank by rank.
         scaling: alpha / r, or alpha / sqrt(r) with rsLoRA.
     """
 

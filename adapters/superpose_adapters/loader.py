@@ -122,7 +122,7 @@ def parse_adapter(
     modules = {
         module: Factors(
             a=stored[_key(module, "A")].float(),
-            b=stored[_key(module, "B")].float(),
+            b=stored[_key(module, "B")].float().T.contiguous().T,
             scaling=parsed.scaling(rank, alpha),
         )
         for module, (rank, alpha) in selected.items()

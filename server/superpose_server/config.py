@@ -36,7 +36,9 @@ class ServerConfig:
     max_queue: int = 256
     max_length: int | None = None
     residency: str = "default"
-    compile: str = "off"
+    compile: str = "auto"
+    prefill_tokens: int | None = None
+    cache_mib: int | None = None
     grace: float = 30.0
     reflection: bool = True
     insecure: bool = False
@@ -48,6 +50,10 @@ class ServerConfig:
             raise ValueError(f"--max-batch is {self.max_batch}: use at least 1")
         if self.max_queue < 0:
             raise ValueError(f"--max-queue is {self.max_queue}: use 0 or more")
+        if self.prefill_tokens is not None and self.prefill_tokens < 1:
+            raise ValueError(f"--prefill-tokens is {self.prefill_tokens}: use at least 1")
+        if self.cache_mib is not None and self.cache_mib < 1:
+            raise ValueError(f"--cache-mib is {self.cache_mib}: use at least 1")
         if not (math.isfinite(self.grace) and self.grace >= 0):
             raise ValueError(f"--grace is {self.grace:g}: use 0 or more seconds")
         for flag, address in (("listen", self.listen), ("metrics-listen", self.metrics_listen)):
@@ -172,7 +178,26 @@ _OPTIONS = (
     _Option("max-queue", "256", "requests that wait at most", int),
     _Option("max-length", None, "tokens a row; without it the base's context", int),
     _Option("residency", "default", "which mix is in the weights", choices=("default",)),
-    _Option("compile", "off", "torch.compile of the decode step", choices=("off",)),
+    _Option(
+        "compile",
+        "auto",
+        "auto: on a CPU, kernels compiled for it (15 s, once a machine; needs g++), on a GPU "
+        "captured graphs; off: neither",
+        choices=("auto", "off"),
+    ),
+    _Option(
+        "prefill-tokens",
+        None,
+        "prompt tokens that a step runs at most, which is how long a running stream can be kept "
+        "waiting; without it 128 on a CPU, 2048 on a GPU",
+        int,
+    ),
+    _Option(
+        "cache-mib",
+        None,
+        "memory of the key-value cache; lowers --max-batch to the rows that fit",
+        int,
+    ),
     _Option("grace", "30", "seconds that running requests get at SIGTERM", float),
     _Option("log-level", "info", "what stderr gets", choices=("debug", "info", "warning", "error")),
 )

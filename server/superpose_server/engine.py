@@ -1,9 +1,11 @@
 """The engine: one thread that owns model, weights and cache.
 
-A step folds if asked to, takes new rows and prefills them, decodes one token for
-every running row, hands the tokens out, and does one slice of any long job. Other threads only
-put things into its queues. One thing is done beside it: `ResidentWeights.prepare` reads modules
-that were never folded, on the thread that asks for folds.
+A step folds if asked to, takes new rows, runs some tokens of their prompts, decodes one token for
+every other running row, hands the tokens out, and does one slice of any long job. Prompts and jobs
+get a bounded number of tokens a step, so that running streams never wait for more than that.
+
+Other threads only put things into its queues. One thing is done beside it:
+`ResidentWeights.prepare` reads modules that were never folded, on the thread that asks for folds.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator
+from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
+from itertools import accumulate
 from typing import Any, TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
 
 from superpose_adapters.mix import BoundMix
+from superpose_server.batch import Span
 from superpose_server.corrections import Corrections
 from superpose_server.errors import FailedPrecondition, QueueFull, ShuttingDown
 from superpose_server.job import Job, JobResult
@@ -45,14 +50,27 @@ class Engine:
         weights: ResidentWeights,
         scheduler: Scheduler,
         observer: EngineObserver | None = None,
+        *,
+        prefill_tokens: int = 128,
     ) -> None:
-        """Take over `model` and `weights`; `start` sets the thread going."""
+        """Take over `model` and `weights`; `start` sets the thread going.
+
+        Args:
+            model: The model, with a slot for every row that `scheduler` may run.
+            weights: Its parameters.
+            scheduler: Who runs.
+            observer: Is told what happens.
+            prefill_tokens: Prompt tokens, and scored tokens, of one step at most.
+        """
+        self._prefill_tokens = prefill_tokens
         self._model = model
         self._weights = weights
         self._scheduler = scheduler
         self._observer = observer or EngineObserver()
         self._corrections = Corrections(
-            {name: model.module.get_submodule(name) for name in model.layout}, model.device
+            {name: model.module.get_submodule(name) for name in model.layout},
+            model.device,
+            kernels=model.packed,
         )
         self._folds: deque[tuple[PreparedMix, Future[BoundMix]]] = deque()
         self._jobs: deque[Job[Any]] = deque()
@@ -90,7 +108,11 @@ class Engine:
 
     def score(self, rows: list[ScoreRow], mix: BoundMix) -> Future[JobResult[list[list[float]]]]:
         """Return the log-probability of each scored token of each row under `mix`."""
-        return self._run(score_slices(self._model, self._corrections, self._weights, rows, mix))
+        return self._run(
+            score_slices(
+                self._model, self._corrections, self._weights, rows, mix, self._prefill_tokens
+            )
+        )
 
     def verify(self) -> Future[JobResult[Verification]]:
         """Compare the weights with a fresh fold, and the base with its hash."""
@@ -100,7 +122,7 @@ class Engine:
         """Measure what folding `prepared` would lose, without folding it."""
         return self._run(self._weights.measure_fold_error(prepared))
 
-    def _run(self, slices: Generator[None, None, T]) -> Future[JobResult[T]]:
+    def _run(self, slices: Generator[bool, None, T]) -> Future[JobResult[T]]:
         job = Job(slices)
         with self._wake:
             if self._stopping:
@@ -197,7 +219,7 @@ class Engine:
                 future.set_result(self.resident)
             else:
                 future.set_exception(error)
-            self._corrections.forget()
+            self._forget()
             self._observe(self._observer.folded, seconds, error is None, self.resident)
             _log.info(
                 "fold mix=%s resident=%s ms=%.2f ok=%s",
@@ -214,63 +236,85 @@ class Engine:
             self._end(row, row.abort())
 
     def _prefill(self) -> None:
-        # No more than fit at once: a row may end with its first token, and others wait to go on.
-        for _ in range(self._scheduler.slots):
-            row = self._scheduler.admit()
-            if row is None:
-                return
-            row.started = time.monotonic()
-            try:
-                correction = self._corrections.plan([row.mix], self.resident)
-                with self._corrections.applied(correction):
-                    logits = self._model.prefill(self.running - 1, row.prompt)
-                self._hand_out((row,), logits)
-            except Exception as error:
-                _log.exception("prefill failed")
-                self._fail((row,), error)
-
-    def _decode(self) -> None:
-        rows = tuple(self._scheduler.running)
+        while self._scheduler.admit() is not None:
+            self._scheduler.running[-1].started = time.monotonic()
+        left = self._prefill_tokens
+        rows: list[Sequence] = []
+        spans: list[Span] = []
+        slots = {row: slot for slot, row in enumerate(self._scheduler.running) if not row.decoding}
+        for row in sorted(slots, key=lambda row: row.started):
+            begin = row.prefilled
+            ids = row.prompt[begin : begin + left]
+            if ids:
+                rows.append(row)
+                spans.append(Span(slots[row], ids, begin))
+                left -= len(ids)
         if not rows:
             return
         try:
-            correction = self._corrections.plan([row.mix for row in rows], self.resident)
-            with self._corrections.applied(correction):
-                logits = self._model.decode(
-                    [row.tokens[-1] for row in rows], [row.position for row in rows]
-                )
-            corrected = correction.rows if correction else 0
-            self._observe(self._observer.stepped, rows, self.waiting, corrected)
+            ends = list(accumulate(len(span.ids) for span in spans))
+            whole = [i for i, row in enumerate(rows) if spans[i].end == len(row.prompt)]
+            logits, _ = self._forward(rows, spans, [ends[i] - 1 for i in whole])
+            for row, span in zip(rows, spans, strict=True):
+                row.prefilled = span.end
+            self._hand_out([rows[i] for i in whole], logits)
+        except Exception as error:
+            _log.exception("prefill failed rows=%d", len(rows))
+            self._fail(rows, error)
+
+    def _decode(self) -> None:
+        rows = [row for row in self._scheduler.running if row.decoding]
+        if not rows:
+            return
+        try:
+            spans = [
+                Span(slot, row.tokens[-1:], row.position)
+                for slot, row in enumerate(self._scheduler.running)
+                if row.decoding
+            ]
+            logits, corrected = self._forward(rows, spans, range(len(rows)))
+            self._observe(self._observer.stepped, tuple(rows), self.waiting, corrected)
             self._hand_out(rows, logits)
         except Exception as error:
             _log.exception("decode failed rows=%d", len(rows))
             self._fail(rows, error)
 
+    def _forward(
+        self, rows: SequenceOf[Sequence], spans: SequenceOf[Span], wanted: SequenceOf[int]
+    ) -> tuple[Tensor, int]:
+        """Run one span a row under the rows' mixes; return logits and how many were corrected."""
+        correction = self._corrections.plan([row.mix for row in rows], self.resident)
+        with self._corrections.applied(correction, spans):
+            logits = self._model.run(spans, wanted)
+        return logits, correction.corrected_rows if correction else 0
+
     @torch.inference_mode()
-    def _hand_out(self, rows: tuple[Sequence, ...], logits: Tensor) -> None:
+    def _hand_out(self, rows: SequenceOf[Sequence], logits: Tensor) -> None:
         """Choose a token for each row from logits (rows, vocabulary) and give it to its client."""
-        finite = torch.isfinite(logits).all(dim=-1).tolist()
-        broken = tuple(row for row, fine in zip(rows, finite, strict=True) if not fine)
+        if not rows:
+            return
+        tokens, finite = sample(
+            logits,
+            [row.params for row in rows],
+            [row.generator for row in rows],
+            [row.forbidden for row in rows],
+        )
+        broken = [row for row, fine in zip(rows, finite, strict=True) if not fine]
         if broken:
             # Before any row leaves and another is moved into its place.
             self._fail(broken, _not_finite())
-            logits = torch.nan_to_num(logits)
-        allowed = logits
-        for index, row in enumerate(rows):
-            if row.forbidden:
-                allowed = allowed.clone() if allowed is logits else allowed
-                allowed[index, list(row.forbidden)] = -torch.inf
-        tokens = sample(allowed, [r.params for r in rows], [r.generator for r in rows])
-        logprobs: list[float] | None = None
-        if any(row.params.logprobs for row in rows):
-            chosen = logits.log_softmax(dim=-1).gather(1, tokens[:, None])
-            logprobs = chosen[:, 0].tolist()
-        for index, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+        logprobs: dict[Sequence, float] = {}
+        asking = [i for i, row in enumerate(rows) if row.params.logprobs and not row.ended]
+        if asking:
+            asked = logits[asking]
+            chosen = torch.tensor([tokens[i] for i in asking], device=logits.device)
+            values = asked.gather(1, chosen[:, None])[:, 0] - asked.logsumexp(-1)
+            logprobs = dict(zip([rows[i] for i in asking], values.tolist(), strict=True))
+        for row, token in zip(rows, tokens, strict=True):
             if row.ended:
                 continue
-            wanted = logprobs[index] if logprobs and row.params.logprobs else None
             try:
-                chunk = row.append(token, wanted)
+                chunk = row.append(token, logprobs.get(row))
             except Exception as error:
                 _log.exception("row failed")
                 self._fail((row,), error)
@@ -286,7 +330,7 @@ class Engine:
         else:
             self._tell(row, chunk)
 
-    def _fail(self, rows: tuple[Sequence, ...], error: Exception) -> None:
+    def _fail(self, rows: SequenceOf[Sequence], error: Exception) -> None:
         """End those of `rows` that go on still with an error, and wipe their slots."""
         failed = [row for row in rows if not row.ended]
         for row in failed:
@@ -327,16 +371,22 @@ class Engine:
         moved = self._scheduler.release(slot)
         if moved is not None:
             other = self._scheduler.running[slot]
-            self._model.cache.move(moved, slot, other.position + 1)
-        self._corrections.forget()
+            self._model.cache.move(moved, slot, other.cached)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Let go of adapters that nobody needs any more."""
+        self._corrections.forget([row.mix for row in self._scheduler.running])
 
     def _do_slice(self) -> None:
         if self._jobs:
             # It stays in the queue meanwhile, so that the engine is not taken for idle.
-            if self._jobs[0].run_slice():
-                self._jobs.rotate(-1)  # Behind the others, so that jobs take turns.
-            else:
+            job = self._jobs[0]
+            if not job.run_slice():
                 self._jobs.popleft()
+                self._forget()
+            elif job.yields:
+                self._jobs.rotate(-1)  # Behind the others, so that jobs take turns.
 
     def _end_all(self, error: Exception) -> None:
         """End every row, job and fold, with no work on the device, which may be what failed."""

@@ -20,12 +20,19 @@ class JobResult(Generic[T]):
 
 
 class Job(Generic[T]):
-    """A generator that yields after each slice and returns its result."""
+    """A generator that yields after each slice and returns its result.
 
-    def __init__(self, slices: Generator[None, None, T]) -> None:
+    It yields True where another job may run next, False where it must itself go on first.
+
+    Attributes:
+        yields: What it yielded last.
+    """
+
+    def __init__(self, slices: Generator[bool, None, T]) -> None:
         """Wrap `slices`, which runs on the engine thread alone."""
         self._slices = slices
         self._longest = 0.0
+        self.yields = True
         self.future: Future[JobResult[T]] = Future()
 
     def run_slice(self) -> bool:
@@ -35,7 +42,7 @@ class Job(Generic[T]):
             return False
         started = time.perf_counter()
         try:
-            next(self._slices)
+            self.yields = next(self._slices)
         except StopIteration as end:
             self._measure(started)
             self._resolve(JobResult(end.value, self._longest), None)

@@ -1,9 +1,9 @@
-"""The base model: a transformers decoder, loaded once, run on token ids with explicit positions."""
+"""The base model: a transformers decoder, loaded once, run on spans of tokens."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,16 @@ from transformers import AutoModelForCausalLM
 
 from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.layout import Layout, read_layout
-from superpose_server.cache import SlotCache, Window
+from superpose_server import attention
+from superpose_server.batch import Batch, Span
+from superpose_server.cache import SlotCache
+from superpose_server.kernels.build import CompilerError, load_kernels
+from superpose_server.memory import MIB, free_bytes
+from superpose_server.packed import pack_modules
+
+# What the CPU kernels store; float16 has no fast conversion on most processors.
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+_WARM_UP_TOKENS = 5
 
 
 class Model:
@@ -24,6 +33,9 @@ class Model:
         layout: Its adaptable modules.
         base_digest: sha256 of the checkpoint, the same for every dtype and device.
         context_length: Tokens of prompt and answer together.
+        max_batch: Rows that run at once.
+        scratch_slot: A slot that no row runs in, for texts that are only scored.
+        packed: True if the CPU kernels run it, on packed parameters.
     """
 
     def __init__(
@@ -34,16 +46,37 @@ class Model:
         device: torch.device,
         max_batch: int,
         max_length: int | None = None,
+        cache_bytes: int | None = None,
+        kernels: bool = False,
     ) -> None:
         """Load the checkpoint in `folder` and allocate the cache.
 
+        Args:
+            folder: A transformers checkpoint in safetensors.
+            dtype: Of parameters and cache.
+            device: Where it runs.
+            max_batch: Rows that run at once.
+            max_length: Tokens a row; None: all positions of the base.
+            cache_bytes: Room for keys and values; None: what `max_batch` rows take.
+            kernels: Use the CPU kernels where they apply, which is float32 and bfloat16 on a CPU.
+
         Raises:
-            ValueError: The folder is no such checkpoint, or `max_length` is more than it can do.
+            ValueError: The folder is no such checkpoint, `max_length` is more than it can do, the
+                cache does not fit, or the kernels cannot be compiled.
         """
+        self.packed = kernels and device.type == "cpu" and dtype in _KERNEL_DTYPES
+        if self.packed:
+            try:
+                load_kernels()
+            except CompilerError as error:
+                raise ValueError(str(error)) from error
         self.base_digest = checkpoint_digest(folder)
         try:
             self.module: nn.Module = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True
+                folder,
+                dtype=dtype,
+                attn_implementation=attention.KERNEL if self.packed else attention.TORCH,
+                use_safetensors=True,
             )
         except (OSError, json.JSONDecodeError, KeyError) as error:
             raise ValueError(f"base {folder} cannot be loaded: {error}") from error
@@ -63,54 +96,84 @@ class Model:
                 f"base {folder} attends to {window} tokens only: set --max-length {window}"
             )
         self.layout: Layout = read_layout(self.module)
-        self.cache = SlotCache(max_batch, self.context_length)
-        # The first pass allocates the cache, so that memory is known before any request.
-        self.prefill(0, [0])
+        if self.packed:
+            pack_modules(self.module, self.layout)
+        self._forward: Callable[..., Any] = self.module
+        # The first pass tells what a token takes, whatever the architecture.
+        self.scratch_slot = 0
+        self.cache = SlotCache(1, 1)
+        self.run([Span(0, (0,), 0)], [0])
+        self.max_batch = self._rows_that_fit(self.cache.nbytes, max_batch, cache_bytes)
+        self.scratch_slot = self.max_batch
+        self.cache = SlotCache(self.max_batch + 1, self.context_length)
+        # The next one allocates the cache, so that memory is known before any request.
+        self.run([Span(self.scratch_slot, (0,), 0)], [0])
+        if self.packed:
+            self._compile()
+
+    def _compile(self) -> None:
+        """Compile the forward pass, once for any number of tokens.
+
+        Parameters and corrections are read when it runs, not when it is compiled: nothing is
+        frozen into it, and folds write under it.
+        """
+        # The shapes that the kernels check need no second check at every call.
+        self._forward = torch.compile(self.module, dynamic=True, options={"size_asserts": False})
+        # Different numbers of tokens and of logits, or they would be taken for one number.
+        self.run([Span(self.scratch_slot, (0,) * _WARM_UP_TOKENS, 0)], range(_WARM_UP_TOKENS - 1))
+
+    def _rows_that_fit(self, token_bytes: int, max_batch: int, cache_bytes: int | None) -> int:
+        """Return how many rows the cache gets, besides its scratch slot."""
+        slot = token_bytes * self.context_length
+        rows = max_batch
+        if cache_bytes is not None:
+            rows = min(max_batch, cache_bytes // slot - 1)
+            if rows < 1:
+                raise ValueError(
+                    f"--cache-mib {cache_bytes / MIB:.0f} holds no row of {self.context_length} "
+                    f"tokens: give it {2 * slot / MIB:.0f} or more, or lower --max-length"
+                )
+        needed, free = slot * (rows + 1), free_bytes(self.device)
+        if needed > free:
+            raise ValueError(
+                f"the cache of {rows} rows of {self.context_length} tokens needs "
+                f"{needed / MIB:.0f} MiB and {free / MIB:.0f} MiB are free: lower --max-batch or "
+                "--max-length, or set --cache-mib"
+            )
+        return rows
 
     @torch.inference_mode()
-    def prefill(self, slot: int, prompt: Sequence[int]) -> Tensor:
-        """Run a prompt into `slot`; return the logits after it, float32 (1, vocabulary)."""
-        ids = torch.tensor([list(prompt)], device=self.device)
-        positions = torch.arange(ids.shape[1], device=self.device)[None]
-        return self._run(ids, Window(slot, positions, ids.shape[1]))
+    def run(self, spans: Sequence[Span], wanted: Sequence[int]) -> Tensor:
+        """Run `spans` at once, write their keys and values, and return some logits.
 
-    @torch.inference_mode()
-    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Run one token for each of slots 0..n-1; return float32 logits (n, vocabulary)."""
-        ids = torch.tensor(tokens, device=self.device)[:, None]
-        at = torch.tensor(positions, device=self.device)[:, None]
-        return self._run(ids, Window(0, at, max(positions) + 1))
+        Args:
+            spans: Tokens of different rows, whose earlier tokens the cache holds.
+            wanted: Indices of tokens, counted through all spans.
 
-    def _run(self, ids: Tensor, window: Window) -> Tensor:
-        self.cache.select(window)
-        readable = torch.arange(window.length, device=self.device)
-        mask = readable[None, None, :] <= window.positions[:, :, None]  # (rows, tokens, length)
-        logits: Tensor = self.module(
-            input_ids=ids,
-            position_ids=window.positions,
-            attention_mask=mask[:, None],
+        Returns:
+            float32 (len(wanted), vocabulary).
+        """
+        batch = Batch.of(spans, self.device)
+        keep = torch.tensor(wanted, dtype=torch.int64, device=self.device)
+        if self.packed:
+            # A compiled graph is for two or more of each, and one graph for all gives a row the
+            # same bits alone as in a batch. What is written twice is the same twice.
+            batch, keep = batch.at_least(2), _at_least(2, keep)
+        self.cache.select(batch)
+        logits: Tensor = self._forward(
+            input_ids=batch.ids[None],
+            position_ids=batch.positions[None],
             past_key_values=self.cache,
             use_cache=False,
-            logits_to_keep=1,
+            logits_to_keep=keep,
+            batch=batch,
         ).logits
-        return logits[:, -1].float()
+        return logits[0, : len(wanted)].float()
 
-    @torch.inference_mode()
-    def logits(self, ids: Tensor) -> Tensor:
-        """Return float32 logits (rows, tokens, vocabulary) of right-padded ids, without the cache.
 
-        Positions after the end of a row are computed too and mean nothing.
-        """
-        tokens = ids.shape[1]
-        positions = torch.arange(tokens, device=self.device)
-        mask = (positions[None, :] <= positions[:, None]).expand(ids.shape[0], 1, tokens, tokens)
-        logits: Tensor = self.module(
-            input_ids=ids,
-            position_ids=positions[None].expand_as(ids),
-            attention_mask=mask,
-            use_cache=False,
-        ).logits
-        return logits.float()
+def _at_least(count: int, indices: Tensor) -> Tensor:
+    missing = max(0, count - len(indices))
+    return torch.cat((indices, indices.new_zeros(missing))) if missing else indices
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from superpose_server.engine import Engine
 from superpose_server.errors import DataLoss, QueueFull, ServerError, ShuttingDown
 from superpose_server.job import JobResult
 from superpose_server.journal import Journal, JournalDamaged, JournalEntry
+from superpose_server.memory import MIB
 from superpose_server.metrics import Metrics
 from superpose_server.model import Model
 from superpose_server.observer import EngineObserver
@@ -92,6 +93,8 @@ class Runtime:
                 device=device,
                 max_batch=config.max_batch,
                 max_length=config.max_length,
+                cache_bytes=None if config.cache_mib is None else config.cache_mib * MIB,
+                kernels=config.compile == "auto",
             )
             self.tokenizer = Tokenizer(folder)
             state_dir = config.state_dir or _default_state_dir(self.model.base_digest)
@@ -127,8 +130,15 @@ class Runtime:
         journal = Journal(state_dir)
         state = self._restore(journal)
         self._weights.fold(self._weights.prepare(state.mix))
-        scheduler = Scheduler(self.config.max_batch, self.config.max_queue)
-        self.engine = Engine(model, self._weights, scheduler, observer)
+        scheduler = Scheduler(model.max_batch, self.config.max_queue)
+        self.engine = Engine(
+            model,
+            self._weights,
+            scheduler,
+            observer,
+            prefill_tokens=self.config.prefill_tokens
+            or (2048 if model.device.type == "cuda" else 128),
+        )
         self.default_mix = DefaultMix(journal, self._weights, self.engine, state)
         self._operator = Operator(
             self.registry, self.default_mix, self._store, self._weights, self.limits.adapter
@@ -147,9 +157,9 @@ class Runtime:
             model.base_digest[:12],
             model.dtype,
             model.device,
-            model.cache.nbytes / 2**20,
-            self._weights.base_nbytes / 2**20,
-            self.config.max_batch,
+            model.cache.nbytes / MIB,
+            self._weights.base_nbytes / MIB,
+            model.max_batch,
             model.context_length,
             len(self.registry),
             state.generation,

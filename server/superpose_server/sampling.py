@@ -80,19 +80,32 @@ def _refuse(field: str, value: object, allowed: str) -> None:
 
 
 def sample(
-    logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[random.Random]
-) -> Tensor:
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    generators: Sequence[random.Random],
+    forbidden: Sequence[frozenset[int]],
+) -> tuple[list[int], list[bool]]:
     """Choose one token a row.
 
     Args:
-        logits: float32 (rows, vocabulary); -inf forbids a token.
+        logits: float32 (rows, vocabulary).
         params: One a row.
         generators: One a row; a row that is not greedy draws one number from its own.
+        forbidden: Tokens that a row may not be given, one set a row.
 
     Returns:
-        int64 (rows,).
+        The tokens, and for each row whether its logits can be drawn from: a NaN or +inf among them,
+        or nothing but -inf, makes its token meaningless.
     """
-    tokens = logits.argmax(dim=-1)
+    peaks, tokens = logits.max(dim=-1)  # A NaN wins.
+    finite = torch.isfinite(peaks)
+    limited = [row for row, tokens_of_row in enumerate(forbidden) if tokens_of_row]
+    allowed = logits
+    if limited:
+        allowed = logits.clone()
+        for row in limited:
+            allowed[row, list(forbidden[row])] = -torch.inf
+        tokens[limited] = allowed[limited].argmax(dim=-1)
     drawing = [row for row, p in enumerate(params) if p.temperature > 0]
     # A row takes the same path, and so the same token, whoever else is in the batch.
     for rows, draw in (
@@ -100,15 +113,17 @@ def sample(
         ([row for row in drawing if params[row].filters], _draw_filtered),
     ):
         if rows:
-            index = torch.tensor(rows, device=logits.device)
             chosen = [params[row] for row in rows]
             uniform = _column([generators[row].random() for row in rows], logits.device)
             temperature = _column([p.temperature for p in chosen], logits.device)
-            # The maximum is taken out first, so that a small temperature cannot overflow.
-            part = logits[index]
+            # The maximum is taken out first, so that a small temperature cannot overflow; a row
+            # that is not finite is drawn from zeros, and its token is not used.
+            part = allowed[rows].masked_fill(~finite[rows][:, None], 0.0)
             scaled = (part - part.amax(-1, keepdim=True)).double() / temperature
-            tokens[index] = draw(scaled, chosen, uniform)
-    return tokens
+            tokens[rows] = draw(scaled, chosen, uniform)
+    # One copy from the device for both.
+    found = torch.stack((tokens, finite.long())).tolist()
+    return found[0], [bool(fine) for fine in found[1]]
 
 
 def _column(values: Sequence[float], device: torch.device) -> Tensor:

@@ -62,6 +62,7 @@ class Times:
 class Sequence:
     """One row. Made by any thread; after `Engine.submit` only the engine thread touches it.
 
+    `prefilled` counts the prompt tokens that have run.
     `cancelled` is the exception: any thread may set it, and the row leaves at the next step.
     `ended` is set when the last chunk was handed out.
     """
@@ -72,6 +73,7 @@ class Sequence:
     sink: Sink
     tokenizer: Tokenizer
     tokens: list[int] = field(default_factory=list)
+    prefilled: int = 0
     cancelled: bool = False
     ended: bool = False
     accepted: float = field(default_factory=time.monotonic)
@@ -89,9 +91,19 @@ class Sequence:
         self.stop_token_ids = frozenset(stops)
 
     @property
+    def decoding(self) -> bool:
+        """True if the whole prompt has run, and every step adds a token."""
+        return self.prefilled == len(self.prompt)
+
+    @property
     def position(self) -> int:
         """Position of the newest token, counted from 0: where the next step writes it."""
         return len(self.prompt) + len(self.tokens) - 1
+
+    @property
+    def cached(self) -> int:
+        """Number of positions that the cache holds of this row."""
+        return self.position if self.decoding else self.prefilled
 
     @property
     def forbidden(self) -> frozenset[int]:

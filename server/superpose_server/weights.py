@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.digest import canonical_digest, hash_bytes
-from superpose_adapters.fold import concatenate_factors, fold_into
+from superpose_adapters.fold import concatenate_factors
 from superpose_adapters.geometry import (
     MAX_FOLD_ERROR,
     Analysis,
@@ -28,6 +28,8 @@ from superpose_adapters.geometry import (
 from superpose_adapters.layout import Layout
 from superpose_adapters.mix import BoundMix
 from superpose_server.errors import DataLoss, FailedPrecondition, Internal
+from superpose_server.packed import PackedLinear
+from superpose_server.parameter_format import PackedFormat, Pair, ParameterFormat, PlainFormat
 
 _VERIFY_ATTEMPTS = 8
 
@@ -40,12 +42,12 @@ class PreparedMix:
 
     Attributes:
         mix: The mix.
-        factors: {module: (A_cat float32 (R, in), B_cat float32 (out, R))} in fold order.
+        factors: {module: concatenated factors in fold order, as its `ParameterFormat` wants them}.
         fold_error: Expected share of the delta that rounding loses, 0 to 1.
     """
 
     mix: BoundMix
-    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    factors: dict[str, Pair] = field(default_factory=dict)
     fold_error: float = 0.0
 
     @property
@@ -99,6 +101,12 @@ class ResidentWeights:
         self._hashes = {name: hash_bytes(p) for name, p in self._parameters.items()}
         first = next(iter(self._parameters.values()))
         self.device, self.dtype = first.device, first.dtype
+        self._formats: dict[str, ParameterFormat] = {
+            name: PackedFormat()
+            if isinstance(module.get_submodule(name), PackedLinear)
+            else PlainFormat(shape, self.device)
+            for name, shape in layout.items()
+        }
         self.base_digest = base_digest
         self.resident = PreparedMix(BoundMix(base_digest))
 
@@ -127,14 +135,13 @@ class ResidentWeights:
             FailedPrecondition: The folded weights would not be finite.
         """
         weights = mix.weights
-        factors: dict[str, tuple[Tensor, Tensor]] = {}
+        factors: dict[str, Pair] = {}
         for module in sorted({name for adapter in weights for name in adapter.modules}):
             self._keep_base(module)
             pair = concatenate_factors(weights, module)
             if pair is not None:
-                a, b = (f.to(self.device) for f in pair)
-                self._refuse_infinite(mix, module, a, b)
-                factors[module] = (a, b)
+                factors[module] = self._formats[module].arrange(*pair)
+                self._refuse_infinite(mix, module, factors[module])
         energy = {module: self._rounding[module] for module in factors}
         error = expected_fold_error(energy, mix_norm(weights)) if factors else 0.0
         return PreparedMix(mix, factors, error)
@@ -152,14 +159,12 @@ class ResidentWeights:
             self._largest[module] = float(live.abs().max())
             self._base[module] = live.detach().to(self._keep_base_on or live.device, copy=True)
 
-    def _refuse_infinite(self, mix: BoundMix, module: str, a: Tensor, b: Tensor) -> None:
+    def _refuse_infinite(self, mix: BoundMix, module: str, pair: Pair) -> None:
         limit = torch.finfo(self.dtype).max
-        base = self._base[module]
         # |sum| <= max |W| + |B| |A|; only where this bound is no help is the sum itself formed.
-        if self._largest[module] + float(b.norm()) * float(a.norm()) < limit:
+        if self._largest[module] + float(pair[0].norm()) * float(pair[1].norm()) < limit:
             return
-        folded = torch.empty_like(self._live(module))
-        fold_into(folded, base, a, b, self.layout[module])
+        folded = self._fresh(module, pair)
         if not bool(torch.isfinite(folded).all()):
             domains = ", ".join(f"{e.domain}={e.weight:g}" for e in mix.entries)
             raise FailedPrecondition(
@@ -194,8 +199,8 @@ class ResidentWeights:
 
     def _write(self, target: PreparedMix) -> None:
         stale = set(self.resident.factors) - set(target.factors)
-        for module, (a, b) in target.factors.items():
-            fold_into(self._live(module), self._base[module], a, b, self.layout[module])
+        for module, pair in target.factors.items():
+            self._formats[module].fold(self._live(module), self._base[module], pair)
         for module in stale:
             self._live(module).copy_(self._base[module])
         if self.device.type == "cuda":
@@ -227,7 +232,7 @@ class ResidentWeights:
             ) from error
         self.resident = PreparedMix(BoundMix(self.base_digest))
 
-    def verify(self) -> Generator[None, None, Verification]:
+    def verify(self) -> Generator[bool, None, Verification]:
         """Compare every live bit with a fresh fold and every base bit with its hash at load.
 
         Yields after each parameter, so that the engine can step in between; begins anew when the
@@ -247,7 +252,7 @@ class ResidentWeights:
             "MIX_KEEPS_CHANGING",
         )
 
-    def _verify_against(self, resident: PreparedMix) -> Generator[None, None, Verification | None]:
+    def _verify_against(self, resident: PreparedMix) -> Generator[bool, None, Verification | None]:
         kept = set(self._base)
         hashes, damaged_resident, damaged_base = {}, [], []
         for name, parameter in self._parameters.items():
@@ -257,10 +262,10 @@ class ResidentWeights:
                 damaged_base.append(name)
             expected = self._hashes[name]
             if module in resident.factors:
-                expected = hash_bytes(self._fresh(module, resident))
+                expected = hash_bytes(self._fresh(module, resident.factors[module]))
             if hashes[name] != expected:
                 damaged_resident.append(name)
-            yield
+            yield True
             if self.resident is not resident:
                 return None
         return Verification(
@@ -268,21 +273,20 @@ class ResidentWeights:
         )
 
     @torch.inference_mode()
-    def _fresh(self, module: str, resident: PreparedMix) -> Tensor:
+    def _fresh(self, module: str, pair: Pair) -> Tensor:
         folded = torch.empty_like(self._live(module))
-        fold_into(folded, self._base[module], *resident.factors[module], self.layout[module])
+        self._formats[module].fold(folded, self._base[module], pair)
         return folded
 
-    def measure_fold_error(self, prepared: PreparedMix) -> Generator[None, None, float]:
+    def measure_fold_error(self, prepared: PreparedMix) -> Generator[bool, None, float]:
         """Return norm(W(mix) - W0 - delta) / norm(delta), measured; yields after each module."""
         lost = total = 0.0
-        for module, (a, b) in prepared.factors.items():
-            layout = self.layout[module]
+        for module, pair in prepared.factors.items():
             base = self._base[module].to(self.device)
             with torch.inference_mode():
-                delta = layout.delta(b.double() @ a.double())
-                error = self._fresh(module, prepared).double() - base.double() - delta
+                delta = self._formats[module].delta(pair)
+                error = self._fresh(module, pair).double() - base.double() - delta
                 lost += float(error.square().sum())
                 total += float(delta.square().sum())
-            yield
+            yield True
         return (lost / total) ** 0.5 if total else 0.0

@@ -24,6 +24,7 @@ from superpose_server.service.convert import (
     mix_to_wire,
     params_from_wire,
 )
+from superpose_server.service.delivery import Delivery, Inbox
 
 _SCOPES: dict[int, Scope] = {
     pb.SCORE_SCOPE_UNSPECIFIED: "all",
@@ -58,18 +59,20 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, runtime: Runtime) -> None:
         """Serve from `runtime`."""
         self._runtime = runtime
+        self._delivery = Delivery(asyncio.get_running_loop())
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         """Return the whole text."""
         accepted = await self._accept(request)
-        chunks = [chunk async for chunk in self._run(accepted)]
-        ids = [token for chunk in chunks for token in chunk.token_ids]
+        chunk = await self._submit(accepted, context, whole=True).take()
+        if chunk.error is not None:
+            raise chunk.error
         return pb.GenerateResponse(
-            text="".join(chunk.text for chunk in chunks),
-            token_ids=ids,
-            logprobs=[value for chunk in chunks for value in chunk.logprobs],
-            finish_reason=_finish_reason(chunks[-1]),
-            usage=accepted.usage(len(ids)),
+            text=chunk.text,
+            token_ids=chunk.token_ids,
+            logprobs=chunk.logprobs,
+            finish_reason=_finish_reason(chunk),
+            usage=accepted.usage(len(chunk.token_ids)),
             mix=accepted.state,
             request_id=accepted.request_id,
         )
@@ -79,22 +82,28 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         """Send text as it is made."""
         accepted = await self._accept(request)
+        inbox = self._submit(accepted, context)
         count = 0
-        async for chunk in self._run(accepted):
-            first = count == 0
-            count += len(chunk.token_ids)
-            response = pb.GenerateStreamResponse(
-                text=chunk.text,
-                token_ids=chunk.token_ids,
-                logprobs=chunk.logprobs,
-                request_id=accepted.request_id,
-            )
-            if first or chunk.last:
-                response.mix.CopyFrom(accepted.state)
-            if chunk.last:
-                response.finish_reason = _finish_reason(chunk)
-                response.usage.CopyFrom(accepted.usage(count))
-            yield response
+        chunk = Chunk()
+        while not chunk.last:
+            chunk = await inbox.take()
+            if chunk.error is None or chunk.token_ids:
+                response = pb.GenerateStreamResponse(
+                    text=chunk.text,
+                    token_ids=chunk.token_ids,
+                    logprobs=chunk.logprobs,
+                    request_id=accepted.request_id,
+                )
+                first = count == 0
+                count += len(chunk.token_ids)
+                if first or chunk.last:
+                    response.mix.CopyFrom(accepted.state)
+                if chunk.finish_reason is not None:
+                    response.finish_reason = _finish_reason(chunk)
+                    response.usage.CopyFrom(accepted.usage(count))
+                yield response
+        if chunk.error is not None:
+            raise chunk.error
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
         """Return log-probabilities and perplexities of given texts."""
@@ -192,29 +201,21 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     field=field,
                 )
 
-    async def _run(self, accepted: _Accepted) -> AsyncIterator[Chunk]:
-        loop = asyncio.get_running_loop()
-        chunks: asyncio.Queue[Chunk] = asyncio.Queue()
-
-        def sink(chunk: Chunk) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
-
+    def _submit(self, accepted: _Accepted, context: Any, *, whole: bool = False) -> Inbox:
+        """Give a row to the engine, and return where its chunks arrive."""
+        inbox = self._delivery.inbox(whole=whole)
         sequence = Sequence(
-            accepted.prompt, accepted.mix, accepted.params, sink, self._runtime.tokenizer
+            accepted.prompt, accepted.mix, accepted.params, inbox.put, self._runtime.tokenizer
         )
         self._runtime.engine.submit(sequence)
-        try:
-            while True:
-                chunk = await chunks.get()
-                if chunk.error is not None:
-                    raise chunk.error
-                yield chunk
-                if chunk.last:
-                    return
-        finally:
-            # The client is gone, or the row has ended and this says nothing new.
+
+        def leave(_: object) -> None:
+            # The client is gone or its deadline is over, even in the midst of a response that it
+            # does not read; or the row has ended, and this says nothing new.
             sequence.cancelled = True
+
+        context.add_done_callback(leave)
+        return inbox
 
     def _encode_items(self, request: pb.ScoreRequest) -> tuple[list[EncodedText], Scope]:
         limit = self._runtime.limits.max_score_items

@@ -32,7 +32,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             device=str(runtime.model.device),
             context_length=runtime.model.context_length,
             limits=pb.Limits(
-                max_batch=runtime.config.max_batch,
+                max_batch=runtime.model.max_batch,
                 max_queue=runtime.config.max_queue,
                 max_rank=runtime.limits.adapter.max_rank,
                 max_adapter_bytes=runtime.limits.adapter.max_bytes,

@@ -1,0 +1,81 @@
+"""What one forward pass runs: tokens of several rows, laid end to end, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """Some consecutive tokens of one row.
+
+    Attributes:
+        slot: Slot of the cache that holds the row's keys and values.
+        ids: The tokens.
+        position: Where in the slot the first of them is written.
+        start: Where in the slot the row begins; not 0 only where rows share a slot.
+    """
+
+    slot: int
+    ids: Sequence[int]
+    position: int
+    start: int = 0
+
+    @property
+    def end(self) -> int:
+        """Position in the slot after the last token."""
+        return self.position + len(self.ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Spans as tensors, one element a token: int64 (tokens,) on the model's device.
+
+    Attributes:
+        spans: What it was made from.
+        ids: Tokens.
+        slots: Slot of each.
+        written: Position of each in its slot, counted from the slot's beginning.
+        starts: Position of its row's beginning in the slot.
+        rows: Index of its span.
+    """
+
+    spans: tuple[Span, ...]
+    ids: Tensor
+    slots: Tensor
+    written: Tensor
+    starts: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], device: torch.device) -> Batch:
+        """Lay `spans` end to end."""
+        columns = [
+            (token, span.slot, span.position + i, span.start, row)
+            for row, span in enumerate(spans)
+            for i, token in enumerate(span.ids)
+        ]
+        tensors = torch.tensor(columns, dtype=torch.int64).T.contiguous().to(device)
+        return cls(tuple(spans), *tensors)
+
+    def at_least(self, tokens: int) -> Batch:
+        """Return the batch with its last token repeated until there are `tokens`."""
+        missing = tokens - len(self.ids)
+        if missing <= 0:
+            return self
+        columns = (self.ids, self.slots, self.written, self.starts, self.rows)
+        return Batch(self.spans, *(torch.cat((c, c[-1:].expand(missing))) for c in columns))
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of each token in its row, as the model counts."""
+        return self.written - self.starts
+
+    @property
+    def decodes(self) -> bool:
+        """True if every span is one token of a row that has its slot to itself."""
+        return all(len(span.ids) == 1 and span.start == 0 for span in self.spans)

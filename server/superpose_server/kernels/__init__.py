@@ -1,0 +1,1 @@
+"""Kernels of the engine's own for the CPU: `kernels.cpp`, compiled once a machine by `build`."""

@@ -1,0 +1,562 @@
+// The engine's own CPU kernels: products with packed parameters, corrections, attention over slots,
+// and the fold.
+//
+// A parameter is kept in panels: (panels, in, 16), where panel p holds output features 16p..16p+15
+// of every input feature. A product then reads memory once, in order, whatever the checkpoint's
+// layout, and a fold writes it the same way.
+//
+// Every sum here runs in one fixed order that depends neither on the batch nor on the number of
+// threads: a row's bits do not depend on who shares its batch, nor a fold's bits on the machine's
+// cores. Arithmetic is float32 whatever the storage; results are rounded once.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using at::Tensor;
+using bfloat = uint16_t;  // The upper half of a float's bits.
+
+#ifdef __AVX512F__
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+constexpr int64_t kPanel = 16;
+constexpr int kVectors = kPanel / kLanes;
+// Input features of one pass over a panel: 16 KiB of float32, half of a first-level cache.
+constexpr int64_t kDepth = 256;
+// Rows whose partial sums are kept at once.
+constexpr int64_t kRows = 60;
+// Accumulators of 6 rows x 16 features fill 12 of 16 vector registers.
+constexpr int kBlockRows = 6;
+// Floats that are fetched ahead of a stream, past what the hardware does by itself.
+constexpr int64_t kAhead = 256;
+
+typedef float floats __attribute__((vector_size(kLanes * 4)));
+typedef float floats_at __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(kLanes * 4)));
+typedef int32_t integers __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t halves __attribute__((vector_size(kLanes * 2)));
+typedef uint16_t halves_at __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+
+inline floats load(const float* at) { return *reinterpret_cast<const floats_at*>(at); }
+
+inline floats load(const bfloat* at) {
+  const halves low = *reinterpret_cast<const halves_at*>(at);
+  return reinterpret_cast<floats>(__builtin_convertvector(low, words) << 16);
+}
+
+inline void store(float* at, floats value) { *reinterpret_cast<floats_at*>(at) = value; }
+
+// Round to nearest, ties to even. The callers' values are finite, or NaN of a payload that survives.
+inline halves rounded(floats value) {
+  const words bits = reinterpret_cast<words>(value);
+  return __builtin_convertvector((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16, halves);
+}
+
+inline void store(bfloat* at, floats value) {
+  *reinterpret_cast<halves_at*>(at) = rounded(value);
+}
+
+// Store past the caches: a folded parameter is far larger than they are, and is read much later.
+inline void stream(float* at, floats value) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(at, reinterpret_cast<__m512>(value));
+#elif defined(__AVX2__)
+  _mm256_stream_ps(at, reinterpret_cast<__m256>(value));
+#else
+  store(at, value);
+#endif
+}
+
+inline void stream(bfloat* at, floats value) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(at), reinterpret_cast<__m256i>(rounded(value)));
+#elif defined(__AVX2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(at), reinterpret_cast<__m128i>(rounded(value)));
+#else
+  store(at, value);
+#endif
+}
+
+inline void finish_streams() {
+#if defined(__AVX2__) || defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
+inline float sum(floats value) {
+  float total = 0.0f;
+  for (int lane = 0; lane < kLanes; lane++) total += value[lane];
+  return total;
+}
+
+inline float largest(floats value) {
+  float found = value[0];
+  for (int lane = 1; lane < kLanes; lane++) found = std::max(found, value[lane]);
+  return found;
+}
+
+// exp of x <= 0 to about 2 units in the last place: 2^n times a polynomial on |r| <= ln(2)/2.
+inline floats exponential(floats x) {
+  const floats low = floats{} - 87.0f;
+  x = x > low ? x : low;
+  const floats magic = floats{} + 12582912.0f;  // 1.5 x 2^23: adding it rounds to an integer.
+  const floats n = (x * 1.44269504f + magic) - magic;
+  const floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  floats p = floats{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const integers scale = (__builtin_convertvector(n, integers) + 127) << 23;
+  return p * reinterpret_cast<floats>(scale);
+}
+
+inline float as_float(float value) { return value; }
+inline float as_float(bfloat value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return reinterpret_cast<T*>(tensor.data_ptr());
+}
+
+// Call f with a null pointer whose type tells how `tensor` is stored.
+template <class F>
+void with_storage(const Tensor& tensor, F&& f) {
+  if (tensor.scalar_type() == at::kFloat) {
+    f(static_cast<float*>(nullptr));
+  } else {
+    TORCH_CHECK(tensor.scalar_type() == at::kBFloat16, "float32 or bfloat16 expected");
+    f(static_cast<bfloat*>(nullptr));
+  }
+}
+
+// ---- products ----------------------------------------------------------------------------------
+
+// What a block reads ahead while it computes: its own stream, or a share of the next pass.
+struct Ahead {
+  const char* next;
+  int64_t step;
+};
+
+// sums[m][j] += sum over `depth` of x[k][m] w[k][j], for M rows and `Panels` panels.
+template <int M, int Panels, class T>
+inline void block(const float* x, const T* w, int64_t panel_stride, int64_t depth, float* sums,
+                  bool first, Ahead ahead) {
+  constexpr int V = Panels * kVectors;
+  floats total[M][V];
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < V; v++)
+      total[m][v] = first ? floats{} : load(sums + (m * V + v) * kLanes);
+  for (int64_t k = 0; k < depth; k++) {
+    floats b[V];
+    for (int p = 0; p < Panels; p++) {
+      const T* at = w + p * panel_stride + k * kPanel;
+      if (!ahead.next) __builtin_prefetch(at + kAhead);
+      for (int v = 0; v < kVectors; v++) b[p * kVectors + v] = load(at + v * kLanes);
+    }
+    if (ahead.next) {
+      __builtin_prefetch(ahead.next, 0, 3);
+      ahead.next += ahead.step;
+    }
+    for (int m = 0; m < M; m++) {
+      const float scale = x[k * M + m];
+      for (int v = 0; v < V; v++) total[m][v] += scale * b[v];
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < V; v++) store(sums + (m * V + v) * kLanes, total[m][v]);
+}
+
+template <int Panels, class T>
+inline void blocks(int64_t rows, const float* x, const T* w, int64_t panel_stride, int64_t depth,
+                   float* sums, bool first, Ahead ahead) {
+#define ROWS(M)                                                       \
+  case M:                                                             \
+    if constexpr (M * Panels <= kBlockRows)                           \
+      block<M, Panels>(x, w, panel_stride, depth, sums, first, ahead); \
+    break;
+  switch (rows) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) }
+#undef ROWS
+}
+
+// How the rows of one product are cut up: chunks of at most kRows, each in parts of almost equal
+// size that fill the registers.
+inline int64_t parts_of(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
+
+// Lay x (rows, depth) out in the order in which blocks read it: by chunk, pass, part, then (k, m).
+void arrange(const float* x, int64_t rows, int64_t depth, float* out) {
+  for (int64_t row = 0; row < rows; row += kRows) {
+    const int64_t count = std::min(kRows, rows - row), parts = parts_of(count);
+    for (int64_t k = 0; k < depth; k += kDepth) {
+      const int64_t n = std::min(depth - k, kDepth);
+      for (int64_t i = 0, done = 0; i < parts; i++) {
+        const int64_t some = (count - done + parts - i - 1) / (parts - i);
+        for (int64_t m = 0; m < some; m++) {
+          const float* from = x + (row + done + m) * depth + k;
+          for (int64_t j = 0; j < n; j++) out[j * some + m] = from[j];
+        }
+        out += n * some;
+        done += some;
+      }
+    }
+  }
+}
+
+// y[m][j] = bias[j] + sum over k of x[m][k] w[k][j] for the features of one or two panels, x as
+// `arrange` lays it out.
+template <int Panels, class T, class Y>
+void product(const float* x, int64_t rows, int64_t depth, const T* w, Y* y, int64_t y_stride,
+             int64_t features, const float* bias) {
+  alignas(64) float sums[kRows * kPanel];
+  alignas(64) float wide[kDepth * kPanel];
+  for (int64_t row = 0; row < rows; row += kRows) {
+    const int64_t count = std::min(kRows, rows - row);
+    const int64_t parts = parts_of(count);
+    for (int64_t k = 0; k < depth; k += kDepth) {
+      const int64_t n = std::min(depth - k, kDepth);
+      const T* part = w + k * kPanel;
+      if (parts == 1) {
+        blocks<Panels>(count, x, part, depth * kPanel, n, sums, k == 0, {});
+        x += n * count;
+        continue;
+      }
+      // Several blocks read this pass: widen it once, and share out the fetching of the next.
+      const float* source = nullptr;
+      if constexpr (sizeof(T) == sizeof(float)) {
+        source = part;
+      } else {
+        for (int64_t i = 0; i < n * kPanel; i += kLanes) store(wide + i, load(part + i));
+        source = wide;
+      }
+      const int64_t share = n * kPanel * static_cast<int64_t>(sizeof(T)) / parts;
+      const char* next = reinterpret_cast<const char*>(part + n * kPanel);
+      int64_t done = 0;
+      for (int64_t i = 0; i < parts; i++) {
+        const int64_t some = (count - done + parts - i - 1) / (parts - i);
+        blocks<1>(some, x, source, 0, n, sums + done * kPanel, k == 0,
+                  {next + i * share, share / n});
+        x += n * some;
+        done += some;
+      }
+    }
+    for (int64_t m = 0; m < count; m++) {
+      const float* from = sums + m * Panels * kPanel;
+      Y* to = y + (row + m) * y_stride;
+      int64_t j = 0;
+      for (; j + kLanes <= features; j += kLanes)
+        store(to + j, load(from + j) + (bias ? load(bias + j) : floats{}));
+      if (j < features) {
+        Y last[kLanes];
+        floats rest = load(from + j);
+        for (int lane = 0; lane < features - j; lane++) rest[lane] += bias ? bias[j + lane] : 0.0f;
+        store(last, rest);
+        std::copy_n(last, features - j, to + j);
+      }
+    }
+  }
+}
+
+// ---- corrections -------------------------------------------------------------------------------
+
+// The low-rank term of one module for one batch, as `KernelTerm` lays it out: addresses, since a
+// compiled graph must take any number of adapters without being compiled anew.
+struct Term {
+  int64_t domains;         // 0: no correction.
+  const int64_t* factors;  // (domains, 3): address of A (r, in), of B (r, out), and r.
+  const float* gates;      // (rows, domains), scaling included.
+  const int64_t* rows;     // Row of each token.
+};
+
+Term read_term(const Tensor& header) {
+  const int64_t* field = data<int64_t>(header);
+  return {field[0], reinterpret_cast<const int64_t*>(field[1]),
+          reinterpret_cast<const float*>(field[2]), reinterpret_cast<const int64_t*>(field[3])};
+}
+
+// y[t] += sum over domains d of gates[row of t][d] (x[t] A_d^T) B_d^T, in place.
+//
+// A gate of 0 costs nothing and hides whatever its factors hold.
+template <class T>
+void correct(T* y, const float* x, int64_t tokens, int64_t in, int64_t out, const Term& term) {
+  at::parallel_for(0, tokens, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scales;
+    std::vector<const float*> terms;
+    for (int64_t t = begin; t < end; t++) {
+      const float* xt = x + t * in;
+      scales.clear();
+      terms.clear();
+      for (int64_t d = 0; d < term.domains; d++) {
+        const float gate = term.gates[term.rows[t] * term.domains + d];
+        if (gate == 0.0f) continue;
+        const float* a = reinterpret_cast<const float*>(term.factors[3 * d]);
+        const float* b = reinterpret_cast<const float*>(term.factors[3 * d + 1]);
+        for (int64_t r = 0; r < term.factors[3 * d + 2]; r++) {
+          const float* row = a + r * in;
+          floats total[4] = {};
+          int64_t k = 0;
+          for (; k + 4 * kLanes <= in; k += 4 * kLanes)
+            for (int v = 0; v < 4; v++)
+              total[v] += load(xt + k + v * kLanes) * load(row + k + v * kLanes);
+          float low = sum((total[0] + total[1]) + (total[2] + total[3]));
+          for (; k < in; k++) low += xt[k] * row[k];
+          scales.push_back(low * gate);
+          terms.push_back(b + r * out);
+        }
+      }
+      if (terms.empty()) continue;
+      T* yt = y + t * out;
+      const size_t count = terms.size();
+      int64_t j = 0;
+      for (; j + 2 * kLanes <= out; j += 2 * kLanes) {
+        floats first = load(yt + j), second = load(yt + j + kLanes);
+        for (size_t i = 0; i < count; i++) {
+          first += scales[i] * load(terms[i] + j);
+          second += scales[i] * load(terms[i] + j + kLanes);
+        }
+        store(yt + j, first);
+        store(yt + j + kLanes, second);
+      }
+      for (; j < out; j++) {
+        floats rest{};
+        rest[0] = as_float(yt[j]);
+        for (size_t i = 0; i < count; i++) rest[0] += scales[i] * terms[i][j];
+        T last[kLanes];
+        store(last, rest);
+        yt[j] = last[0];
+      }
+    }
+  });
+}
+
+// x (..., in) times a packed parameter, plus bias and `term`, to (..., out) in x's dtype.
+Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+              int64_t out_features, const Tensor& header) {
+  const int64_t depth = packed.size(1);
+  const int64_t panels = packed.size(0);
+  TORCH_CHECK(x.size(-1) == depth && panels == (out_features + kPanel - 1) / kPanel,
+              "linear: shapes do not fit");
+  const Tensor input = x.to(at::kFloat).contiguous();
+  const int64_t rows = depth ? input.numel() / depth : 0;
+  auto shape = x.sizes().vec();
+  shape.back() = out_features;
+  Tensor result = at::empty(shape, x.options());
+  const Tensor offset = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  const float* added = bias ? data<float>(offset) : nullptr;
+  const Tensor arranged = at::empty({rows * depth}, input.options());
+  arrange(data<float>(input), rows, depth, data<float>(arranged));
+  const float* from = data<float>(arranged);
+  // Few rows leave registers free for a second panel, whose sums do not wait for the first's.
+  const int64_t together = rows * 2 <= kBlockRows ? 2 : 1;
+  with_storage(packed, [&](auto* w_type) {
+    with_storage(result, [&](auto* y_type) {
+      const auto* w = data<std::remove_pointer_t<decltype(w_type)>>(packed);
+      auto* y = data<std::remove_pointer_t<decltype(y_type)>>(result);
+      at::parallel_for(0, (panels + together - 1) / together, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t group = begin; group < end; group++) {
+          const int64_t panel = group * together;
+          const int64_t count = std::min(together, panels - panel);
+          const int64_t first = panel * kPanel;
+          const int64_t features = std::min(count * kPanel, out_features - first);
+          const auto run = count == 2 ? product<2, std::remove_cvref_t<decltype(*w)>,
+                                                std::remove_cvref_t<decltype(*y)>>
+                                      : product<1, std::remove_cvref_t<decltype(*w)>,
+                                                std::remove_cvref_t<decltype(*y)>>;
+          run(from, rows, depth, w + first * depth, y + first, out_features, features,
+              added ? added + first : nullptr);
+        }
+      });
+    });
+  });
+  const Term term = read_term(header);
+  if (term.domains) {
+    with_storage(result, [&](auto* type) {
+      correct(data<std::remove_pointer_t<decltype(type)>>(result), data<float>(input), rows, depth,
+              out_features, term);
+    });
+  }
+  return result;
+}
+
+// ---- fold --------------------------------------------------------------------------------------
+
+template <int Rows, class T>
+inline void fold_rows(T* out, const T* base, const float* a, const float* b, int64_t rank) {
+  floats total[Rows][kVectors];
+  for (int i = 0; i < Rows; i++) {
+    __builtin_prefetch(base + i * kPanel + kAhead);
+    for (int v = 0; v < kVectors; v++) total[i][v] = load(base + i * kPanel + v * kLanes);
+  }
+  for (int64_t r = 0; r < rank; r += 4) {
+#pragma GCC unroll 4
+    for (int64_t s = r; s < r + 4; s++) {
+      floats row[kVectors];
+      for (int v = 0; v < kVectors; v++) row[v] = load(b + s * kPanel + v * kLanes);
+      for (int i = 0; i < Rows; i++) {
+        const float scale = a[i * rank + s];
+        for (int v = 0; v < kVectors; v++) total[i][v] += scale * row[v];
+      }
+    }
+  }
+  for (int i = 0; i < Rows; i++)
+    for (int v = 0; v < kVectors; v++) stream(out + i * kPanel + v * kLanes, total[i][v]);
+}
+
+// out = base + a b in panels: a float32 (in, R), b float32 (panels, R, 16), R a multiple of 4.
+void fold(Tensor out, const Tensor& base, const Tensor& a, const Tensor& b) {
+  const int64_t panels = out.size(0), depth = out.size(1), rank = a.size(1);
+  TORCH_CHECK(out.is_contiguous() && base.is_contiguous() && a.is_contiguous() &&
+                  b.is_contiguous() && base.sizes() == out.sizes() && rank % 4 == 0 &&
+                  base.scalar_type() == out.scalar_type() && a.size(0) == depth &&
+                  b.size(0) == panels && b.size(1) == rank && b.size(2) == kPanel,
+              "fold: shapes do not fit");
+  TORCH_CHECK(reinterpret_cast<uintptr_t>(out.data_ptr()) % 64 == 0, "fold: out is not aligned");
+  with_storage(out, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* to = data<T>(out);
+    const T* from = data<T>(base);
+    const float* left = data<float>(a);
+    const float* right = data<float>(b);
+    at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; panel++) {
+        const int64_t at = panel * depth * kPanel;
+        const float* factors = right + panel * rank * kPanel;
+        int64_t k = 0;
+        for (; k + kBlockRows <= depth; k += kBlockRows)
+          fold_rows<kBlockRows>(to + at + k * kPanel, from + at + k * kPanel, left + k * rank,
+                                factors, rank);
+        for (; k < depth; k++)
+          fold_rows<1>(to + at + k * kPanel, from + at + k * kPanel, left + k * rank, factors, rank);
+      }
+      finish_streams();
+    });
+  });
+}
+
+// ---- attention ---------------------------------------------------------------------------------
+
+template <class T>
+void attend_one(const T* q, const T* keys, const T* values, int64_t count, int64_t size, float scale,
+                float* weights, float* query, float* total, T* out) {
+  for (int64_t i = 0; i < size; i++) query[i] = as_float(q[i]) * scale;
+  for (int64_t p = 0; p < count; p++) {
+    const T* key = keys + p * size;
+    floats dots[2] = {};
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= size; i += 2 * kLanes)
+      for (int v = 0; v < 2; v++)
+        dots[v] += load(query + i + v * kLanes) * load(key + i + v * kLanes);
+    float dot = sum(dots[0] + dots[1]);
+    for (; i < size; i++) dot += query[i] * as_float(key[i]);
+    weights[p] = dot;
+  }
+  floats peaks = floats{} - std::numeric_limits<float>::infinity();
+  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+  for (int64_t p = count; p < padded; p++) weights[p] = -std::numeric_limits<float>::infinity();
+  for (int64_t p = 0; p < padded; p += kLanes) {
+    const floats w = load(weights + p);
+    peaks = w > peaks ? w : peaks;
+  }
+  const floats peak = floats{} + largest(peaks);
+  floats sums{};
+  for (int64_t p = 0; p < padded; p += kLanes) {
+    const floats w = exponential(load(weights + p) - peak);
+    store(weights + p, w);
+    if (p + kLanes <= count) {
+      sums += w;
+    } else {
+      for (int64_t lane = 0; lane < count - p; lane++) sums[lane] += w[lane];
+    }
+  }
+  const float share = 1.0f / sum(sums);
+  std::fill_n(total, size, 0.0f);
+  for (int64_t p = 0; p < count; p++) {
+    const T* value = values + p * size;
+    const float w = weights[p] * share;
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) store(total + i, load(total + i) + w * load(value + i));
+    for (; i < size; i++) total[i] += w * as_float(value[i]);
+  }
+  T last[kLanes];
+  for (int64_t i = 0; i < size; i++) {
+    floats one{};
+    one[0] = total[i];
+    store(last, one);
+    out[i] = last[0];
+  }
+}
+
+// Causal attention of q (1, query heads, tokens, size): token t reads positions starts[t] to
+// positions[t] of slots[t] in keys, values (slots, heads, length, size). Returns (1, tokens, query
+// heads, size).
+Tensor attend(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& slots,
+              const Tensor& starts, const Tensor& positions, double scale) {
+  const int64_t query_heads = q.size(1), tokens = q.size(2), size = q.size(3);
+  const int64_t heads = keys.size(1), length = keys.size(2);
+  TORCH_CHECK(q.stride(3) == 1 && keys.is_contiguous() && values.is_contiguous() &&
+                  keys.size(3) == size && query_heads % heads == 0 &&
+                  q.scalar_type() == keys.scalar_type(),
+              "attend: shapes do not fit");
+  Tensor result = at::empty({1, tokens, query_heads, size}, q.options());
+  const int64_t* slot = data<int64_t>(slots);
+  const int64_t* start = data<int64_t>(starts);
+  const int64_t* position = data<int64_t>(positions);
+  const int64_t group = query_heads / heads;
+  with_storage(q, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* from = data<T>(q);
+    const T* key = data<T>(keys);
+    const T* value = data<T>(values);
+    T* to = data<T>(result);
+    at::parallel_for(0, tokens * query_heads, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> room(length + kLanes + 2 * size + 2 * kLanes);
+      float* weights = room.data();
+      float* query = weights + length + kLanes;
+      float* total = query + size;
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t t = i / query_heads, h = i % query_heads;
+        const int64_t at = ((slot[t] * heads + h / group) * length + start[t]) * size;
+        attend_one(from + h * q.stride(1) + t * q.stride(2), key + at, value + at,
+                   position[t] + 1 - start[t], size, static_cast<float>(scale), weights, query, total, to + i * size);
+      }
+    });
+  });
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(superpose, library) {
+  library.def(
+      "linear(Tensor x, Tensor packed, Tensor? bias, int out_features, Tensor term) -> Tensor");
+  library.def("fold(Tensor(a!) out, Tensor base, Tensor a, Tensor b) -> ()");
+  library.def(
+      "attend(Tensor q, Tensor keys, Tensor values, Tensor slots, Tensor starts, Tensor positions, "
+      "float scale) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(superpose, CPU, library) {
+  library.impl("linear", &linear);
+  library.impl("fold", &fold);
+  library.impl("attend", &attend);
+}
