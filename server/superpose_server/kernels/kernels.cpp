@@ -60,34 +60,45 @@ inline floats load(const bfloat* at) {
 
 inline void store(float* at, floats value) { *reinterpret_cast<floats_at*>(at) = value; }
 
-// Round to nearest, ties to even. The callers' values are finite, or NaN of a payload that survives.
-inline halves rounded(floats value) {
+// Round to nearest, ties to even; the result is in the lower half of each word.
+inline words upper_half(floats value) {
   const words bits = reinterpret_cast<words>(value);
-  return __builtin_convertvector((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16, halves);
+  return (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+}
+
+inline halves rounded(floats value) {
+  return __builtin_convertvector(upper_half(value), halves);
 }
 
 inline void store(bfloat* at, floats value) {
   *reinterpret_cast<halves_at*>(at) = rounded(value);
 }
 
-// Store past the caches: a folded parameter is far larger than they are, and is read much later.
-inline void stream(float* at, floats value) {
+// Store one row of a panel past the caches: a folded parameter is far larger than they are, and is
+// read much later.
+inline void stream(float* at, const floats (&row)[kVectors]) {
+  for (int v = 0; v < kVectors; v++) {
 #if defined(__AVX512F__)
-  _mm512_stream_ps(at, reinterpret_cast<__m512>(value));
+    _mm512_stream_ps(at + v * kLanes, reinterpret_cast<__m512>(row[v]));
 #elif defined(__AVX2__)
-  _mm256_stream_ps(at, reinterpret_cast<__m256>(value));
+    _mm256_stream_ps(at + v * kLanes, reinterpret_cast<__m256>(row[v]));
 #else
-  store(at, value);
+    store(at + v * kLanes, row[v]);
 #endif
+  }
 }
 
-inline void stream(bfloat* at, floats value) {
+inline void stream(bfloat* at, const floats (&row)[kVectors]) {
 #if defined(__AVX512F__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(at), reinterpret_cast<__m256i>(rounded(value)));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(at), reinterpret_cast<__m256i>(rounded(row[0])));
 #elif defined(__AVX2__)
-  _mm_stream_si128(reinterpret_cast<__m128i*>(at), reinterpret_cast<__m128i>(rounded(value)));
+  // The pack works within halves of a register; the permutation puts its quarters in order.
+  const auto low = reinterpret_cast<__m256i>(upper_half(row[0]));
+  const auto high = reinterpret_cast<__m256i>(upper_half(row[1]));
+  const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xD8);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(at), both);
 #else
-  store(at, value);
+  for (int v = 0; v < kVectors; v++) store(at + v * kLanes, row[v]);
 #endif
 }
 
@@ -400,13 +411,15 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
 
 // ---- fold --------------------------------------------------------------------------------------
 
-template <int Rows, class T>
-inline void fold_rows(T* out, const T* base, const float* a, const float* b, int64_t rank) {
+template <int Rows, int Rank, class T>
+inline void fold_rows(T* out, const T* base, const float* a, const float* b, int64_t any_rank) {
+  const int64_t rank = Rank ? Rank : any_rank;
   floats total[Rows][kVectors];
   for (int i = 0; i < Rows; i++) {
-    __builtin_prefetch(base + i * kPanel + kAhead);
+    __builtin_prefetch(base + i * kPanel + 4096 / sizeof(T));
     for (int v = 0; v < kVectors; v++) total[i][v] = load(base + i * kPanel + v * kLanes);
   }
+#pragma GCC unroll 2
   for (int64_t r = 0; r < rank; r += 4) {
 #pragma GCC unroll 4
     for (int64_t s = r; s < r + 4; s++) {
@@ -418,8 +431,18 @@ inline void fold_rows(T* out, const T* base, const float* a, const float* b, int
       }
     }
   }
-  for (int i = 0; i < Rows; i++)
-    for (int v = 0; v < kVectors; v++) stream(out + i * kPanel + v * kLanes, total[i][v]);
+  for (int i = 0; i < Rows; i++) stream(out + i * kPanel, total[i]);
+}
+
+// One panel. The commonest ranks have loops of known length.
+template <int Rank, class T>
+void fold_panel(T* out, const T* base, const float* a, const float* b, int64_t depth,
+                int64_t rank) {
+  int64_t k = 0;
+  for (; k + kBlockRows <= depth; k += kBlockRows)
+    fold_rows<kBlockRows, Rank>(out + k * kPanel, base + k * kPanel, a + k * rank, b, rank);
+  for (; k < depth; k++)
+    fold_rows<1, Rank>(out + k * kPanel, base + k * kPanel, a + k * rank, b, rank);
 }
 
 // out = base + a b in panels: a float32 (in, R), b float32 (panels, R, 16), R a multiple of 4.
@@ -441,12 +464,10 @@ void fold(Tensor out, const Tensor& base, const Tensor& a, const Tensor& b) {
       for (int64_t panel = begin; panel < end; panel++) {
         const int64_t at = panel * depth * kPanel;
         const float* factors = right + panel * rank * kPanel;
-        int64_t k = 0;
-        for (; k + kBlockRows <= depth; k += kBlockRows)
-          fold_rows<kBlockRows>(to + at + k * kPanel, from + at + k * kPanel, left + k * rank,
-                                factors, rank);
-        for (; k < depth; k++)
-          fold_rows<1>(to + at + k * kPanel, from + at + k * kPanel, left + k * rank, factors, rank);
+        const auto run = rank == 4   ? fold_panel<4, T>
+                         : rank == 8 ? fold_panel<8, T>
+                                     : fold_panel<0, T>;
+        run(to + at, from + at, left, factors, depth, rank);
       }
       finish_streams();
     });
