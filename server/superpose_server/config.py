@@ -177,7 +177,13 @@ _OPTIONS = (
     _Option("max-batch", "16", "rows that run at once", int),
     _Option("max-queue", "256", "requests that wait at most", int),
     _Option("max-length", None, "tokens a row; without it the base's context", int),
-    _Option("residency", "default", "which mix is in the weights", choices=("default",)),
+    _Option(
+        "residency",
+        "default",
+        "which mix is in the weights: default: the default mix; auto: also what most rows share, "
+        "when correcting them costs more than a fold",
+        choices=("default", "auto"),
+    ),
     _Option(
         "compile",
         "auto",

@@ -30,6 +30,7 @@ from superpose_server.errors import FailedPrecondition, QueueFull, ShuttingDown
 from superpose_server.job import Job, JobResult
 from superpose_server.model import Model
 from superpose_server.observer import EngineObserver
+from superpose_server.residency import Residency
 from superpose_server.sampling import sample
 from superpose_server.scheduler import RETRY_AFTER_SECONDS, Scheduler
 from superpose_server.score import ScoreRow, score_slices
@@ -52,6 +53,7 @@ class Engine:
         observer: EngineObserver | None = None,
         *,
         prefill_tokens: int = 128,
+        residency: Residency | None = None,
     ) -> None:
         """Take over `model` and `weights`; `start` sets the thread going.
 
@@ -61,8 +63,10 @@ class Engine:
             scheduler: Who runs.
             observer: Is told what happens.
             prefill_tokens: Prompt tokens, and scored tokens, of one step at most.
+            residency: Decides what else to fold than what `fold` is asked for; None: nothing.
         """
         self._prefill_tokens = prefill_tokens
+        self._residency = residency
         self._model = model
         self._weights = weights
         self._scheduler = scheduler
@@ -208,26 +212,33 @@ class Engine:
     def _fold(self) -> None:
         while self._folds:
             target, future = self._folds.popleft()
-            started = time.perf_counter()
-            error: Exception | None = None
-            try:
-                self._weights.fold(target)
-            except Exception as caught:
-                error = caught
-            seconds = time.perf_counter() - started
+            error = self._fold_now(target)
             if error is None:
                 future.set_result(self.resident)
             else:
                 future.set_exception(error)
-            self._forget()
-            self._observe(self._observer.folded, seconds, error is None, self.resident)
-            _log.info(
-                "fold mix=%s resident=%s ms=%.2f ok=%s",
-                target.mix.digest[:12],
-                self.resident.digest[:12],
-                seconds * 1e3,
-                error is None,
-            )
+
+    def _fold_now(self, target: PreparedMix) -> Exception | None:
+        """Fold; return what went wrong."""
+        started = time.perf_counter()
+        error: Exception | None = None
+        try:
+            self._weights.fold(target)
+        except Exception as caught:
+            error = caught
+        seconds = time.perf_counter() - started
+        if self._residency is not None:
+            self._residency.folded(seconds)
+        self._forget()
+        self._observe(self._observer.folded, seconds, error is None, self.resident)
+        _log.info(
+            "fold mix=%s resident=%s ms=%.2f ok=%s",
+            target.mix.digest[:12],
+            self.resident.digest[:12],
+            seconds * 1e3,
+            error is None,
+        )
+        return error
 
     def _drop_cancelled(self) -> None:
         for row in self._scheduler.drop_waiting(cancelled_only=True):
@@ -272,12 +283,32 @@ class Engine:
                 for slot, row in enumerate(self._scheduler.running)
                 if row.decoding
             ]
+            started = time.perf_counter()
             logits, corrected = self._forward(rows, spans, range(len(rows)))
             self._observe(self._observer.stepped, tuple(rows), self.waiting, corrected)
             self._hand_out(rows, logits)
         except Exception as error:
             _log.exception("decode failed rows=%d", len(rows))
             self._fail(rows, error)
+            return
+        if self._residency is not None:
+            self._residency.cost.observe(len(rows), corrected, time.perf_counter() - started)
+            self._follow(self._residency, [row.mix for row in rows])
+
+    def _follow(self, residency: Residency, mixes: SequenceOf[BoundMix]) -> None:
+        """Fold what the rows share, if the policy says so."""
+        target = residency.choose(mixes, self.resident)
+        if target is None:
+            return
+        try:
+            # Their adapters are registered, so that no base is read that is not kept yet.
+            prepared = self._weights.prepare(target)
+        except FailedPrecondition as error:  # The rows themselves are corrected and go on.
+            _log.info("mix %s stays corrected: %s", target.digest[:12], error)
+            residency.refuse(target)
+            return
+        if not prepared.foldable or self._fold_now(prepared) is not None:
+            residency.refuse(target)
 
     def _forward(
         self, rows: SequenceOf[Sequence], spans: SequenceOf[Span], wanted: SequenceOf[int]

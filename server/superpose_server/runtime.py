@@ -32,6 +32,7 @@ from superpose_server.model import Model
 from superpose_server.observer import EngineObserver
 from superpose_server.operator import Operator
 from superpose_server.registry import Registered, Registry, Source
+from superpose_server.residency import Residency
 from superpose_server.scheduler import RETRY_AFTER_SECONDS, Scheduler
 from superpose_server.tokenizer import Tokenizer
 from superpose_server.weights import ResidentWeights, Verification
@@ -138,6 +139,7 @@ class Runtime:
             observer,
             prefill_tokens=self.config.prefill_tokens
             or (2048 if model.device.type == "cuda" else 128),
+            residency=Residency() if self.config.residency == "auto" else None,
         )
         self.default_mix = DefaultMix(journal, self._weights, self.engine, state)
         self._operator = Operator(

@@ -102,8 +102,11 @@ class Sequence:
 
     @property
     def cached(self) -> int:
-        """Number of positions that the cache holds of this row."""
-        return self.position if self.decoding else self.prefilled
+        """Number of positions that the cache may hold of this row.
+
+        The newest token counts: in the step that wrote it, it may not have been handed out yet.
+        """
+        return self.position + 1 if self.decoding else self.prefilled
 
     @property
     def forbidden(self) -> frozenset[int]:
