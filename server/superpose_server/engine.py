@@ -316,7 +316,7 @@ class Engine:
         """Run one span a row under the rows' mixes; return logits and how many were corrected."""
         correction = self._corrections.plan([row.mix for row in rows], self.resident)
         with self._corrections.applied(correction, spans):
-            logits = self._model.run(spans, wanted)
+            logits = self._model.run(spans, wanted, hooked=correction is not None)
         return logits, correction.corrected_rows if correction else 0
 
     @torch.inference_mode()

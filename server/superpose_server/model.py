@@ -16,6 +16,7 @@ from superpose_adapters.layout import Layout, read_layout
 from superpose_server import attention
 from superpose_server.batch import Batch, Span
 from superpose_server.cache import SlotCache
+from superpose_server.graphs import DecodeGraphs
 from superpose_server.kernels.build import CompilerError, load_kernels
 from superpose_server.memory import MIB, free_bytes
 from superpose_server.packed import pack_modules
@@ -58,7 +59,8 @@ class Model:
             max_batch: Rows that run at once.
             max_length: Tokens a row; None: all positions of the base.
             cache_bytes: Room for keys and values; None: what `max_batch` rows take.
-            kernels: Use the CPU kernels where they apply, which is float32 and bfloat16 on a CPU.
+            kernels: Use the CPU kernels where they apply, which is float32 and bfloat16 on a CPU,
+                and captured decode steps on a GPU.
 
         Raises:
             ValueError: The folder is no such checkpoint, `max_length` is more than it can do, the
@@ -99,6 +101,7 @@ class Model:
         if self.packed:
             pack_modules(self.module, self.layout)
         self._forward: Callable[..., Any] = self.module
+        self._graphs: DecodeGraphs | None = None
         # The first pass tells what a token takes, whatever the architecture.
         self.scratch_slot = 0
         self.cache = SlotCache(1, 1)
@@ -110,6 +113,15 @@ class Model:
         self.run([Span(self.scratch_slot, (0,), 0)], [0])
         if self.packed:
             self._compile()
+        elif kernels and device.type == "cuda":
+            with torch.inference_mode():
+                self._graphs = DecodeGraphs(
+                    self._run,
+                    rows=self.max_batch,
+                    length=self.context_length,
+                    scratch_slot=self.scratch_slot,
+                    device=device,
+                )
 
     def _compile(self) -> None:
         """Compile the forward pass, once for any number of tokens.
@@ -143,22 +155,28 @@ class Model:
         return rows
 
     @torch.inference_mode()
-    def run(self, spans: Sequence[Span], wanted: Sequence[int]) -> Tensor:
+    def run(self, spans: Sequence[Span], wanted: Sequence[int], *, hooked: bool = False) -> Tensor:
         """Run `spans` at once, write their keys and values, and return some logits.
 
         Args:
             spans: Tokens of different rows, whose earlier tokens the cache holds.
             wanted: Indices of tokens, counted through all spans.
+            hooked: Modules have hooks, which a captured step would leave out.
 
         Returns:
             float32 (len(wanted), vocabulary).
         """
+        if self._graphs is not None and not hooked and self._graphs.can_run(spans, wanted):
+            return self._graphs.run(spans)
         batch = Batch.of(spans, self.device)
         keep = torch.tensor(wanted, dtype=torch.int64, device=self.device)
         if self.packed:
             # A compiled graph is for two or more of each, and one graph for all gives a row the
             # same bits alone as in a batch. What is written twice is the same twice.
             batch, keep = batch.at_least(2), _at_least(2, keep)
+        return self._run(batch, keep)[: len(wanted)].float()
+
+    def _run(self, batch: Batch, keep: Tensor) -> Tensor:
         self.cache.select(batch)
         logits: Tensor = self._forward(
             input_ids=batch.ids[None],
@@ -168,7 +186,7 @@ class Model:
             logits_to_keep=keep,
             batch=batch,
         ).logits
-        return logits[0, : len(wanted)].float()
+        return logits[0]
 
 
 def _at_least(count: int, indices: Tensor) -> Tensor:

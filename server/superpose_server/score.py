@@ -71,7 +71,7 @@ def score_slices(
             offset += piece.end - piece.begin
         plan = corrections.plan([mix] * len(spans), weights.resident.mix)
         with torch.inference_mode(), corrections.applied(plan, spans):
-            logits = model.run(spans, wanted)  # (wanted, vocabulary)
+            logits = model.run(spans, wanted, hooked=plan is not None)  # (wanted, vocabulary)
             following = torch.tensor([token for _, token in targets], device=model.device)
             chosen = logits.gather(1, following.long()[:, None])[:, 0]
             logprobs = (chosen - logits.logsumexp(-1)).cpu()
