@@ -27,6 +27,9 @@ COPY server server
 COPY client client
 RUN pip install --no-cache-dir --constraint constraints.txt ".[server]"
 
+# The kernels are compiled for the machine that runs them, at the first start.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+
 RUN useradd --system --uid 10001 --home-dir /var/lib/superpose --create-home superpose
 USER superpose
 WORKDIR /var/lib/superpose

@@ -126,7 +126,7 @@ class Serving:
         self.absent: list[str] = []
 
     def load(self, tell: Tell, *, wire: bool, peers: bool) -> None:
-        """Start every contestant."""
+        """Start every contestant; a peer that cannot run is noted as absent."""
         tell("loading: served")
         self._locals[MERGED] = self._open(self._options, adapters=True)
         tell("loading: bare")
@@ -145,6 +145,8 @@ class Serving:
             self._stack.callback(self._wire.close)
             self._wire.set(self._resident)
         for variant in VARIANTS if peers else ():
+            if variant.package == "torch" and variant.dtype != self._options.dtype:
+                continue  # transformers is compared in the same dtype.
             settings = Settings(
                 model=self.base,
                 adapter=self.folder / self._group.names[0],

@@ -59,8 +59,9 @@ class Batch:
             for row, span in enumerate(spans)
             for i, token in enumerate(span.ids)
         ]
-        tensors = torch.tensor(columns, dtype=torch.int64).T.contiguous().to(device)
-        return cls(tuple(spans), *tensors)
+        tensors = torch.tensor(columns, dtype=torch.int64).T
+        # Each in storage of its own: a compiled graph is for one offset.
+        return cls(tuple(spans), *(column.contiguous().to(device) for column in tensors))
 
     def at_least(self, tokens: int) -> Batch:
         """Return the batch with its last token repeated until there are `tokens`."""

@@ -100,9 +100,22 @@ class Corrections:
     """Adds corrections to a model's adaptable modules while a batch runs through it."""
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], device: torch.device, *, kernels: bool
+        self,
+        modules: Mapping[str, nn.Module],
+        device: torch.device,
+        *,
+        heads: Sequence[str] = (),
+        kernels: bool = False,
     ) -> None:
-        """Correct `modules`, {name: module}, on `device`, by the CPU kernels if `kernels`."""
+        """Take the modules to correct.
+
+        Args:
+            modules: {name: module}.
+            device: Where they are.
+            heads: Names of those that see only the tokens whose logits are wanted.
+            kernels: The modules are packed, and corrected by the CPU kernels.
+        """
+        self._heads = frozenset(heads)
         self._modules = modules
         self._device = device
         self._kernels = kernels
@@ -111,20 +124,25 @@ class Corrections:
         self._plans: dict[tuple[str, ...], Correction | None] = {}
 
     @contextmanager
-    def applied(self, correction: Correction | None, spans: Sequence[Span]) -> Iterator[None]:
+    def applied(
+        self, correction: Correction | None, spans: Sequence[Span], wanted: Sequence[int]
+    ) -> Iterator[None]:
         """Add `correction` to a forward pass of `spans`, of which span i is row i.
 
-        None adds nothing and costs nothing.
+        None adds nothing and costs nothing. `wanted` is as the model gets it.
         """
         if correction is None:
             yield
             return
         index = [row for row, span in enumerate(spans) for _ in span.ids]
-        # One more, since a batch of one token is run as two.
+        # More at the end, since the model runs at least two tokens and takes two logits.
         rows = torch.tensor([*index, index[-1]], device=self._device)
+        of_logits = torch.tensor([*(index[i] for i in wanted), index[0], index[0]])
+        of_logits = of_logits.to(self._device)
         with ExitStack() as attached:
             for name, term in correction.terms.items():
-                attached.callback(term.attach(self._modules[name], rows))
+                seen = of_logits if name in self._heads else rows
+                attached.callback(term.attach(self._modules[name], seen))
             yield
 
     def plan(self, rows: Sequence[BoundMix], resident: BoundMix) -> Correction | None:

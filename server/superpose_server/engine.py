@@ -74,6 +74,7 @@ class Engine:
         self._corrections = Corrections(
             {name: model.module.get_submodule(name) for name in model.layout},
             model.device,
+            heads=[name for name, shape in model.layout.items() if shape.head],
             kernels=model.packed,
         )
         self._folds: deque[tuple[PreparedMix, Future[BoundMix]]] = deque()
@@ -244,6 +245,9 @@ class Engine:
         for row in self._scheduler.drop_waiting(cancelled_only=True):
             self._end(row, row.abort())
         for row in [row for row in self._scheduler.running if row.cancelled]:
+            if not row.decoding:
+                # No logits have told whether what it has written is finite.
+                self._model.cache.clear(self._scheduler.running.index(row))
             self._end(row, row.abort())
 
     def _prefill(self) -> None:
@@ -315,7 +319,7 @@ class Engine:
     ) -> tuple[Tensor, int]:
         """Run one span a row under the rows' mixes; return logits and how many were corrected."""
         correction = self._corrections.plan([row.mix for row in rows], self.resident)
-        with self._corrections.applied(correction, spans):
+        with self._corrections.applied(correction, spans, wanted):
             logits = self._model.run(spans, wanted, hooked=correction is not None)
         return logits, correction.corrected_rows if correction else 0
 
@@ -373,10 +377,12 @@ class Engine:
             self._release(row)
 
     def _end(self, row: Sequence, chunk: Chunk) -> None:
-        """Give a row its last chunk, and its slot to others."""
-        self._tell(row, chunk)
-        if row in self._scheduler.running:
-            self._release(row)
+        """Give a row's slot to others, and then, whatever happens, its last chunk to its client."""
+        try:
+            if row in self._scheduler.running:
+                self._release(row)
+        finally:
+            self._tell(row, chunk)
 
     def _tell(self, row: Sequence, chunk: Chunk) -> None:
         """Hand a chunk to the client; the last one before anything else, which might fail."""

@@ -49,6 +49,7 @@ class Model:
         max_length: int | None = None,
         cache_bytes: int | None = None,
         kernels: bool = False,
+        graphs: bool = True,
     ) -> None:
         """Load the checkpoint in `folder` and allocate the cache.
 
@@ -61,6 +62,7 @@ class Model:
             cache_bytes: Room for keys and values; None: what `max_batch` rows take.
             kernels: Use the CPU kernels where they apply, which is float32 and bfloat16 on a CPU,
                 and captured decode steps on a GPU.
+            graphs: With kernels, also compile or capture the passes, which takes its time.
 
         Raises:
             ValueError: The folder is no such checkpoint, `max_length` is more than it can do, the
@@ -111,9 +113,9 @@ class Model:
         self.cache = SlotCache(self.max_batch + 1, self.context_length)
         # The next one allocates the cache, so that memory is known before any request.
         self.run([Span(self.scratch_slot, (0,), 0)], [0])
-        if self.packed:
+        if self.packed and graphs:
             self._compile()
-        elif kernels and device.type == "cuda":
+        elif kernels and graphs and device.type == "cuda":
             with torch.inference_mode():
                 self._graphs = DecodeGraphs(
                     self._run,
@@ -130,9 +132,14 @@ class Model:
         frozen into it, and folds write under it.
         """
         # The shapes that the kernels check need no second check at every call.
-        self._forward = torch.compile(self.module, dynamic=True, options={"size_asserts": False})
-        # Different numbers of tokens and of logits, or they would be taken for one number.
-        self.run([Span(self.scratch_slot, (0,) * _WARM_UP_TOKENS, 0)], range(_WARM_UP_TOKENS - 1))
+        self._forward = torch.compile(self.module, options={"size_asserts": False})
+        batch = Batch.of([Span(self.scratch_slot, (0,) * _WARM_UP_TOKENS, 0)], self.device)
+        # Fewer logits than tokens, or the two numbers would be taken for one.
+        keep = torch.arange(_WARM_UP_TOKENS - 1)
+        for column in (batch.ids, batch.slots, batch.written, batch.starts, keep):
+            torch._dynamo.mark_dynamic(column, 0)
+        with torch.inference_mode():
+            self._run(batch, keep)
 
     def _rows_that_fit(self, token_bytes: int, max_batch: int, cache_bytes: int | None) -> int:
         """Return how many rows the cache gets, besides its scratch slot."""

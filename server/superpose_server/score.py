@@ -70,7 +70,7 @@ def score_slices(
                     targets.append((piece.index, row.ids[i + 1]))
             offset += piece.end - piece.begin
         plan = corrections.plan([mix] * len(spans), weights.resident.mix)
-        with torch.inference_mode(), corrections.applied(plan, spans):
+        with torch.inference_mode(), corrections.applied(plan, spans, wanted):
             logits = model.run(spans, wanted, hooked=plan is not None)  # (wanted, vocabulary)
             following = torch.tensor([token for _, token in targets], device=model.device)
             chosen = logits.gather(1, following.long()[:, None])[:, 0]

@@ -5,6 +5,7 @@ A reference never calls the code under test: it forms every delta densely.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Mapping
@@ -13,10 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from superpose_adapters.adapter import Adapter, Factors
 from superpose_adapters.layout import Layout
 from superpose_adapters.mix import BoundEntry, BoundMix
+from superpose_server.batch import Span
+from superpose_server.corrections import Correction, Corrections
 from superpose_server.engine import Engine
 from superpose_server.model import Model
 from superpose_server.observer import EngineObserver
@@ -35,6 +39,7 @@ _REFERENCE_TEXTS: dict[tuple[tuple[int, ...], str, int], list[int]] = {}
 def open_model(
     folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any
 ) -> Model:
+    """A model in `folder`; `options` are arguments of `Model`, `kernels=True` among them."""
     values: dict[str, Any] = {"max_batch": 4, "max_length": None}
     return Model(folder, dtype=dtype, device=torch.device(device), **(values | options))
 
@@ -43,6 +48,31 @@ def open_weights(model: Model, *, on_host: bool = False) -> ResidentWeights:
     return ResidentWeights(
         model.module, model.layout, model.base_digest, torch.device("cpu") if on_host else None
     )
+
+
+def corrections_of(model: Model) -> Corrections:
+    """Corrections of all adaptable modules of a model, as the engine makes them."""
+    modules = {name: model.module.get_submodule(name) for name in model.layout}
+    return Corrections(modules, model.device, kernels=model.packed)
+
+
+def logits_of(
+    model: Model,
+    ids: Tensor,
+    corrections: Corrections | None = None,
+    correction: Correction | None = None,
+) -> Tensor:
+    """Logits (rows, tokens, vocabulary) of texts of one length, all in one pass.
+
+    Each in a slot of its own, the last of them in the scratch slot.
+    """
+    first = model.scratch_slot - len(ids) + 1
+    spans = [Span(first + row, text, 0) for row, text in enumerate(ids.tolist())]
+    with contextlib.ExitStack() as stack:
+        if corrections is not None:
+            stack.enter_context(corrections.applied(correction, spans))
+        logits = model.run(spans, range(ids.numel()))
+    return logits.view(*ids.shape, -1)
 
 
 def make_factors(
@@ -90,6 +120,12 @@ def dense_weights(base: Mapping[str, Tensor], mix: BoundMix, layout: Layout) -> 
             delta = dense_delta(factors, layout[module].transposed)
             result[f"{module}.weight"] += entry.weight * delta
     return result
+
+
+def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """transformers' own model of a checkpoint, whose parameters were rounded to `dtype`."""
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.eval().requires_grad_(False)
 
 
 def dense_model(base: nn.Module, mix: BoundMix, layout: Layout) -> Any:
@@ -182,14 +218,22 @@ class Bench:
         device: str = "cpu",
         slots: int = 4,
         max_queue: int = 8,
+        kernels: bool = False,
+        prefill_tokens: int = 128,
     ) -> None:
-        self.model = open_model(folder, dtype, device, max_batch=slots)
+        self.model = open_model(folder, dtype, device, max_batch=slots, kernels=kernels)
         self.layout = self.model.layout
-        self.pristine = copy.deepcopy(self.model.module).cpu()
+        self.pristine = load_reference(folder, dtype)
         self.weights = open_weights(self.model)
         self.scheduler = Scheduler(slots, max_queue)
         self.observer = Recorder()
-        self.engine = Engine(self.model, self.weights, self.scheduler, self.observer)
+        self.engine = Engine(
+            self.model,
+            self.weights,
+            self.scheduler,
+            self.observer,
+            prefill_tokens=prefill_tokens,
+        )
         self.tokenizer = Tokenizer(folder)
 
     def mix(self, *terms: tuple[Adapter, float]) -> BoundMix:

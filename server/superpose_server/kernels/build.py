@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -33,14 +34,14 @@ def load_kernels() -> None:
     Raises:
         CompilerError: There is no C++ compiler, or it fails.
     """
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    compiler = shlex.split(os.environ.get("CXX", "")) or _find_compiler()
     if not compiler:
         raise CompilerError(
             "--compile auto needs a C++ compiler and there is none: install g++, or pass "
             "--compile off"
         )
     # The macros name the compiler, its version and all that it knows of this processor.
-    macros = _run([compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+    macros = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
     made_from = (_SOURCE.read_bytes(), macros, torch.__version__.encode(), repr(_FLAGS).encode())
     digest = hashlib.sha256(b"\0".join(made_from)).hexdigest()[:16]
     library = _cache_dir() / f"kernels-{digest}.so"
@@ -66,7 +67,12 @@ def _describe() -> None:
     torch.library.register_fake("superpose::attend", attend)
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _find_compiler() -> list[str]:
+    found = shutil.which("c++") or shutil.which("g++")
+    return [found] if found else []
+
+
+def _compile(compiler: list[str], library: Path) -> None:
     started = time.perf_counter()
     _log.info("compiling kernels for this machine into %s", library)
     library.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +81,7 @@ def _compile(compiler: str, library: Path) -> None:
         made = Path(folder) / library.name
         _run(
             [
-                compiler,
+                *compiler,
                 *_FLAGS,
                 "-shared",
                 "-DAT_PARALLEL_OPENMP=1",
@@ -106,4 +112,10 @@ def _run(command: list[str]) -> bytes:
 
 def _cache_dir() -> Path:
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "superpose"
+    try:
+        return (Path(home) if home else Path.home() / ".cache") / "superpose"
+    except RuntimeError as error:
+        raise CompilerError(
+            f"no folder to keep compiled kernels in ({error}): set XDG_CACHE_HOME, or pass "
+            "--compile off"
+        ) from error

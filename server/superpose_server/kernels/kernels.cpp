@@ -120,10 +120,11 @@ inline float largest(floats value) {
   return found;
 }
 
-// exp of x <= 0 to about 2 units in the last place: 2^n times a polynomial on |r| <= ln(2)/2.
+// exp of x <= 0 to about 2 units in the last place, NaN of NaN: 2^n times a polynomial on |r| <=
+// ln(2)/2.
 inline floats exponential(floats x) {
   const floats low = floats{} - 87.0f;
-  x = x > low ? x : low;
+  x = x < low ? low : x;
   const floats magic = floats{} + 12582912.0f;  // 1.5 x 2^23: adding it rounds to an integer.
   const floats n = (x * 1.44269504f + magic) - magic;
   const floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
