@@ -102,7 +102,7 @@ class Model:
         self.layout: Layout = read_layout(self.module)
         if self.packed:
             pack_modules(self.module, self.layout)
-        self._forward: Callable[..., Any] = self.module
+        self._forward: Callable[[Batch, Tensor], Tensor] = self._pass
         self._graphs: DecodeGraphs | None = None
         # The first pass tells what a token takes, whatever the architecture.
         self.scratch_slot = 0
@@ -132,13 +132,14 @@ class Model:
         frozen into it, and folds write under it.
         """
         # The shapes that the kernels check need no second check at every call.
-        self._forward = torch.compile(self.module, options={"size_asserts": False})
-        batch = Batch.of([Span(self.scratch_slot, (0,) * _WARM_UP_TOKENS, 0)], self.device)
-        # Fewer logits than tokens, or the two numbers would be taken for one.
-        keep = torch.arange(_WARM_UP_TOKENS - 1)
-        for column in (batch.ids, batch.slots, batch.written, batch.starts, keep):
-            torch._dynamo.mark_dynamic(column, 0)
+        self._forward = torch.compile(self._pass, options={"size_asserts": False})
+        # Made like those of any pass: a graph tells inference tensors from others.
         with torch.inference_mode():
+            batch = Batch.of([Span(self.scratch_slot, (0,) * _WARM_UP_TOKENS, 0)], self.device)
+            # Fewer logits than tokens, or the two numbers would be taken for one.
+            keep = torch.arange(_WARM_UP_TOKENS - 1)
+            for column in (batch.ids, batch.slots, batch.written, batch.starts, keep):
+                torch._dynamo.mark_dynamic(column, 0)
             self._run(batch, keep)
 
     def _rows_that_fit(self, token_bytes: int, max_batch: int, cache_bytes: int | None) -> int:
@@ -185,7 +186,10 @@ class Model:
 
     def _run(self, batch: Batch, keep: Tensor) -> Tensor:
         self.cache.select(batch)
-        logits: Tensor = self._forward(
+        return self._forward(batch, keep)
+
+    def _pass(self, batch: Batch, keep: Tensor) -> Tensor:
+        logits: Tensor = self.module(
             input_ids=batch.ids[None],
             position_ids=batch.positions[None],
             past_key_values=self.cache,
