@@ -241,7 +241,10 @@ def start(
     limits: Limits | None = None,
     **config: Any,
 ) -> Served:
-    """Start a server on free ports; `config` are fields of `ServerConfig`."""
+    """Start a server on free ports; `config` are fields of `ServerConfig`.
+
+    Without kernels, whose compilation takes its time; `compile="auto"` uses them.
+    """
     recorder = Recorder()
     whole = ServerConfig(
         **{
@@ -251,6 +254,7 @@ def start(
             "metrics_listen": "127.0.0.1:0",
             "device": "cpu",
             "dtype": "float32",
+            "compile": "off",
             **config,
         }
     )
@@ -362,6 +366,8 @@ def check_greedy(model: nn.Module, prompt: tuple[int, ...], tokens: tuple[int, .
 class ServerProcess:
     """`superpose-server` in a process of its own, on free ports.
 
+    Without kernels, as `start`, unless a flag says `--compile=auto`.
+
     Attributes:
         ready: The words of the ready line, {name: value}; empty if it ended before.
     """
@@ -373,7 +379,8 @@ class ServerProcess:
                 [
                     *(sys.executable, "-m", "superpose_server", f"--base={base}"),
                     *(f"--state-dir={state_dir}", "--listen=127.0.0.1:0"),
-                    *("--metrics-listen=127.0.0.1:0", "--device=cpu", "--dtype=float32", *flags),
+                    *("--metrics-listen=127.0.0.1:0", "--device=cpu", "--dtype=float32"),
+                    *("--compile=off", *flags),
                 ],
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from tests.integration.harness import PROMPT, Family, Fingerprint, Served
 
-import superpose_server.weights
-from superpose_adapters.fold import fold_into
 from superpose_client import Client, FailedPreconditionError, InternalError
+from superpose_server.batch import Span
+from superpose_server.parameter_format import PackedFormat, PlainFormat
 
 SET: Callable[[Client], Any] = lambda client: client.set({"b": 1.0, "c": -0.5})  # noqa: E731
 OLD_MIX = {"a": 1.0}
@@ -62,14 +62,20 @@ def fail_folds(monkeypatch: pytest.MonkeyPatch, which: Callable[[int], bool]) ->
     """Let the folds of modules whose number `which` names fail; returns the numbers so far."""
     calls: list[int] = []
 
-    def failing(out: Any, *arguments: Any) -> None:
-        calls.append(len(calls))
-        if which(calls[-1]):
-            out.view(-1)[: out.numel() // 2].fill_(7.0)  # half-way through
-            raise MemoryError("no memory")
-        fold_into(out, *arguments)
+    def replace(form: type[PlainFormat | PackedFormat]) -> None:
+        real = form.fold
 
-    monkeypatch.setattr(superpose_server.weights, "fold_into", failing)
+        def failing(self: Any, out: Any, *arguments: Any) -> None:
+            calls.append(len(calls))
+            if which(calls[-1]):
+                out.view(-1)[: out.numel() // 2].fill_(7.0)  # half-way through
+                raise MemoryError("no memory")
+            real(self, out, *arguments)
+
+        monkeypatch.setattr(form, "fold", failing)
+
+    replace(PlainFormat)
+    replace(PackedFormat)
     return calls
 
 
@@ -161,14 +167,16 @@ def test_a_fault_in_a_step_ends_its_rows_and_no_others(
 ) -> None:
     before = state_of(served)
     model = served.runtime.model
-    real = getattr(model, phase)
+    real = model.run
     with monkeypatch.context() as patch:
 
-        def fails_once(*arguments: Any) -> Any:
-            patch.setattr(model, phase, real)
+        def fails_once(spans: Sequence[Span], *arguments: Any, **options: Any) -> Any:
+            if (spans[0].position == 0) != (phase == "prefill"):
+                return real(spans, *arguments, **options)
+            patch.setattr(model, "run", real)
             raise RuntimeError("secret detail")
 
-        patch.setattr(model, phase, fails_once)
+        patch.setattr(model, "run", fails_once)
         with pytest.raises(InternalError, match=r"^internal error$") as caught:
             list(served.client.stream(PROMPT, max_new_tokens=20, ignore_eos=True))
     assert caught.value.reason == "INTERNAL"

@@ -88,7 +88,7 @@ def test_what_outlasts_the_grace_period_is_aborted(gpt2: Family, tmp_path: Path)
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "superpose_server", *arguments],
+        [sys.executable, "-m", "superpose_server", "--compile=off", *arguments],
         capture_output=True,
         text=True,
         timeout=PATIENCE,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,18 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "gpt2": save_base(tiny_gpt2(), root / "gpt2"),
         "llama": save_base(tiny_llama(), root / "llama"),
     }
+
+
+NEEDS_COMPILER = pytest.mark.skipif(
+    shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler"
+)
+
+
+# Not a fixture of each test, which hypothesis would not reset between examples.
+@pytest.fixture(scope="module", params=["torch", pytest.param("kernels", marks=NEEDS_COMPILER)])
+def kernels(request: pytest.FixtureRequest) -> bool:
+    """False, and then True: without the CPU kernels and with them."""
+    return bool(request.param == "kernels")
 
 
 @pytest.fixture(params=["gpt2", "llama"])

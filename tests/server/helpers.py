@@ -39,8 +39,11 @@ _REFERENCE_TEXTS: dict[tuple[tuple[int, ...], str, int], list[int]] = {}
 def open_model(
     folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any
 ) -> Model:
-    """A model in `folder`; `options` are arguments of `Model`, `kernels=True` among them."""
-    values: dict[str, Any] = {"max_batch": 4, "max_length": None}
+    """A model in `folder`; `options` are arguments of `Model`, `kernels=True` among them.
+
+    With kernels it is not compiled unless `graphs=True`, since that takes its time.
+    """
+    values: dict[str, Any] = {"max_batch": 4, "max_length": None, "graphs": False}
     return Model(folder, dtype=dtype, device=torch.device(device), **(values | options))
 
 
@@ -53,7 +56,8 @@ def open_weights(model: Model, *, on_host: bool = False) -> ResidentWeights:
 def corrections_of(model: Model) -> Corrections:
     """Corrections of all adaptable modules of a model, as the engine makes them."""
     modules = {name: model.module.get_submodule(name) for name in model.layout}
-    return Corrections(modules, model.device, kernels=model.packed)
+    heads = [name for name, shape in model.layout.items() if shape.head]
+    return Corrections(modules, model.device, heads=heads, kernels=model.packed)
 
 
 def logits_of(
@@ -68,10 +72,11 @@ def logits_of(
     """
     first = model.scratch_slot - len(ids) + 1
     spans = [Span(first + row, text, 0) for row, text in enumerate(ids.tolist())]
+    wanted = range(ids.numel())
     with contextlib.ExitStack() as stack:
         if corrections is not None:
-            stack.enter_context(corrections.applied(correction, spans))
-        logits = model.run(spans, range(ids.numel()))
+            stack.enter_context(corrections.applied(correction, spans, wanted))
+        logits = model.run(spans, wanted, hooked=correction is not None)
     return logits.view(*ids.shape, -1)
 
 

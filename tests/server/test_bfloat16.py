@@ -15,13 +15,22 @@ from pathlib import Path
 import pytest
 import torch
 from tests.makers import make_adapter, save_base, tiny_gpt2, tiny_llama
-from tests.server.helpers import Bench, bound, dense_model, open_model, open_weights, random_adapter
+from tests.server.helpers import (
+    Bench,
+    bound,
+    corrections_of,
+    dense_model,
+    load_reference,
+    logits_of,
+    open_model,
+    open_weights,
+    random_adapter,
+)
 from torch import Tensor
 
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.loader import read_adapter
 from superpose_adapters.mix import BoundMix
-from superpose_server.corrections import Corrections
 
 BOUND = 1.5
 IDS = torch.randint(0, 256, (4, 48), generator=torch.Generator().manual_seed(3))
@@ -30,7 +39,7 @@ IDS = torch.randint(0, 256, (4, 48), generator=torch.Generator().manual_seed(3))
 class Study:
     """One base in bfloat16, some mixes, and the error of each on any resident mix."""
 
-    def __init__(self, family: str, root: Path) -> None:
+    def __init__(self, family: str, root: Path, *, kernels: bool) -> None:
         if family == "gpt2":
             base = tiny_gpt2(n_layer=4, n_embd=128, initializer_range=0.02)
         else:
@@ -40,11 +49,12 @@ class Study:
                 intermediate_size=256,
                 initializer_range=0.02,
             )
-        self.model = open_model(save_base(base, root / "base"), torch.bfloat16)
-        self.base = dense_model(self.model.module, BoundMix("base"), self.model.layout)
+        folder = save_base(base, root / "base")
+        self.model = open_model(folder, torch.bfloat16, kernels=kernels)
+        rounded = load_reference(folder, torch.bfloat16)
+        self.base = dense_model(rounded, BoundMix("base"), self.model.layout)
         self.weights = open_weights(self.model)
-        names = {name: self.model.module.get_submodule(name) for name in self.model.layout}
-        self.corrections = Corrections(names, self.model.device)
+        self.corrections = corrections_of(self.model)
 
         def adapter(name: str, seed: int, size: float) -> Adapter:
             folder = make_adapter(base, root / name, seed, size=size)
@@ -69,15 +79,17 @@ class Study:
 
     def error(self, name: str, resident: str) -> float:
         self.weights.fold(self.weights.prepare(self.mixes[resident]))
-        correction = self.corrections.plan([self.mixes[name]], self.weights.resident.mix)
-        with self.corrections.applied(correction):
-            logits = self.model.logits(IDS)
+        rows = [self.mixes[name]] * len(IDS)
+        correction = self.corrections.plan(rows, self.weights.resident.mix)
+        logits = logits_of(self.model, IDS, self.corrections, correction)
         return float((logits.double().log_softmax(-1) - self.exact[name]).abs().mean())
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
-def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Study:
-    return Study(request.param, tmp_path_factory.mktemp("bfloat16"))
+def study(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, kernels: bool
+) -> Study:
+    return Study(request.param, tmp_path_factory.mktemp("bfloat16"), kernels=kernels)
 
 
 def foldable(study: Study) -> Iterator[str]:
@@ -112,9 +124,9 @@ def test_a_tiny_default_mix_leaves_a_base_request_as_it_is(study: Study) -> None
 
 
 def test_a_base_request_beside_a_tiny_default_mix_says_what_it_says_alone(
-    bases: dict[str, Path],
+    bases: dict[str, Path], kernels: bool
 ) -> None:
-    bench = Bench(bases["gpt2"], dtype=torch.bfloat16)
+    bench = Bench(bases["gpt2"], dtype=torch.bfloat16, kernels=kernels)
     _, alone = bench.submit([1, 2, 3], bench.mix())
     bench.run()
     tiny = bench.mix((random_adapter(bench.layout, 1, size=1e-4), 1.0))

@@ -4,78 +4,104 @@ import pytest
 import torch
 from torch import Tensor
 
-from superpose_server.cache import SlotCache, Window
+from superpose_server.batch import Batch, Span
+from superpose_server.cache import SlotCache
 
 HEADS, WIDTH = 2, 3
+CPU = torch.device("cpu")
 
 
-def numbered(rows: int, tokens: int, start: int = 1) -> Tensor:
-    """Different numbers everywhere, (rows, heads, tokens, head_dim)."""
-    count = rows * HEADS * tokens * WIDTH
-    return torch.arange(start, start + count).float().reshape(rows, HEADS, tokens, WIDTH)
+def numbered(tokens: int, start: int = 1) -> Tensor:
+    """Different numbers everywhere, (1, heads, tokens, head_dim)."""
+    count = HEADS * tokens * WIDTH
+    return torch.arange(start, start + count).float().reshape(1, HEADS, tokens, WIDTH)
+
+
+def span(slot: int, position: int, tokens: int, start: int = 0) -> Span:
+    return Span(slot, [0] * tokens, position, start)
 
 
 def write(
-    cache: SlotCache, first: int, positions: list[list[int]], values: Tensor, layer: int = 0
+    cache: SlotCache, spans: list[Span], values: Tensor, layer: int = 0
 ) -> tuple[Tensor, Tensor]:
-    at = torch.tensor(positions)
-    cache.select(Window(first, at, int(at.max()) + 1))
+    cache.select(Batch.of(spans, CPU))
     return cache.update(values, -values, layer)
 
 
 def test_tokens_are_read_where_they_were_written() -> None:
     cache = SlotCache(slots=3, max_length=8)
-    prompt = numbered(1, 4)
-    keys, values = write(cache, 1, [[0, 1, 2, 3]], prompt)
-    assert torch.equal(keys, prompt)
-    assert torch.equal(values, -prompt)
-    token = numbered(1, 1, start=500)
-    keys, values = write(cache, 1, [[4]], token)
-    assert torch.equal(keys, torch.cat([prompt, token], dim=2))
+    prompt = numbered(4)
+    keys, values = write(cache, [span(1, 0, 4)], prompt)
+    assert keys.shape == (3, HEADS, 8, WIDTH)
+    assert torch.equal(keys[1, :, :4], prompt[0])
+    assert torch.equal(values[1, :, :4], -prompt[0])
+    token = numbered(1, start=500)
+    keys, values = write(cache, [span(1, 4, 1)], token)
+    assert torch.equal(keys[1, :, :5], torch.cat([prompt, token], dim=2)[0])
     assert torch.equal(values, -keys)
 
 
 def test_each_row_of_a_batch_writes_at_its_own_position() -> None:
     cache = SlotCache(slots=3, max_length=8)
-    for slot, length in enumerate((4, 1, 2)):
-        write(cache, slot, [list(range(length))], numbered(1, length, start=100 * slot + 1))
-    tokens = numbered(3, 1, start=900)
-    keys, _ = write(cache, 0, [[4], [1], [2]], tokens)
-    assert keys.shape == (3, HEADS, 5, WIDTH)
-    for slot, length in enumerate((4, 1, 2)):
-        assert torch.equal(keys[slot, :, :length], numbered(1, length, start=100 * slot + 1)[0])
-        assert torch.equal(keys[slot, :, length], tokens[slot, :, 0])
+    lengths = (4, 1, 2)
+    # Prompts of different lengths, laid end to end, in slots of no order.
+    slots = (2, 0, 1)
+    prompts = [numbered(n, start=100 * n) for n in lengths]
+    spans = [span(slot, 0, n) for slot, n in zip(slots, lengths, strict=True)]
+    write(cache, spans, torch.cat(prompts, dim=2))
+    tokens = numbered(3, start=900)
+    spans = [span(slot, n, 1) for slot, n in zip(slots, lengths, strict=True)]
+    keys, _ = write(cache, spans, tokens)
+    for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+        assert torch.equal(keys[slot, :, :length], prompts[row][0])
+        assert torch.equal(keys[slot, :, length], tokens[0, :, row])
+        assert not keys[slot, :, length + 1 :].any()
+
+
+def test_rows_behind_each_other_in_one_slot_write_behind_each_other() -> None:
+    cache = SlotCache(slots=2, max_length=8)
+    both = numbered(5)
+    batch = Batch.of([span(1, 0, 2), span(1, 2, 3, start=2)], CPU)
+    assert batch.positions.tolist() == [0, 1, 0, 1, 2]
+    cache.select(batch)
+    keys, _ = cache.update(both, both, 0)
+    assert torch.equal(keys[1, :, :5], both[0])
 
 
 def test_layers_and_slots_do_not_touch_one_another() -> None:
     cache = SlotCache(slots=2, max_length=4)
-    one, two = numbered(1, 2), numbered(1, 2, start=50)
-    write(cache, 0, [[0, 1]], one)
-    write(cache, 0, [[0, 1]], two, layer=1)
-    write(cache, 1, [[0, 1]], numbered(1, 2, start=99))
-    cache.select(Window(0, torch.tensor([[2]]), 3))
-    keys, _ = cache.update(numbered(1, 1), numbered(1, 1), 0)
-    assert torch.equal(keys[:, :, :2], one)
-    keys, _ = cache.update(numbered(1, 1), numbered(1, 1), 1)
-    assert torch.equal(keys[:, :, :2], two)
+    one, two = numbered(2), numbered(2, start=50)
+    write(cache, [span(0, 0, 2)], one)
+    write(cache, [span(0, 0, 2)], two, layer=1)
+    other = numbered(2, start=99)
+    write(cache, [span(1, 0, 2)], other)
+    cache.select(Batch.of([span(0, 2, 1)], CPU))
+    keys, _ = cache.update(numbered(1), numbered(1), 0)
+    assert torch.equal(keys[0, :, :2], one[0])
+    assert torch.equal(keys[1, :, :2], other[0])
+    keys, _ = cache.update(numbered(1), numbered(1), 1)
+    assert torch.equal(keys[0, :, :2], two[0])
+    assert not keys[1].any()
 
 
-def test_what_is_read_is_a_view_of_the_cache() -> None:
+def test_what_is_read_is_the_cache_itself() -> None:
     cache = SlotCache(slots=2, max_length=4)
-    keys, _ = write(cache, 1, [[0, 1]], numbered(1, 2))
-    assert keys.data_ptr() == cache._keys[0][1].data_ptr()
+    assert cache.nbytes == 0  # the first pass tells what a token takes
+    keys, values = write(cache, [span(1, 0, 2)], numbered(2))
+    assert keys.data_ptr() == cache._keys[0].data_ptr()
+    assert values.data_ptr() == cache._values[0].data_ptr()
     assert cache.nbytes == 2 * 2 * HEADS * 4 * WIDTH * 4
 
 
 def test_a_moved_row_is_whole_and_a_cleared_one_is_empty() -> None:
     cache = SlotCache(slots=3, max_length=6)
-    prompt = numbered(1, 5)
-    write(cache, 2, [[0, 1, 2, 3, 4]], prompt)
+    prompt = numbered(5)
+    write(cache, [span(2, 0, 5)], prompt)
     cache.clear(0)
     cache.move(2, 0, 5)
-    keys, values = write(cache, 0, [[5]], numbered(1, 1))
-    assert torch.equal(keys[:, :, :5], prompt)
-    assert torch.equal(values[:, :, :5], -prompt)
+    keys, values = write(cache, [span(0, 5, 1)], numbered(1))
+    assert torch.equal(keys[0, :, :5], prompt[0])
+    assert torch.equal(values[0, :, :5], -prompt[0])
     cache.clear(0)
     assert not cache._keys[0][0].any()
     assert not cache._values[0][0].any()
@@ -85,12 +111,12 @@ def test_a_moved_row_is_whole_and_a_cleared_one_is_empty() -> None:
 def test_a_cache_made_under_inference_mode_moves_and_clears_outside_it() -> None:
     cache = SlotCache(slots=2, max_length=2)
     with torch.inference_mode():
-        write(cache, 1, [[0, 1]], numbered(1, 2))
+        write(cache, [span(1, 0, 2)], numbered(2))
     cache.move(1, 0, 2)
     cache.clear(1)
-    assert torch.equal(cache._keys[0][0], numbered(1, 2)[0])
+    assert torch.equal(cache._keys[0][0], numbered(2)[0])
 
 
-def test_a_pass_without_a_window_is_a_mistake() -> None:
-    with pytest.raises(RuntimeError, match="select a window"):
-        SlotCache(1, 1).update(numbered(1, 1), numbered(1, 1), 0)
+def test_a_pass_without_a_batch_is_a_mistake() -> None:
+    with pytest.raises(RuntimeError, match="select a batch"):
+        SlotCache(1, 1).update(numbered(1), numbered(1), 0)

@@ -76,6 +76,10 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--base", "mini", "--grace", "nan"], "--grace is nan"),
         (["--base", "mini", "--grace", "inf"], "--grace is inf"),
         (["--base", "mini", "--dtype", "int8"], "--dtype"),
+        (["--base", "mini", "--compile", "on"], "--compile"),
+        (["--base", "mini", "--residency", "never"], "--residency"),
+        (["--base", "mini", "--prefill-tokens", "0"], "--prefill-tokens is 0: use at least 1"),
+        (["--base", "mini", "--cache-mib", "0"], "--cache-mib is 0: use at least 1"),
         (["--base", "mini", "--listen", "50051"], "use HOST:PORT"),
         (["--base", "mini", "--listen", ":50051"], "use HOST:PORT"),
         (["--base", "mini", "--listen", "127.0.0.1:x"], "use HOST:PORT"),
@@ -97,6 +101,7 @@ def test_a_bad_command_line_ends_with_one_line(
     [
         ("SUPERPOSE_DTYPE", "float8"),
         ("SUPERPOSE_RESIDENCY", "never"),
+        ("SUPERPOSE_COMPILE", "maybe"),
         ("SUPERPOSE_LOG_LEVEL", "loud"),
         ("SUPERPOSE_INSECURE", "maybe"),
     ],

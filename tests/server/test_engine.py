@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.server.helpers import GREEDY, Bench, random_adapter
-from torch import Tensor
+from tests.server.helpers import GREEDY, Bench, Client, random_adapter
+from torch import Tensor, nn
 
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.mix import BoundMix
-from superpose_server import weights as weights_module
-from superpose_server.corrections import ModuleCorrection
+from superpose_server.batch import Span
+from superpose_server.corrections import DenseTerm, KernelTerm
 from superpose_server.errors import FailedPrecondition, Internal, QueueFull, ShuttingDown
+from superpose_server.packed import PackedLinear
+from superpose_server.parameter_format import PackedFormat, PlainFormat
 from superpose_server.sampling import SamplingParams
 from superpose_server.score import ScoreRow
 from superpose_server.sequence import Chunk, FinishReason
@@ -27,8 +30,8 @@ PROMPTS = [[72, 101, 108], [65], [10, 20, 30, 40, 50, 60, 70], [200, 3]]
 
 
 @pytest.fixture
-def bench(bases: dict[str, Path]) -> Bench:
-    return Bench(bases["gpt2"])
+def bench(bases: dict[str, Path], kernels: bool) -> Bench:
+    return Bench(bases["gpt2"], kernels=kernels)
 
 
 @pytest.fixture
@@ -50,13 +53,24 @@ def params(**changes: Any) -> SamplingParams:
     return dataclasses.replace(GREEDY, **changes)
 
 
+def check_logprobs(bench: Bench, prompt: list[int], mix: BoundMix, client: Client) -> None:
+    """Check the log-probability of each token of a row against the reference."""
+    ids = torch.tensor([prompt + client.tokens])
+    with torch.inference_mode():
+        logits = bench.reference(mix)(ids).logits
+    exact = logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+    expected = exact.gather(1, ids[0, len(prompt) :, None])[:, 0].tolist()
+    assert client.logprobs == pytest.approx(expected, abs=2e-4)
+    assert len(client.logprobs) == GREEDY.max_new_tokens
+
+
 # What a row gets does not depend on what is resident or who shares the batch.
 
 
 def test_four_mixes_in_one_batch_give_the_texts_of_each_alone_while_folds_happen(
-    base: Path,
+    base: Path, kernels: bool
 ) -> None:
-    bench = Bench(base)
+    bench = Bench(base, kernels=kernels)
     mixes = four_mixes(bench)
     # One prompt, so that texts differ by their mixes alone.
     clients = [bench.submit(PROMPTS[0], mix)[1] for mix in mixes]
@@ -84,9 +98,10 @@ class Plan:
         )
         self.rows = draw(st.lists(row, min_size=1, max_size=6))
         self.folds = draw(st.dictionaries(st.integers(0, 12), st.integers(0, 3), max_size=6))
+        self.prefill_tokens = draw(st.sampled_from([128, 5, 1]))
 
     def __repr__(self) -> str:
-        return f"Plan(rows={self.rows}, folds={self.folds})"
+        return f"Plan(rows={self.rows}, folds={self.folds}, prefill_tokens={self.prefill_tokens})"
 
 
 PLANS = st.composite(Plan)()
@@ -94,9 +109,9 @@ PLANS = st.composite(Plan)()
 
 @given(plan=PLANS)
 def test_rows_join_and_leave_at_any_step_without_changing_one_another(
-    bases: dict[str, Path], plan: Plan
+    bases: dict[str, Path], kernels: bool, plan: Plan
 ) -> None:
-    bench = Bench(bases["gpt2"], slots=3)
+    bench = Bench(bases["gpt2"], slots=3, kernels=kernels, prefill_tokens=plan.prefill_tokens)
     mixes = four_mixes(bench)
     running = []
     cancels: dict[int, list[Any]] = {}
@@ -138,34 +153,130 @@ def test_a_slot_that_is_used_again_does_not_leak_old_keys(bench: Bench) -> None:
     assert wide.tokens == bench.alone(PROMPTS[2] * 3, mix, 30)
 
 
+def test_a_row_that_moves_keeps_what_the_step_has_just_written(
+    bases: dict[str, Path], kernels: bool
+) -> None:
+    bench = Bench(bases["gpt2"], slots=2, kernels=kernels)
+    mix = bench.mix()
+    # The first row ends, and the second takes its slot before it is handed its own token.
+    _, first = bench.submit(PROMPTS[0], mix, params(max_new_tokens=3))
+    _, moving = bench.submit(PROMPTS[2], mix, params(logprobs=True))
+    bench.engine.step()
+    assert not first.ended
+    bench.engine.step()
+    assert first.ended
+    written = len(PROMPTS[2]) + 2  # the newest of its 3 tokens has not run yet
+    for store in (*bench.model.cache._keys, *bench.model.cache._values):
+        assert bool(store[1, :, written - 1].any())
+        assert torch.equal(store[0, :, :written], store[1, :, :written])
+    bench.run()
+    check_logprobs(bench, PROMPTS[2], mix, moving)
+
+
+@pytest.mark.parametrize("budget", [8, 128])
+def test_a_row_that_moves_in_the_pass_of_its_prompt_keeps_all_of_it(
+    bases: dict[str, Path], kernels: bool, budget: int
+) -> None:
+    bench = Bench(bases["gpt2"], slots=2, kernels=kernels, prefill_tokens=budget)
+    mix, prompt = bench.mix(), PROMPTS[2] * 3
+    _, first = bench.submit(PROMPTS[0], mix, params(max_new_tokens=1))
+    row, moving = bench.submit(prompt, mix, params(logprobs=True))
+    bench.engine.step()
+    assert first.ended
+    assert list(bench.scheduler.running) == [row]
+    assert row.decoding == (budget == 128)
+    bench.run()
+    check_logprobs(bench, prompt, mix, moving)
+
+
+@pytest.mark.parametrize("budget", [4, 128])
+def test_each_prompt_of_a_pass_has_its_head_corrected_by_its_own_mix(
+    bases: dict[str, Path], kernels: bool, budget: int
+) -> None:
+    bench = Bench(bases["llama"], kernels=kernels, prefill_tokens=budget)
+    names = ("lm_head", "model.layers.1.mlp.down_proj")
+    one, two = (
+        random_adapter(bench.layout, seed, modules=names, rank=seed + 1, size=0.2)
+        for seed in (1, 2)
+    )
+    mixes = [
+        bench.mix((one, 1.0)),
+        bench.mix(),
+        bench.mix((one, -0.8), (two, 0.5)),
+        bench.mix((two, 1.0)),
+    ]
+    for resident in (bench.mix(), mixes[2]):
+        bench.fold(resident)
+        clients = [
+            bench.submit(prompt, mix, params(logprobs=True))[1]
+            for prompt, mix in zip(PROMPTS, mixes, strict=True)
+        ]
+        bench.run()
+        for prompt, mix, client in zip(PROMPTS, mixes, clients, strict=True):
+            assert client.tokens == bench.alone(prompt, mix)
+            check_logprobs(bench, prompt, mix, client)
+
+
 # No arithmetic where none is due.
 
 
 @pytest.fixture
 def corrected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one entry at each low-rank product."""
+    """Grows by one entry, the rank, for each module that a pass corrects."""
     calls: list[int] = []
-    real = ModuleCorrection.add_to
+    dense, kernel = DenseTerm.attach, KernelTerm.attach
 
-    def counting(self: ModuleCorrection, output: Tensor, x: Tensor) -> Tensor:
+    def dense_counting(self: DenseTerm, module: nn.Module, rows: Tensor) -> Callable[[], None]:
         calls.append(self.a.shape[1])
-        return real(self, output, x)
+        return dense(self, module, rows)
 
-    monkeypatch.setattr(ModuleCorrection, "add_to", counting)
+    def kernel_counting(self: KernelTerm, module: nn.Module, rows: Tensor) -> Callable[[], None]:
+        calls.append(int(self._table[:, 2].sum()))
+        return kernel(self, module, rows)
+
+    monkeypatch.setattr(DenseTerm, "attach", dense_counting)
+    monkeypatch.setattr(KernelTerm, "attach", kernel_counting)
     return calls
 
 
+def bare(model: nn.Module) -> bool:
+    """True if no module of a model has anything to add to its product."""
+    return not any(
+        module._forward_hooks or (isinstance(module, PackedLinear) and bool(module.term.any()))
+        for module in model.modules()
+    )
+
+
 def test_no_low_rank_arithmetic_when_every_row_asks_for_the_resident_mix(
-    bench: Bench, adapters: tuple[Adapter, Adapter], corrected: list[int]
+    bench: Bench,
+    adapters: tuple[Adapter, Adapter],
+    corrected: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mix = bench.mix((adapters[0], 0.5), (adapters[1], 1.0))
+    # A corrected row leaves nothing behind.
+    bench.submit(PROMPTS[0], mix)
+    bench.run()
+    assert corrected
+    corrected.clear()
+    bench.observer.steps.clear()
     bench.fold(mix)
+    real = bench.model.run
+    passes: list[bool] = []
+
+    def watched(*arguments: Any, hooked: bool = False) -> Tensor:
+        passes.append(bare(bench.model.module) and not hooked)
+        return real(*arguments, hooked=hooked)
+
+    monkeypatch.setattr(bench.model, "run", watched)
     clients = [bench.submit(prompt, mix)[1] for prompt in PROMPTS]
     future = bench.engine.score([ScoreRow((1, 2, 3))], mix)
     bench.run()
     assert all(client.reason is FinishReason.LENGTH for client in clients)
     assert future.done()
     assert corrected == []
+    assert len(passes) == 1 + (GREEDY.max_new_tokens - 1) + 1  # prompts, steps, texts
+    assert all(passes)
     assert {rows for _, rows in bench.observer.steps} == {0}
 
 
@@ -211,8 +322,8 @@ def test_a_score_frees_its_adapter_however_it_ends(
     if ending == "cancel":
         assert future.cancel()
     elif ending == "error":
-        monkeypatch.setattr(bench.model, "logits", broken("the model is gone"))
-    for _ in range(4):
+        monkeypatch.setattr(bench.model, "run", broken("the model is gone"))
+    for _ in range(len(rows)):  # each in a slice of its own, since two fill the context
         bench.engine.step()
     assert future.done()
     monkeypatch.undo()
@@ -275,7 +386,7 @@ def test_a_failing_decode_fails_its_rows_and_the_engine_goes_on(
 ) -> None:
     clients = [bench.submit(prompt, bench.mix())[1] for prompt in PROMPTS[:2]]
     bench.engine.step()
-    monkeypatch.setattr(bench.model, "decode", broken("decode"))
+    monkeypatch.setattr(bench.model, "run", broken("decode"))
     bench.engine.step()
     assert [str(client.error) for client in clients] == ["decode", "decode"]
     monkeypatch.undo()
@@ -284,15 +395,23 @@ def test_a_failing_decode_fails_its_rows_and_the_engine_goes_on(
     assert client.tokens == bench.alone(PROMPTS[0], bench.mix())
 
 
-def test_a_failing_prefill_fails_its_row_alone(
+def test_a_failing_prefill_fails_the_rows_of_its_pass_alone(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, other = bench.submit(PROMPTS[1], bench.mix())
     bench.engine.step()
-    monkeypatch.setattr(bench.model, "prefill", broken("prefill"))
-    _, client = bench.submit(PROMPTS[0], bench.mix())
+    real = bench.model.run
+
+    def failing(spans: list[Span], *arguments: Any, **options: Any) -> Tensor:
+        if any(span.position == 0 for span in spans):
+            raise RuntimeError("prefill")
+        return real(spans, *arguments, **options)
+
+    monkeypatch.setattr(bench.model, "run", failing)
+    clients = [bench.submit(PROMPTS[i], bench.mix())[1] for i in (0, 3)]
     bench.engine.step()
-    assert str(client.error) == "prefill"
+    assert [str(client.error) for client in clients] == ["prefill"] * 2
+    assert len(other.tokens) == 3
     monkeypatch.undo()
     bench.run()
     assert other.tokens == bench.alone(PROMPTS[1], bench.mix())
@@ -322,8 +441,10 @@ def test_output_that_is_not_finite_fails_only_its_row(bench: Bench, factor: str)
     assert beside.tokens == bench.alone(PROMPTS[2], good)
 
 
-def test_a_slot_that_held_nan_serves_the_next_row_well(bases: dict[str, Path]) -> None:
-    bench = Bench(bases["gpt2"], slots=2)
+def test_a_slot_that_held_nan_serves_the_next_row_well(
+    bases: dict[str, Path], kernels: bool
+) -> None:
+    bench = Bench(bases["gpt2"], slots=2, kernels=kernels)
     bad = bench.mix((random_adapter(bench.layout, 2), 1.0))
     poison(bad, "a")
     # The wide row makes the batch read far beyond the end of the short one.
@@ -341,9 +462,9 @@ def test_a_slot_that_held_nan_serves_the_next_row_well(bases: dict[str, Path]) -
 
 @pytest.mark.parametrize("neighbour", ["broken too", "finishing"])
 def test_a_broken_row_that_is_not_the_last_leaves_no_nan_behind(
-    bases: dict[str, Path], neighbour: str
+    bases: dict[str, Path], neighbour: str, kernels: bool
 ) -> None:
-    bench = Bench(bases["gpt2"], slots=3)
+    bench = Bench(bases["gpt2"], slots=3, kernels=kernels)
     bad = bench.mix((random_adapter(bench.layout, 2), 1.0))
     _, wide = bench.submit(PROMPTS[2] * 4, bench.mix(), params(max_new_tokens=20))
     # The row in the middle leaves in the step in which the last one, moved into its place, breaks.
@@ -361,11 +482,66 @@ def test_a_broken_row_that_is_not_the_last_leaves_no_nan_behind(
     assert wide.tokens == bench.alone(PROMPTS[2] * 4, bench.mix(), 20)
 
 
+def cached_values_are_finite(bench: Bench, slot: int) -> bool:
+    stores = (*bench.model.cache._keys, *bench.model.cache._values)
+    return all(bool(torch.isfinite(store[slot]).all()) for store in stores)
+
+
+def test_a_row_cancelled_in_the_middle_of_its_prompt_leaves_no_nan_behind(
+    bases: dict[str, Path], kernels: bool
+) -> None:
+    bench = Bench(bases["gpt2"], slots=2, kernels=kernels, prefill_tokens=8)
+    bad = bench.mix((random_adapter(bench.layout, 2), 1.0))
+    poison(bad, "a")
+    wide, client = bench.submit(PROMPTS[2] * 3, bench.mix(), params(max_new_tokens=20))
+    while not wide.decoding:
+        bench.engine.step()
+    cancelled, told = bench.submit(PROMPTS[2] * 3, bad)
+    bench.engine.step()
+    assert cancelled.prefilled == 8
+    assert not cached_values_are_finite(bench, 1)  # and no logits have told of it
+    cancelled.cancelled = True
+    bench.engine.step()
+    assert (told.reason, told.error) == (FinishReason.ABORTED, None)
+    assert cached_values_are_finite(bench, 1)
+    _, short = bench.submit(PROMPTS[1], bench.mix())
+    bench.run()
+    assert short.error is None
+    assert short.tokens == bench.alone(PROMPTS[1], bench.mix())
+    assert client.tokens == bench.alone(PROMPTS[2] * 3, bench.mix(), 20)
+
+
+@pytest.mark.parametrize("ending", ["cancelled", "broken"])
+def test_a_row_moved_in_the_middle_of_its_prompt_leaves_no_nan_behind(
+    bases: dict[str, Path], kernels: bool, ending: str
+) -> None:
+    bench = Bench(bases["gpt2"], slots=3, kernels=kernels, prefill_tokens=8)
+    bad = bench.mix((random_adapter(bench.layout, 2), 1.0))
+    poison(bad, "a")
+    wide, client = bench.submit(PROMPTS[2] * 3, bench.mix(), params(max_new_tokens=30))
+    while not wide.decoding:
+        bench.engine.step()
+    _, leaving = bench.submit(PROMPTS[1], bench.mix(), params(max_new_tokens=3))
+    moving, told = bench.submit(PROMPTS[2] * 3, bad)
+    while not leaving.ended:
+        bench.engine.step()
+    assert list(bench.scheduler.running) == [wide, moving]  # it wrote NaN in slot 2 first
+    assert not moving.decoding
+    moving.cancelled = ending == "cancelled"
+    while not told.ended:
+        bench.engine.step()
+    shorts = [bench.submit(PROMPTS[1], bench.mix())[1] for _ in range(2)]
+    bench.run()
+    assert [short.error for short in shorts] == [None, None]
+    assert [short.tokens for short in shorts] == [bench.alone(PROMPTS[1], bench.mix())] * 2
+    assert client.tokens == bench.alone(PROMPTS[2] * 3, bench.mix(), 30)
+
+
 def test_rows_that_end_at_once_do_not_keep_others_from_going_on(bench: Bench) -> None:
     _, long = bench.submit(PROMPTS[0], bench.mix(), params(max_new_tokens=8))
 
     def resubmit(chunk: Chunk) -> None:
-        bench.engine.submit(dataclasses.replace(again, tokens=[], ended=False))
+        bench.engine.submit(dataclasses.replace(again, tokens=[], prefilled=0, ended=False))
 
     again, _ = bench.row(PROMPTS[1], bench.mix(), params(max_new_tokens=1))
     again.sink = resubmit
@@ -395,8 +571,7 @@ def test_an_observer_that_raises_harms_nobody(
 def test_a_device_that_fails_for_good_leaves_nobody_waiting(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("prefill", "decode"):
-        monkeypatch.setattr(bench.model, name, broken("sticky"))
+    monkeypatch.setattr(bench.model, "run", broken("sticky"))
     for name in ("clear", "move"):
         monkeypatch.setattr(bench.model.cache, name, broken("sticky"))
     clients = [start_row(bench, 4) for _ in range(3)]
@@ -430,7 +605,8 @@ def test_a_fold_that_fails_is_told_and_rows_go_on(
     _, client = bench.submit(PROMPTS[0], new)
     bench.engine.step()
     prepared = bench.weights.prepare(new)
-    monkeypatch.setattr(weights_module, "fold_into", broken("no memory"))
+    for form in (PlainFormat, PackedFormat):
+        monkeypatch.setattr(form, "fold", broken("no memory"))
     future = bench.engine.fold(prepared)
     bench.engine.step()
     monkeypatch.undo()
@@ -442,6 +618,33 @@ def test_a_fold_that_fails_is_told_and_rows_go_on(
 
 
 # How a text ends, and what is told of it.
+
+
+@pytest.mark.parametrize("ending", ["length", "stop", "cancelled", "cancelled while waiting"])
+def test_who_is_told_the_end_finds_the_slot_free(bench: Bench, ending: str) -> None:
+    stop = bench.alone(PROMPTS[0], bench.mix())[1]
+    options: dict[str, dict[str, Any]] = {
+        "length": {"max_new_tokens": 2},
+        "stop": {"stop_token_ids": (stop,)},
+    }
+    running: list[tuple[bool, int, int]] = []
+    row, client = bench.row(PROMPTS[0], bench.mix(), params(**options.get(ending, {})))
+
+    def sink(chunk: Chunk) -> None:
+        client(chunk)
+        running.append((chunk.last, bench.engine.running, bench.engine.waiting))
+
+    row.sink = sink
+    bench.engine.submit(row)
+    if ending != "cancelled while waiting":
+        bench.engine.step()
+    row.cancelled = ending.startswith("cancelled")
+    bench.engine.step()
+    assert client.reason is {"length": FinishReason.LENGTH, "stop": FinishReason.STOP}.get(
+        ending, FinishReason.ABORTED
+    )
+    assert running[-1] == (True, 0, 0)
+    assert {slots for last, slots, _ in running if not last} <= {1}
 
 
 def test_eos_ends_a_text_unless_it_is_ignored(bench: Bench) -> None:
@@ -502,13 +705,7 @@ def test_logprobs_are_those_of_the_reference(bench: Bench) -> None:
         *zip(PROMPTS, mixes, asked, strict=True),
         (PROMPTS[0], mixes[0], sampled),
     ]:
-        ids = torch.tensor([prompt + client.tokens])
-        with torch.inference_mode():
-            logits = bench.reference(mix)(ids).logits
-        exact = logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
-        expected = exact.gather(1, ids[0, len(prompt) :, None])[:, 0].tolist()
-        assert client.logprobs == pytest.approx(expected, abs=2e-4)
-        assert len(client.logprobs) == GREEDY.max_new_tokens
+        check_logprobs(bench, prompt, mix, client)
 
 
 def test_the_same_seed_gives_the_same_text_whoever_shares_the_batch(bench: Bench) -> None:
@@ -643,8 +840,10 @@ def test_drain_lets_rows_end_and_takes_no_more(bench: Bench) -> None:
         bench.engine.fold(bench.weights.prepare(bench.mix()))
 
 
-def test_drain_aborts_what_is_not_done_when_grace_is_over(bases: dict[str, Path]) -> None:
-    bench = Bench(bases["gpt2"], slots=1)
+def test_drain_aborts_what_is_not_done_when_grace_is_over(
+    bases: dict[str, Path], kernels: bool
+) -> None:
+    bench = Bench(bases["gpt2"], slots=1, kernels=kernels)
     running, waiting = start_row(bench, 60), start_row(bench, 60)
     job = bench.engine.score([ScoreRow(tuple(range(60)))] * 500, bench.mix())
     bench.engine.start()

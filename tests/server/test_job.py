@@ -8,20 +8,20 @@ from superpose_server.job import Job
 
 
 class Slices:
-    """A generator of three slices, and what became of it."""
+    """A generator of three slices, and what became of it; it must go on after the second."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
         self.ran = 0
         self.closed = False
 
-    def __call__(self) -> Generator[None, None, str]:
+    def __call__(self) -> Generator[bool, None, str]:
         try:
             for _ in range(3):
                 self.ran += 1
                 if self.error is not None and self.ran == 2:
                     raise self.error
-                yield
+                yield self.ran != 2
             return "done"
         finally:
             self.closed = True
@@ -35,6 +35,15 @@ def test_a_job_runs_slice_by_slice_and_returns_its_result() -> None:
     assert not job.future.done()
     assert not job.run_slice()
     assert job.future.result(timeout=0).value == "done"
+
+
+def test_a_job_tells_where_another_may_run_next() -> None:
+    job = Job(Slices()())
+    assert job.yields  # it has not begun
+    told = []
+    while job.run_slice():
+        told.append(job.yields)
+    assert told == [True, False, True]
 
 
 def test_a_job_that_raises_tells_its_error() -> None:
@@ -75,8 +84,8 @@ def test_failing_a_cancelled_job_is_no_error() -> None:
 def test_a_result_that_comes_after_a_cancel_is_dropped() -> None:
     job: Job[int]
 
-    def slices() -> Generator[None, None, int]:
-        yield
+    def slices() -> Generator[bool, None, int]:
+        yield True
         job.future.cancel()  # the caller goes away during the last slice
         return 1
 

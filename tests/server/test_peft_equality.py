@@ -13,13 +13,19 @@ from typing import Any
 import pytest
 import torch
 from tests.makers import load_peft, make_adapter, tiny_gpt2, tiny_llama
-from tests.server.helpers import bound, dense_model, open_model, open_weights
+from tests.server.helpers import (
+    bound,
+    corrections_of,
+    dense_model,
+    logits_of,
+    open_model,
+    open_weights,
+)
 from torch import Tensor, nn
 
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.loader import read_adapter
 from superpose_adapters.mix import BoundMix
-from superpose_server.corrections import Corrections
 from superpose_server.model import Model
 from superpose_server.weights import ResidentWeights
 
@@ -64,12 +70,11 @@ CONFIGS = [
 class Served:
     """A base served as the server does, without an engine."""
 
-    def __init__(self, family: str, folder: Path) -> None:
+    def __init__(self, family: str, folder: Path, *, kernels: bool) -> None:
         self.base: nn.Module = tiny_gpt2() if family == "gpt2" else tiny_llama()
-        self.model: Model = open_model(folder)
+        self.model: Model = open_model(folder, kernels=kernels)
         self.weights: ResidentWeights = open_weights(self.model)
-        modules = {name: self.model.module.get_submodule(name) for name in self.model.layout}
-        self.corrections = Corrections(modules, self.model.device)
+        self.corrections = corrections_of(self.model)
 
     def read(self, folder: Path) -> Adapter:
         return read_adapter(folder, self.model.layout)
@@ -79,10 +84,9 @@ class Served:
 
     def logits(self, mix: BoundMix) -> Tensor:
         """Logits of `mix` on whatever is resident."""
-        correction = self.corrections.plan([mix], self.weights.resident.mix)
+        correction = self.corrections.plan([mix] * len(IDS), self.weights.resident.mix)
         assert (correction is None) == (mix == self.weights.resident.mix)
-        with self.corrections.applied(correction):
-            return self.model.logits(IDS)
+        return logits_of(self.model, IDS, self.corrections, correction)
 
 
 def peft_merged(base: nn.Module, folder: Path) -> Tensor:
@@ -105,23 +109,29 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float32])
 def test_logits_equal_pefts_merged_model(
-    family: str, config: dict[str, Any], dtype: torch.dtype, bases: dict[str, Path], tmp_path: Path
+    family: str,
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    bases: dict[str, Path],
+    tmp_path: Path,
+    kernels: bool,
 ) -> None:
-    check_against_peft(family, config, dtype, bases[family], tmp_path)
+    served = Served(family, bases[family], kernels=kernels)
+    check_against_peft(served, config, dtype, tmp_path)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_adapter_files_in_half_precision_equal_pefts_reading(
-    family: str, dtype: torch.dtype, bases: dict[str, Path], tmp_path: Path
+    family: str, dtype: torch.dtype, bases: dict[str, Path], tmp_path: Path, kernels: bool
 ) -> None:
-    check_against_peft(family, {}, dtype, bases[family], tmp_path)
+    served = Served(family, bases[family], kernels=kernels)
+    check_against_peft(served, {}, dtype, tmp_path)
 
 
 def check_against_peft(
-    family: str, config: dict[str, Any], dtype: torch.dtype, base: Path, tmp_path: Path
+    served: Served, config: dict[str, Any], dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    served = Served(family, base)
     # A large delta, so that a wrong scaling of one module shows.
     folder = make_adapter(served.base, tmp_path / "one", 1, size=0.5, dtype=dtype, **config)
     other = served.read(make_adapter(served.base, tmp_path / "two", 2, size=0.3))
@@ -141,9 +151,9 @@ def check_against_peft(
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_weighted_sums_equal_the_dense_sum_whatever_is_resident(
-    family: str, bases: dict[str, Path], tmp_path: Path
+    family: str, bases: dict[str, Path], tmp_path: Path, kernels: bool
 ) -> None:
-    served = Served(family, bases[family])
+    served = Served(family, bases[family], kernels=kernels)
     configs: list[dict[str, Any]] = [
         {},
         {"use_rslora": True, "r": 8},
@@ -173,9 +183,9 @@ def test_weighted_sums_equal_the_dense_sum_whatever_is_resident(
 
 
 def test_rows_of_one_batch_are_corrected_each_by_its_own_mix(
-    bases: dict[str, Path], tmp_path: Path
+    bases: dict[str, Path], tmp_path: Path, kernels: bool
 ) -> None:
-    served = Served("gpt2", bases["gpt2"])
+    served = Served("gpt2", bases["gpt2"], kernels=kernels)
     one, two = (
         served.read(make_adapter(served.base, tmp_path / f"a{i}", i, size=0.3)) for i in range(2)
     )
@@ -185,9 +195,8 @@ def test_rows_of_one_batch_are_corrected_each_by_its_own_mix(
         served.fold(resident)
         correction = served.corrections.plan(rows, resident)
         assert correction is not None
-        assert correction.rows == len(rows) - 1
-        with served.corrections.applied(correction):
-            logits = served.model.logits(ids)
+        assert correction.corrected_rows == len(rows) - 1
+        logits = logits_of(served.model, ids, served.corrections, correction)
         for mix, row in zip(rows, logits, strict=True):
             reference = dense_model(served.base, mix, served.model.layout)
             with torch.inference_mode():

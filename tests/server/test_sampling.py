@@ -15,6 +15,19 @@ from superpose_server.sampling import SamplingParams, sample
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, 2.0, -3.0, 0.25])
 DRAWS = 4000
+NOTHING: frozenset[int] = frozenset()
+
+
+def draw(
+    logits: torch.Tensor,
+    params: SamplingParams,
+    generator: random.Random,
+    forbidden: frozenset[int] = NOTHING,
+) -> int:
+    """One token of a row that is alone."""
+    (token,), (finite,) = sample(logits[None], [params], [generator], [forbidden])
+    assert finite
+    return token
 
 
 def draw_many(
@@ -22,7 +35,7 @@ def draw_many(
 ) -> list[int]:
     """So many draws of one row's generator."""
     generator = params.generator()
-    return [int(sample(logits[None], [params], [generator])) for _ in range(draws)]
+    return [draw(logits, params, generator) for _ in range(draws)]
 
 
 def plain_probabilities(
@@ -94,7 +107,7 @@ def test_temperature_zero_takes_the_first_of_the_likeliest() -> None:
     params = SamplingParams(temperature=0.0, seed=1)
     generator = params.generator()
     before = generator.getstate()
-    assert int(sample(LOGITS[None], [params], [generator])) == 0  # tokens 0 and 5 are equal
+    assert draw(LOGITS, params, generator) == 0  # tokens 0 and 5 are equal
     assert generator.getstate() == before  # nothing was drawn
 
 
@@ -104,11 +117,62 @@ def test_a_tiny_temperature_is_greedy_and_no_error(temperature: float) -> None:
     assert set(draw_many(SamplingParams(temperature=temperature, seed=0), 20, logits)) == {1}
 
 
-def test_a_forbidden_token_is_never_drawn() -> None:
+def test_a_token_without_probability_is_never_drawn() -> None:
     logits = LOGITS.clone()
     logits[[0, 5]] = -torch.inf
     drawn = set(draw_many(SamplingParams(temperature=100.0, seed=0), 500, logits))
     assert drawn == {1, 2, 3, 4, 6, 7}
+
+
+@pytest.mark.parametrize("top_k", [0, 7])
+def test_a_forbidden_token_is_never_drawn(top_k: int) -> None:
+    params = SamplingParams(temperature=100.0, top_k=top_k, seed=0)
+    generator, forbidden = params.generator(), frozenset({0, 5})
+    drawn = {draw(LOGITS, params, generator, forbidden) for _ in range(500)}
+    assert drawn == {1, 2, 3, 4, 6, 7}
+
+
+def test_a_token_is_forbidden_to_its_own_row_only_and_logits_stay_as_they_are() -> None:
+    greedy = SamplingParams(temperature=0.0)
+    logits = LOGITS.repeat(3, 1)
+    tokens, finite = sample(
+        logits,
+        [greedy] * 3,
+        [greedy.generator() for _ in range(3)],
+        [NOTHING, frozenset({0, 5}), frozenset({0})],
+    )
+    assert tokens == [0, 1, 5]
+    assert finite == [True] * 3
+    assert torch.equal(logits, LOGITS.repeat(3, 1))  # log-probabilities are taken from them
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.0),
+        SamplingParams(seed=1),
+        SamplingParams(seed=1, top_k=3),
+    ],
+    ids=["greedy", "drawn", "filtered"],
+)
+def test_a_row_that_is_not_finite_is_named_and_harms_no_other(
+    bad: float, params: SamplingParams
+) -> None:
+    alone = draw(LOGITS, params, params.generator())
+    logits = LOGITS.repeat(4, 1)
+    logits[0, 3] = bad
+    logits[2] = -torch.inf
+    logits[3, 1:] = -torch.inf  # one token is left
+    for limit in (NOTHING, frozenset({7})):
+        tokens, finite = sample(
+            logits,
+            [params] * 4,
+            [params.generator() for _ in range(4)],
+            [limit, NOTHING, limit, NOTHING],
+        )
+        assert finite == [False, True, False, True]
+        assert (tokens[1], tokens[3]) == (alone, 0)
 
 
 def test_numbers_do_not_depend_on_batch_neighbours() -> None:
@@ -123,7 +187,7 @@ def test_numbers_do_not_depend_on_batch_neighbours() -> None:
         params = [*others[:place], hot, *others[place:]]
         generators = [p.generator() for p in params]
         batch = LOGITS.repeat(4, 1)
-        drawn = [int(sample(batch, params, generators)[place]) for _ in range(50)]
+        drawn = [sample(batch, params, generators, [NOTHING] * 4)[0][place] for _ in range(50)]
         assert drawn == alone
 
 
@@ -181,8 +245,11 @@ def test_too_many_stop_tokens_are_refused() -> None:
 def test_a_seed_gives_the_same_token_beside_rows_that_filter() -> None:
     plain, filtering = SamplingParams(seed=3), SamplingParams(seed=4, top_k=3)
     for seed in range(50):
-        alone = sample(LOGITS[None], [plain], [random.Random(seed)])
-        beside = sample(
-            LOGITS.expand(2, -1), [filtering, plain], [random.Random(0), random.Random(seed)]
+        alone = draw(LOGITS, plain, random.Random(seed))
+        beside, _ = sample(
+            LOGITS.expand(2, -1),
+            [filtering, plain],
+            [random.Random(0), random.Random(seed)],
+            [NOTHING] * 2,
         )
-        assert int(alone) == int(beside[1])
+        assert beside[1] == alone

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import functools
 import gc
+import itertools
 import weakref
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -21,12 +23,13 @@ from tests.server.helpers import (
 )
 from torch import Tensor, nn
 
-from superpose_adapters import fold as fold_arithmetic
 from superpose_adapters.adapter import Adapter, Factors
-from superpose_adapters.layout import Layout, ModuleLayout, read_layout
+from superpose_adapters.layout import Layout, read_layout
 from superpose_adapters.mix import BoundEntry, BoundMix
-from superpose_server import weights as weights_module
 from superpose_server.errors import FailedPrecondition, Internal
+from superpose_server.kernels.build import load_kernels
+from superpose_server.packed import pack_modules
+from superpose_server.parameter_format import PackedFormat, Pair, PlainFormat
 from superpose_server.weights import PreparedMix, ResidentWeights, Verification
 
 T = TypeVar("T")
@@ -50,11 +53,19 @@ class Case:
     """Resident weights of one tiny model, with a copy of every bit that they began with."""
 
     def __init__(
-        self, family: str = "gpt2", dtype: torch.dtype = torch.float32, *, on_host: bool = False
+        self,
+        family: str = "gpt2",
+        dtype: torch.dtype = torch.float32,
+        packed: bool = False,
+        *,
+        on_host: bool = False,
     ) -> None:
         self.module = FAMILIES[family]().to(dtype).requires_grad_(False)
         self.layout = read_layout(self.module)
         self.adapters = some_adapters(self.layout)
+        if packed:
+            load_kernels()
+            pack_modules(self.module, self.layout)
         self.start = self.bits()
         self.addresses = {n: p.data_ptr() for n, p in self.module.named_parameters()}
         self.weights = ResidentWeights(
@@ -73,7 +84,7 @@ class Case:
         return finish(self.weights)
 
 
-def run_job(slices: Generator[None, None, T]) -> T:
+def run_job(slices: Generator[bool, None, T]) -> T:
     while True:
         try:
             next(slices)
@@ -94,7 +105,7 @@ def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> Non
         assert torch.equal(tensor.view(integers), second[name].view(integers)), name
 
 
-CACHE = {case: Case(*case) for case in CASES}
+cached = functools.cache(Case)
 
 WEIGHTS = st.sampled_from([1.0, 0.5, -1.0, 0.1, -2.75, 1e-3, 30.0])
 # {domain: (adapter, weight)} as an operator changes it; two domains may name one adapter.
@@ -128,9 +139,9 @@ def follow(changes: list[tuple[str, str, int, float]], adapters: list[Adapter]) 
 @pytest.mark.parametrize(("family", "dtype"), CASES)
 @given(changes=CHANGES)
 def test_any_sequence_of_mixes_and_then_the_empty_mix_restores_every_bit(
-    family: str, dtype: torch.dtype, changes: list[tuple[str, str, int, float]]
+    family: str, dtype: torch.dtype, kernels: bool, changes: list[tuple[str, str, int, float]]
 ) -> None:
-    case = CACHE[family, dtype]
+    case = cached(family, dtype, kernels)
     for mix in follow(changes, case.adapters):
         case.fold(mix)
     case.fold(BoundMix("base"))
@@ -142,9 +153,13 @@ def test_any_sequence_of_mixes_and_then_the_empty_mix_restores_every_bit(
 @pytest.mark.parametrize(("family", "dtype"), CASES)
 @given(changes=CHANGES, data=st.data())
 def test_the_weights_depend_on_the_mix_and_not_on_the_path(
-    family: str, dtype: torch.dtype, changes: list[tuple[str, str, int, float]], data: st.DataObject
+    family: str,
+    dtype: torch.dtype,
+    kernels: bool,
+    changes: list[tuple[str, str, int, float]],
+    data: st.DataObject,
 ) -> None:
-    case = CACHE[family, dtype]
+    case = cached(family, dtype, kernels)
     case.fold(BoundMix("base"))
     mixes = follow(changes, case.adapters)
     for mix in mixes:
@@ -162,7 +177,7 @@ def test_the_weights_depend_on_the_mix_and_not_on_the_path(
 def test_folded_weights_are_the_dense_sum(
     family: str, changes: list[tuple[str, str, int, float]]
 ) -> None:
-    case = CACHE[family, torch.float32]
+    case = cached(family, torch.float32, False)
     mix = follow(changes, case.adapters)[-1]
     case.fold(mix)
     for name, exact in dense_weights(case.start, mix, case.layout).items():
@@ -211,11 +226,11 @@ def test_preparing_changes_nothing_that_can_be_seen() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_of_a_loaded_checkpoint_verify_under_any_mix(
-    family: str, bases: dict[str, Path]
+    family: str, bases: dict[str, Path], kernels: bool
 ) -> None:
     # The bits of a matrix product depend on the alignment of its output: that of tensors in a
     # mapped checkpoint is not that of fresh memory.
-    model = open_model(bases[family])
+    model = open_model(bases[family], kernels=kernels)
     assert {p.data_ptr() % 64 for p in model.module.parameters()} == {0}
     weights = open_weights(model)
     adapter = random_adapter(model.layout, 7, rank=13)
@@ -223,8 +238,10 @@ def test_weights_of_a_loaded_checkpoint_verify_under_any_mix(
     assert finish(weights).ok
 
 
-def test_a_served_model_does_not_share_memory_with_the_checkpoint(bases: dict[str, Path]) -> None:
-    model = open_model(bases["gpt2"])
+def test_a_served_model_does_not_share_memory_with_the_checkpoint(
+    bases: dict[str, Path], kernels: bool
+) -> None:
+    model = open_model(bases["gpt2"], kernels=kernels)
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     mapped = [fields[0].split("-") for fields in maps if fields[-1].endswith(".safetensors")]
     for name, parameter in model.module.named_parameters():
@@ -235,21 +252,23 @@ def test_a_served_model_does_not_share_memory_with_the_checkpoint(bases: dict[st
 # Faults in a fold.
 
 
-class Fault:
-    """`fold_into`, that raises at the given calls, counted from 0, half-way through its work."""
+def fail_folds(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
+    """Let folds of a module raise at `calls`, counted from 0, half-way through their work."""
+    numbers = itertools.count()
 
-    def __init__(self, *calls: int) -> None:
-        self.calls = calls
-        self.count = 0
+    def replace(form: type[PlainFormat | PackedFormat]) -> None:
+        real = form.fold
 
-    def __call__(
-        self, out: Tensor, base: Tensor, a: Tensor, b: Tensor, layout: ModuleLayout
-    ) -> None:
-        call, self.count = self.count, self.count + 1
-        fold_arithmetic.fold_into(out, base, a, b, layout)
-        if call in self.calls:
-            out[: out.shape[0] // 2] = torch.nan
-            raise MemoryError("no memory, says the test")
+        def failing(self: Any, out: Tensor, base: Tensor, pair: Pair) -> None:
+            real(self, out, base, pair)
+            if next(numbers) in calls:
+                out[: -(-out.shape[0] // 2)] = torch.nan
+                raise MemoryError("no memory, says the test")
+
+        monkeypatch.setattr(form, "fold", failing)
+
+    replace(PlainFormat)
+    replace(PackedFormat)
 
 
 def modules_of(adapter: Adapter) -> int:
@@ -260,15 +279,15 @@ def modules_of(adapter: Adapter) -> int:
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 @pytest.mark.parametrize("before", ["base", "mix"])
 def test_a_fold_that_fails_leaves_the_old_weights(
-    monkeypatch: pytest.MonkeyPatch, family: str, place: str, before: str
+    monkeypatch: pytest.MonkeyPatch, family: str, place: str, before: str, kernels: bool
 ) -> None:
-    case = Case(family)
+    case = Case(family, packed=kernels)
     old = case.fold(bound((case.adapters[1], 0.5)) if before == "mix" else BoundMix("base"))
     bits = case.bits()
     target = case.weights.prepare(bound((case.adapters[0], 1.0), (case.adapters[1], -2.0)))
     count = modules_of(case.adapters[0])
     call = {"first": 0, "middle": count // 2, "last": count - 1}[place]
-    monkeypatch.setattr(weights_module, "fold_into", Fault(call))
+    fail_folds(monkeypatch, call)
     with pytest.raises(Internal, match="the fold failed") as caught:
         case.weights.fold(target)
     assert caught.value.reason == "FOLD_FAILED"
@@ -283,15 +302,15 @@ def test_a_fold_that_fails_leaves_the_old_weights(
 
 @pytest.mark.parametrize("again", [0, 1, -1])
 def test_a_refold_that_fails_too_leaves_the_base(
-    monkeypatch: pytest.MonkeyPatch, again: int
+    monkeypatch: pytest.MonkeyPatch, again: int, kernels: bool
 ) -> None:
-    case = Case()
+    case = Case(packed=kernels)
     old = bound((case.adapters[1], 0.5))
     case.fold(old)
     target = case.weights.prepare(bound((case.adapters[0], 1.0)))
     first = 2  # a module before the last, so that some are written and some are not
     refolded = range(modules_of(case.adapters[1]))
-    monkeypatch.setattr(weights_module, "fold_into", Fault(first, first + 1 + refolded[again]))
+    fail_folds(monkeypatch, first, first + 1 + refolded[again])
     with pytest.raises(Internal):
         case.weights.fold(target)
     assert_same_bits(case.bits(), case.start)
@@ -342,9 +361,9 @@ def test_what_is_no_longer_resident_is_freed() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_verify_names_the_live_parameter_of_which_one_bit_was_flipped(
-    family: str, dtype: torch.dtype
+    family: str, dtype: torch.dtype, kernels: bool
 ) -> None:
-    case = Case(family, dtype)
+    case = Case(family, dtype, kernels)
     case.fold(bound((case.adapters[0], 1.0)))
     clean = case.verify()
     assert clean.ok

@@ -184,7 +184,7 @@ inline void block(const float* x, const T* w, int64_t panel_stride, int64_t dept
     floats b[V];
     for (int p = 0; p < Panels; p++) {
       const T* at = w + p * panel_stride + k * kPanel;
-      if (!ahead.next) __builtin_prefetch(at + kAhead);
+      if (!ahead.next) __builtin_prefetch(at + 2048 / sizeof(T));
       for (int v = 0; v < kVectors; v++) b[p * kVectors + v] = load(at + v * kLanes);
     }
     if (ahead.next) {
@@ -216,23 +216,35 @@ inline void blocks(int64_t rows, const float* x, const T* w, int64_t panel_strid
 // size that fill the registers.
 inline int64_t parts_of(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 
+// Lay `Rows` rows of one pass out as blocks read them: out[k][m] = x[m][k].
+template <int Rows>
+void arrange_part(const float* x, int64_t depth, int64_t n, float* out) {
+  for (int64_t k = 0; k < n; k++)
+    for (int m = 0; m < Rows; m++) out[k * Rows + m] = x[m * depth + k];
+}
+
 // Lay x (rows, depth) out in the order in which blocks read it: by chunk, pass, part, then (k, m).
 void arrange(const float* x, int64_t rows, int64_t depth, float* out) {
-  for (int64_t row = 0; row < rows; row += kRows) {
-    const int64_t count = std::min(kRows, rows - row), parts = parts_of(count);
-    for (int64_t k = 0; k < depth; k += kDepth) {
+  constexpr decltype(&arrange_part<1>) kArrange[] = {arrange_part<1>, arrange_part<2>,
+                                                     arrange_part<3>, arrange_part<4>,
+                                                     arrange_part<5>, arrange_part<6>};
+  const int64_t passes = (depth + kDepth - 1) / kDepth;
+  const int64_t chunks = (rows + kRows - 1) / kRows;
+  // Few rows are arranged faster than a second thread wakes up.
+  const int64_t together = std::max<int64_t>(1, 16384 / (std::min(rows, kRows) * kDepth + 1));
+  at::parallel_for(0, chunks * passes, together, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t row = task / passes * kRows, k = task % passes * kDepth;
+      const int64_t count = std::min(kRows, rows - row), parts = parts_of(count);
       const int64_t n = std::min(depth - k, kDepth);
       for (int64_t i = 0, done = 0; i < parts; i++) {
         const int64_t some = (count - done + parts - i - 1) / (parts - i);
-        for (int64_t m = 0; m < some; m++) {
-          const float* from = x + (row + done + m) * depth + k;
-          for (int64_t j = 0; j < n; j++) out[j * some + m] = from[j];
-        }
-        out += n * some;
+        kArrange[some - 1](x + (row + done) * depth + k, depth, n,
+                           out + row * depth + k * count + done * n);
         done += some;
       }
     }
-  }
+  });
 }
 
 // y[m][j] = bias[j] + sum over k of x[m][k] w[k][j] for the features of one or two panels, x as
@@ -253,21 +265,26 @@ void product(const float* x, int64_t rows, int64_t depth, const T* w, Y* y, int6
         x += n * count;
         continue;
       }
-      // Several blocks read this pass: widen it once, and share out the fetching of the next.
-      const float* source = nullptr;
+      // Several blocks read this pass: if it pays, widen it once; share out the fetching of the next.
+      const float* widened = nullptr;
       if constexpr (sizeof(T) == sizeof(float)) {
-        source = part;
-      } else {
+        widened = part;
+      } else if (parts > 2) {
         for (int64_t i = 0; i < n * kPanel; i += kLanes) store(wide + i, load(part + i));
-        source = wide;
+        widened = wide;
       }
       const int64_t share = n * kPanel * static_cast<int64_t>(sizeof(T)) / parts;
       const char* next = reinterpret_cast<const char*>(part + n * kPanel);
       int64_t done = 0;
       for (int64_t i = 0; i < parts; i++) {
         const int64_t some = (count - done + parts - i - 1) / (parts - i);
-        blocks<1>(some, x, source, 0, n, sums + done * kPanel, k == 0,
-                  {next + i * share, share / n});
+        const Ahead ahead = {next + i * share, share / n};
+        float* to = sums + done * kPanel;
+        if (widened) {
+          blocks<1>(some, x, widened, 0, n, to, k == 0, ahead);
+        } else {
+          blocks<1>(some, x, part, 0, n, to, k == 0, ahead);
+        }
         x += n * some;
         done += some;
       }
@@ -375,11 +392,13 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
   Tensor result = at::empty(shape, x.options());
   const Tensor offset = bias ? bias->to(at::kFloat).contiguous() : Tensor();
   const float* added = bias ? data<float>(offset) : nullptr;
-  const Tensor arranged = at::empty({rows * depth}, input.options());
-  arrange(data<float>(input), rows, depth, data<float>(arranged));
-  const float* from = data<float>(arranged);
   // Few rows leave registers free for a second panel, whose sums do not wait for the first's.
   const int64_t together = rows * 2 <= kBlockRows ? 2 : 1;
+  // Kept for the next product: fresh pages would cost more than filling them.
+  thread_local std::vector<float> arranged;
+  arranged.resize(std::max<size_t>(arranged.size(), rows * depth));
+  arrange(data<float>(input), rows, depth, arranged.data());
+  const float* from = arranged.data();
   with_storage(packed, [&](auto* w_type) {
     with_storage(result, [&](auto* y_type) {
       const auto* w = data<std::remove_pointer_t<decltype(w_type)>>(packed);
