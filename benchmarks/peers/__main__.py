@@ -107,6 +107,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", default=len(os.sched_getaffinity(0)), type=int)
     parser.add_argument("--device", default="cpu", help="of the peers in torch")
     parser.add_argument("--only", default="", help="peers with this in their name")
+    parser.add_argument("--skip", metavar="TEXT", help="no peers with this in their name")
     parser.add_argument("--cache", default=default_cache(), type=Path, help="converted models")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     return parser.parse_args(arguments)
@@ -120,12 +121,13 @@ def make_prompts(model: Path, rows: int, length: int) -> Prompts:
 
 
 @contextmanager
-def started(settings: Settings, only: str) -> Iterator[list[Measured]]:
+def started(settings: Settings, options: argparse.Namespace) -> Iterator[list[Measured]]:
     """Start all variants that can run; say in a line why others cannot."""
     with ExitStack() as stack:
         running = []
         for variant in VARIANTS:
-            if only.lower() not in variant.name.lower():
+            name = variant.name.lower()
+            if options.only.lower() not in name or (options.skip and options.skip.lower() in name):
                 continue
             process = PeerProcess(variant, settings)
             try:
@@ -334,7 +336,7 @@ def main() -> None:
         length=options.prompt + options.new,
         cache=options.cache,
     )
-    with started(settings, options.only) as peers:
+    with started(settings, options) as peers:
         if not peers:
             sys.exit("peers: none can run; the reasons are above")
         measure(peers, options)

@@ -129,6 +129,21 @@ def test_a_base_that_is_not_there_exits_with_1_in_one_line(tmp_path: Path) -> No
     assert re.fullmatch(r"superpose-server: base .*: no config\.json .*\n", result.stderr)
 
 
+def test_a_machine_without_a_compiler_is_told_of_the_remedy(gpt2: Family, tmp_path: Path) -> None:
+    result = command(
+        f"--base={gpt2.base}",
+        f"--state-dir={tmp_path / 'state'}",
+        "--listen=127.0.0.1:0",
+        "--metrics-listen=127.0.0.1:0",
+        "--device=cpu",
+        "--compile=auto",
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("superpose-server: ")
+    assert "install g++, or pass --compile off" in line
+
+
 def test_an_adapter_in_place_of_a_folder_of_adapters_is_refused(
     gpt2: Family, tmp_path: Path
 ) -> None:

@@ -109,9 +109,12 @@ inline void finish_streams() {
 }
 
 inline float sum(floats value) {
-  float total = 0.0f;
-  for (int lane = 0; lane < kLanes; lane++) total += value[lane];
-  return total;
+  for (int width = kLanes / 2; width; width /= 2) {
+    integers other;
+    for (int lane = 0; lane < kLanes; lane++) other[lane] = lane ^ width;
+    value += __builtin_shuffle(value, other);
+  }
+  return value[0];
 }
 
 inline float largest(floats value) {
@@ -530,13 +533,19 @@ void attend_one(const T* q, const T* keys, const T* values, int64_t count, int64
     }
   }
   const float share = 1.0f / sum(sums);
-  std::fill_n(total, size, 0.0f);
-  for (int64_t p = 0; p < count; p++) {
-    const T* value = values + p * size;
-    const float w = weights[p] * share;
-    int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) store(total + i, load(total + i) + w * load(value + i));
-    for (; i < size; i++) total[i] += w * as_float(value[i]);
+  constexpr int kWide = 8;  // Sums that stay in registers: 64 numbers, a usual head.
+  int64_t i = 0;
+  for (; i + kWide * kLanes <= size; i += kWide * kLanes) {
+    floats sum_of[kWide] = {};
+    for (int64_t p = 0; p < count; p++)
+      for (int v = 0; v < kWide; v++)
+        sum_of[v] += weights[p] * load(values + p * size + i + v * kLanes);
+    for (int v = 0; v < kWide; v++) store(total + i + v * kLanes, sum_of[v] * share);
+  }
+  for (; i < size; i++) {
+    float one = 0.0f;
+    for (int64_t p = 0; p < count; p++) one += weights[p] * as_float(values[p * size + i]);
+    total[i] = one * share;
   }
   T last[kLanes];
   for (int64_t i = 0; i < size; i++) {
