@@ -59,15 +59,15 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
     bench 40 fold --model small --dtype bfloat16 --seconds 8
     bench 40 fold --model small --dtype float32 --seconds 5
     bench 40 fold --model medium --dtype bfloat16 --seconds 8
-    bench 120 serving --model small --dtype bfloat16 --seconds 60
-    bench 120 serving --model medium --dtype bfloat16 --seconds 50
+    bench 120 serving --model small --dtype bfloat16 --seconds 40 --streams 1,32 --no-grpc
+    bench 100 serving --model medium --dtype bfloat16 --seconds 20 --streams 1 --new-tokens 100 --no-grpc
     bench 90 swaps --model small --dtype float32 --seconds 40 --variants default,churn
     bench 90 swaps --model small --dtype bfloat16 --seconds 30 --variants default,engine
 else
     echo "gpu.sh: no GPU: the CPU with tiny settings, figures mean nothing"
     bench 60 correctness --model tiny --dtype float32 --new-tokens 8
     bench 60 fold --model tiny --dtype bfloat16 --seconds 2
-    bench 120 serving --model tiny --seconds 5
+    bench 180 serving --model tiny --seconds 5 --streams 1,4 --new-tokens 8
     bench 90 swaps --model tiny --seconds 4 --variants default --rates 0,10
 fi
 echo "gpu.sh: $SECONDS s in all; results in $out"

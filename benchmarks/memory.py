@@ -44,6 +44,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 with torch.device("meta"):
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1]))
 torch.ones(512, 512) @ torch.ones(512, 512)
+if "compiled" in sys.argv:
+    import torch._inductor.compile_fx
 print("imported", flush=True)
 sys.stdin.readline()
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
@@ -57,6 +59,7 @@ class Paper:
     """Bytes computed from shapes."""
 
     model: int
+    packed_head: int
     base_copy: int
     cache: int
     adapters: int
@@ -64,13 +67,22 @@ class Paper:
     @property
     def total(self) -> int:
         """The sum."""
-        return self.model + self.base_copy + self.cache + self.adapters
+        return self.model + self.packed_head + self.base_copy + self.cache + self.adapters
 
 
 def on_paper(
-    base: Path, adapters: Path, dtype: torch.dtype, max_batch: int, max_length: int
+    base: Path,
+    adapters: Path,
+    dtype: torch.dtype,
+    max_batch: int,
+    max_length: int,
+    *,
+    packed: bool,
 ) -> Paper:
-    """Compute what a server must hold; no weights are loaded."""
+    """Compute what a server must hold; no weights are loaded.
+
+    Where parameters are packed, a tied head has its own copy; one slot of the cache is scratch.
+    """
     config: Any = AutoConfig.from_pretrained(base)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
@@ -87,8 +99,10 @@ def on_paper(
         adapted |= {key.partition(".lora_")[0].removeprefix("base_model.model.") for key in shapes}
     return Paper(
         model=size * sum(parameter.numel() for parameter in model.parameters()),
+        packed_head=size
+        * sum(m.in_features * m.out_features for m in layout.values() if packed and m.tied),
         base_copy=size * sum(layout[n].in_features * layout[n].out_features for n in adapted),
-        cache=2 * size * config.num_hidden_layers * max_batch * heads * width * max_length,
+        cache=2 * size * config.num_hidden_layers * (max_batch + 1) * heads * width * max_length,
         adapters=adapter_bytes,
     )
 
@@ -100,10 +114,10 @@ def _shapes(file: Path) -> dict[str, tuple[int, int]]:
         return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118  # no mapping
 
 
-def without_weights(base: Path) -> tuple[int, int]:
+def without_weights(base: Path, *, compiled: bool) -> tuple[int, int]:
     """Return the resident bytes of a process after the server's imports, and with the tokenizer."""
     with subprocess.Popen(
-        [sys.executable, "-c", _IMPORTS, str(base)],
+        [sys.executable, "-c", _IMPORTS, str(base), *(["compiled"] if compiled else [])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -142,14 +156,15 @@ def measure(
     """Run the benchmark; the numbers are MiB."""
     base = base_folder(options.model, options.cache, tell)
     folder = adapter_folder(base, options.cache, [Group(adapters)], tell)
-    paper = on_paper(base, folder, options.torch_dtype, max_batch, max_length)
+    packed = options.compile != "off" and options.torch_device.type == "cpu"
+    paper = on_paper(base, folder, options.torch_dtype, max_batch, max_length, packed=packed)
     report = Report(
         "memory",
         options.label,
         options.settings(max_batch=max_batch, max_length=max_length, adapters=adapters),
     )
     tell("a process with the imports alone")
-    imported, tokenizer = without_weights(base)
+    imported, tokenizer = without_weights(base, compiled=packed)
     flags = [f"--max-batch={max_batch}", f"--max-length={max_length}"]
     tell("starting the server")
     with ServerProcess(base, folder, [*options.server_flags(), *flags]) as server:
@@ -169,6 +184,7 @@ def measure(
         ["server, ready", sizes["ready"]],
         ["server, every slot of the cache filled once", sizes["cache filled"]],
         ["on paper: model", paper.model / _MIB],
+        ["on paper: packed copy of the tied head", paper.packed_head / _MIB],
         ["on paper: base copy of the adapted modules", paper.base_copy / _MIB],
         ["on paper: cache", paper.cache / _MIB],
         ["on paper: adapters, float32", paper.adapters / _MIB],
@@ -198,6 +214,7 @@ def draw(sizes: dict[str, float], paper: Paper, figure: Any) -> None:
     parts = {
         "imports (measured)": sizes["after imports"],
         "model": paper.model / _MIB,
+        "packed head": paper.packed_head / _MIB,
         "base copy": paper.base_copy / _MIB,
         "cache": paper.cache / _MIB,
         "adapters": paper.adapters / _MIB,

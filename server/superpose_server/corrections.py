@@ -173,7 +173,9 @@ class Corrections:
     def _make_plan(self, rows: Sequence[BoundMix], resident: BoundMix) -> Correction | None:
         stored = resident.weights
         gates: dict[Adapter, list[float]] = {}
-        for adapter in {a: None for mix in (*rows, resident) for a in mix.weights}:
+        # In an order of their own: that of the rows would show in the bits of a sum.
+        adapters = {adapter for mix in (*rows, resident) for adapter in mix.weights}
+        for adapter in sorted(adapters, key=lambda adapter: adapter.digest):
             row_gates = [mix.weights.get(adapter, 0.0) - stored.get(adapter, 0.0) for mix in rows]
             if any(row_gates):
                 gates[adapter] = row_gates

@@ -26,7 +26,7 @@ from torch import Tensor
 from superpose_adapters.mix import BoundMix
 from superpose_server.batch import Span
 from superpose_server.corrections import Corrections
-from superpose_server.errors import FailedPrecondition, QueueFull, ShuttingDown
+from superpose_server.errors import DataLoss, FailedPrecondition, QueueFull, ShuttingDown
 from superpose_server.job import Job, JobResult
 from superpose_server.model import Model
 from superpose_server.observer import EngineObserver
@@ -304,14 +304,19 @@ class Engine:
         target = residency.choose(mixes, self.resident)
         if target is None:
             return
+        started = time.perf_counter()
         try:
             # Their adapters are registered, so that no base is read that is not kept yet.
             prepared = self._weights.prepare(target)
-        except FailedPrecondition as error:  # The rows themselves are corrected and go on.
-            _log.info("mix %s stays corrected: %s", target.digest[:12], error)
+        except FailedPrecondition as reason:  # The rows themselves are corrected and go on.
+            _log.info("mix %s stays corrected: %s", target.digest[:12], reason)
             residency.refuse(target)
             return
-        if not prepared.foldable or self._fold_now(prepared) is not None:
+        error = self._fold_now(prepared) if prepared.foldable else None
+        residency.folded(time.perf_counter() - started)
+        if isinstance(error, DataLoss):
+            self._end_all(error)
+        elif error is not None or not prepared.foldable:
             residency.refuse(target)
 
     def _forward(
@@ -369,12 +374,16 @@ class Engine:
         """End those of `rows` that go on still with an error, and wipe their slots."""
         failed = [row for row in rows if not row.ended]
         for row in failed:
-            self._tell(row, Chunk(error=error))
-        for row in failed:
-            # What is masked is multiplied by 0, which does not undo a NaN.
-            self._model.cache.clear(self._scheduler.running.index(row))
-        for row in failed:
-            self._release(row)
+            row.ended = True
+        try:
+            for row in failed:
+                # What is masked is multiplied by 0, which does not undo a NaN.
+                self._model.cache.clear(self._scheduler.running.index(row))
+            for row in failed:
+                self._release(row)
+        finally:
+            for row in failed:
+                self._tell(row, Chunk(error=error))
 
     def _end(self, row: Sequence, chunk: Chunk) -> None:
         """Give a row's slot to others, and then, whatever happens, its last chunk to its client."""
@@ -409,6 +418,9 @@ class Engine:
         if moved is not None:
             other = self._scheduler.running[slot]
             self._model.cache.move(moved, slot, other.cached)
+            if not other.decoding:
+                # No logits have told whether what it left behind is finite.
+                self._model.cache.clear(moved)
         self._forget()
 
     def _forget(self) -> None:

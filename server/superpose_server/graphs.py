@@ -100,6 +100,8 @@ class DecodeGraphs:
         length = self._lengths[bisect_left(self._lengths, max(span.end for span in spans))]
         inputs = torch.zeros(3, rows, dtype=torch.int64)
         inputs[1] = self._scratch
+        # The slot's last position ends whatever text is scored there: no later slice reads it.
+        inputs[2] = self._lengths[-1] - 1
         for span in spans:
             inputs[:, span.slot] = torch.tensor((span.ids[0], span.slot, span.position))
         for column, values in zip((self._ids, self._slots, self._written), inputs, strict=True):

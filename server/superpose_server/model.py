@@ -68,13 +68,13 @@ class Model:
             ValueError: The folder is no such checkpoint, `max_length` is more than it can do, the
                 cache does not fit, or the kernels cannot be compiled.
         """
+        self.base_digest = checkpoint_digest(folder)
         self.packed = kernels and device.type == "cpu" and dtype in _KERNEL_DTYPES
         if self.packed:
             try:
                 load_kernels()
             except CompilerError as error:
                 raise ValueError(str(error)) from error
-        self.base_digest = checkpoint_digest(folder)
         try:
             self.module: nn.Module = AutoModelForCausalLM.from_pretrained(
                 folder,

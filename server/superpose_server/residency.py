@@ -1,10 +1,11 @@
 """Which mix is in the weights under `--residency auto`: the one that most rows share, if it pays.
 
 Nobody knows what the next requests will ask for. So the policy is that of the ski rental problem
-(Karlin et al., Competitive snoopy caching, 1988): keep correcting until what correcting has cost
-beyond the best other choice exceeds the price of a fold, then fold. Whatever comes, the total is at
-most about twice that of the best decision in hindsight, and traffic that swings back and forth
-moves nothing. Only speed is decided here: rows of every mix run in every step either way.
+(Karlin et al., Competitive snoopy caching, 1988): every mix has a debt, what correcting has cost
+beyond what it would have cost with that mix resident; when a debt exceeds the price of a fold, that
+mix is folded and all debts are forgotten. On traffic of a few mixes the total stays within about
+three times the best decision in hindsight, and traffic that swings evenly moves nothing. Only speed
+is decided here: rows of every mix run in every step either way.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from superpose_adapters.mix import BoundMix
 _MEMORY = 0.99
 # Pulls a cost that was never seen apart from the others towards zero, in seconds squared.
 _RIDGE = 1e-3
+_CANDIDATES = 64
 
 
 class StepCost:
@@ -48,17 +50,16 @@ class Residency:
     """Chooses what to fold; belongs to the engine thread."""
 
     def __init__(self) -> None:
-        """Begin without measurements and without regret."""
+        """Begin without measurements: the first fold comes early, since only it tells its price."""
         self.cost = StepCost()
         self._fold_seconds = 0.0
-        self._regret = 0.0
-        self._candidate = ""
+        self._regrets: dict[str, float] = {}
         self._refused: set[str] = set()
 
     def folded(self, seconds: float) -> None:
         """Note what a fold took, its preparation included."""
         self._fold_seconds = max(seconds, 0.5 * self._fold_seconds)
-        self._regret, self._candidate = 0.0, ""
+        self._regrets = {}
 
     def refuse(self, mix: BoundMix) -> None:
         """Never choose `mix` again: it cannot be folded."""
@@ -71,19 +72,21 @@ class Residency:
             rows: The mixes of the rows that ran.
             resident: What they ran on.
         """
-        counts = Counter(mix.digest for mix in rows if mix.digest not in self._refused)
-        if not counts:
-            return None
-        digest, most = counts.most_common(1)[0]
-        spared = most - counts[resident.digest]
-        if spared <= 0:
-            # What is resident serves the rows as well as anything: the debt is forgotten slowly,
-            # so that a pause between requests of one mix does not restart it.
-            self._regret *= _MEMORY
-            return None
-        if digest != self._candidate:
-            self._regret, self._candidate = 0.0, digest
-        self._regret += spared * self.cost.seconds_a_corrected_row
-        if self._regret <= self._fold_seconds:
-            return None
-        return next(mix for mix in rows if mix.digest == digest)
+        counts = Counter(mix.digest for mix in rows)
+        here = counts[resident.digest]
+        cost = self.cost.seconds_a_corrected_row
+        known = self._regrets | {mix.digest: self._regrets.get(mix.digest, 0.0) for mix in rows}
+        regrets = {
+            digest: regret + (counts[digest] - here) * cost
+            for digest, regret in known.items()
+            if digest != resident.digest and digest not in self._refused
+        }
+        # Those that a fold would have served best; the rest could not win soon anyway.
+        likely = sorted(regrets, key=lambda digest: regrets[digest])[-_CANDIDATES:]
+        self._regrets = {digest: regrets[digest] for digest in likely if regrets[digest] > 0}
+        for digest in reversed(likely):
+            if regrets[digest] <= self._fold_seconds:
+                break
+            if counts[digest]:
+                return next(mix for mix in rows if mix.digest == digest)
+        return None

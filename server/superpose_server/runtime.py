@@ -81,7 +81,7 @@ class Runtime:
         self.limits = limits or Limits()
         self.metrics = Metrics()
         self.started = time.monotonic()
-        self.weights_intact = True
+        self._verified = True
         self.ending = asyncio.Event()
         self._actions: set[asyncio.Future[Any]] = set()
         self._followers: list[Callable[[bool], None]] = []
@@ -285,10 +285,17 @@ class Runtime:
 
     def _note_verification(self, ok: bool) -> None:
         """Remember whether the weights can be served, and tell whoever follows it."""
-        self.weights_intact = ok
+        self._verified = ok
+        if ok:
+            self._weights.lost = False
         self.metrics.verified(ok)
         for follower in self._followers:
             follower(ok)
+
+    @property
+    def weights_intact(self) -> bool:
+        """False after a failed verification or a fold that ruined them, until one passes."""
+        return self._verified and not self._weights.lost
 
     def follow_weights(self, follower: Callable[[bool], None]) -> None:
         """Call `follower` on the event loop with whether the weights are intact, when known."""

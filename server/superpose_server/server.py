@@ -99,6 +99,9 @@ class Server:
                 ("grpc.max_receive_message_length", limit),
                 # Two servers on one port would each get a part of the requests.
                 ("grpc.so_reuseport", 0),
+                # A client whose machine is gone says nothing; its rows should not run on.
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
             ],
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(runtime), server)

@@ -77,6 +77,8 @@ class Verification:
 class ResidentWeights:
     """The live parameters of a model, and the base that they are folded from.
 
+    `lost` is set when a fold left them as no mix at all, and unset by whoever finds them right.
+
     `prepare` may run on any one thread at a time; all else belongs to the engine thread.
     """
 
@@ -107,6 +109,7 @@ class ResidentWeights:
             else PlainFormat(shape, self.device)
             for name, shape in layout.items()
         }
+        self.lost = False
         self.base_digest = base_digest
         self.resident = PreparedMix(BoundMix(base_digest))
 
@@ -226,6 +229,7 @@ class ResidentWeights:
             for module, base in list(self._base.items()):
                 self._live(module).copy_(base)
         except Exception as error:
+            self.lost = True
             raise DataLoss(
                 "a fold failed and the base could not be put back: restart the server",
                 "WEIGHTS_DAMAGED",

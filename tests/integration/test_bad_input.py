@@ -232,6 +232,12 @@ GENERATIONS = {
     "prompt beyond all contexts": BadGeneration(
         "TEXT_TOO_LONG", "prompt has 1048577 characters", "prompt", "x" * ((1 << 20) + 1)
     ),
+    "request id too long": BadGeneration(
+        "REQUEST_ID_TOO_LONG",
+        "request_id has 257 characters: send at most 256",
+        "request_id",
+        options={"request_id": "r" * 257},
+    ),
     "max_new_tokens 0": BadGeneration(
         "INVALID_SAMPLING",
         "max_new_tokens is 0: use at least 1",

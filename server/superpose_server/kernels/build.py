@@ -34,7 +34,10 @@ def load_kernels() -> None:
     Raises:
         CompilerError: There is no C++ compiler, or it fails.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or _find_compiler()
+    try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or _find_compiler()
+    except ValueError as error:
+        raise CompilerError(f"CXX is {os.environ['CXX']!r}: {error}") from error
     if not compiler:
         raise CompilerError(
             "--compile auto needs a C++ compiler and there is none: install g++, or pass "

@@ -33,6 +33,8 @@ _SCOPES: dict[int, Scope] = {
 }
 # Characters of one text: far above any context, far below what would hold the server up.
 _MAX_TEXT = 1 << 20
+# It is in every chunk of a stream.
+_MAX_REQUEST_ID = 256
 # From this many characters on, a text is tokenised beside the event loop.
 _LONG_TEXT = 1 << 14
 
@@ -148,6 +150,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return bound, mix_to_wire(state.generation, bound)
 
     async def _accept(self, request: GenerateRequest) -> _Accepted:
+        if len(request.request_id) > _MAX_REQUEST_ID:
+            raise InvalidArgument(
+                f"request_id has {len(request.request_id)} characters: send at most "
+                f"{_MAX_REQUEST_ID}",
+                "REQUEST_ID_TOO_LONG",
+                field="request_id",
+            )
         params = params_from_wire(request.options)
         if len(request.prompt) < _LONG_TEXT and not request.HasField("chat"):
             prompt = self._encode_prompt(request)
