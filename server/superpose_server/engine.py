@@ -65,6 +65,7 @@ class Engine:
             prefill_tokens: Prompt tokens, and scored tokens, of one step at most.
             residency: Decides what else to fold than what `fold` is asked for; None: nothing.
         """
+        self._threads = torch.get_num_threads()
         self._prefill_tokens = prefill_tokens
         self._residency = residency
         self._model = model
@@ -179,6 +180,7 @@ class Engine:
         return self._scheduler.idle and not self._jobs and not self._folds
 
     def _loop(self) -> None:
+        torch.set_num_threads(self._threads)
         try:
             while True:
                 with self._wake:
