@@ -125,8 +125,8 @@ class Serving:
         self.figures: dict[tuple[str, int], Figures] = {}
         self.absent: list[str] = []
 
-    def load(self, tell: Tell, *, wire: bool, peers: bool) -> None:
-        """Start every contestant; a peer that cannot run is noted as absent."""
+    def load(self, tell: Tell, only: Sequence[str], *, wire: bool, peers: bool) -> None:
+        """Start every contestant, or those of `only`; a peer that cannot run is noted as absent."""
         tell("loading: served")
         self._locals[MERGED] = self._open(self._options, adapters=True)
         tell("loading: bare")
@@ -135,7 +135,7 @@ class Serving:
         tell("loading: bare transformers")
         self._locals[PLAIN] = self._open(replace(self._options, compile="off"), adapters=False)
         _remove_corrections(self._locals[PLAIN])
-        if wire:
+        if wire and (not only or WIRE in only):
             tell("loading: server")
             flags = [f"--max-batch={self._most}", f"--max-length={self._length}"]
             server = self._stack.enter_context(
@@ -145,6 +145,8 @@ class Serving:
             self._stack.callback(self._wire.close)
             self._wire.set(self._resident)
         for variant in VARIANTS if peers else ():
+            if only and variant.name not in only:
+                continue
             if variant.package == "torch" and variant.dtype != self._options.dtype:
                 continue  # transformers is compared in the same dtype.
             settings = Settings(
@@ -280,7 +282,7 @@ def measure(
     results: dict[int, Rounds] = {}
     with ExitStack() as stack:
         serving = Serving(options, max(streams), new_tokens, stack)
-        serving.load(tell, wire=wire, peers=peers)
+        serving.load(tell, only, wire=wire, peers=peers)
         total = sum(streams)
         for rows in streams:
 

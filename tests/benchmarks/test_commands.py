@@ -68,7 +68,13 @@ class Command:
 
     def __init__(self, cache: Path, out: Path) -> None:
         self.out = out
-        self._options = ["--model=tiny", f"--cache={cache}", f"--out={out}", "--device=cpu"]
+        self._options = [
+            "--model=tiny",
+            "--device=cpu",
+            "--compile=off",
+            f"--cache={cache}",
+            f"--out={out}",
+        ]
 
     def __call__(self, module: Any, name: str, *options: str) -> dict[str, Any]:
         assert module.main([*self._options, "--label=here", *options]) == 0
@@ -156,7 +162,7 @@ def test_soak(command: Command) -> None:
 
 def test_memory(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     here = resident_bytes(os.getpid())
-    monkeypatch.setattr(memory, "without_weights", lambda base: (here, here))
+    monkeypatch.setattr(memory, "without_weights", lambda base, compiled: (here, here))
     options = ("--max-batch=2", "--max-length=16", "--adapters=3")
     read = command(memory, "memory", *options)
     # By hand: width 64, two layers, tied embeddings; c_attn and two c_proj adapted in each.
