@@ -7,6 +7,9 @@ import os
 # Read when transformers is imported, and handed on to the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# A process that a test starts forks while gRPC's threads run here; gRPC's own handling of forks can
+# then abort the child before it becomes another program.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 for name in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy"):
     os.environ.pop(name, None)
     os.environ.pop(name.upper(), None)
