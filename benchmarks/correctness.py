@@ -97,7 +97,7 @@ def measure(options: Options, rows: int, length: int, tell: Tell) -> Report:
         for resident in (MIXES[0], MIXES[2]):
             tell("the engine")
             local.fold(local.prepare(local.bind(resident)))
-            found = local.generate(texts, bound, length)
+            found = [request.tokens for request in local.generate(texts, bound, length)]
             equal, ties, false = _compare(expected, found, TIE[options.dtype])
             wrong += false
             cells.append([", ".join(resident) or "base", rows, equal, ties, false])

@@ -96,8 +96,8 @@ class Local:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], mixes: Sequence[BoundMix], length: int
-    ) -> list[list[int]]:
-        """Return the greedy tokens of prompts that run together, each under its mix."""
+    ) -> list[Streamed]:
+        """Continue prompts that run together, each under its mix; return their requests."""
         ended = threading.Semaphore(0)
         requests = [Streamed(prompt, None, length) for prompt in prompts]
         for request, mix in zip(requests, mixes, strict=True):
@@ -106,7 +106,7 @@ class Local:
         failed = [request.status for request in requests if request.status != "OK"]
         if failed:
             raise RuntimeError(f"requests failed: {failed}")
-        return [request.tokens for request in requests]
+        return requests
 
     def step_seconds(
         self,

@@ -3,6 +3,7 @@
 All contestants run the same prompts, one batch of streams after the other, in turns:
     bare: the model in the server's step loop, as compiled, no adapter loaded, no correction code.
     bare transformers: the unmodified transformers model in the same step loop.
+  (both as processes of their own, `benchmarks/peers/bare_engine.py` says why)
     base: 24 domains loaded, none used.
     merged: a mix of three domains, folded.
     mixed: every row another mix of three out of 24 domains, the merged mix resident.
@@ -26,7 +27,7 @@ import torch
 from benchmarks.inprocess import Local
 from benchmarks.options import Options, make_parser, numbers, read_options
 from benchmarks.peers.peer import Settings
-from benchmarks.peers.pool import VARIANTS, PeerError, PeerProcess
+from benchmarks.peers.pool import BARE_VARIANTS, VARIANTS, PeerError, PeerProcess, Variant
 from benchmarks.progress import Tell, progress
 from benchmarks.report import Cell, Report, Table
 from benchmarks.rounds import Measure, Rounds, run_rounds
@@ -119,7 +120,9 @@ class Serving:
         self.folder = adapter_folder(self.base, options.cache, [self._group])
         self._resident = dict.fromkeys(self._group.names[:MERGED_DOMAINS], 1.0)
         self._mixes = random_mixes(self._group.names, most, MERGED_DOMAINS)
-        self._locals: dict[str, Local] = {}
+        self._local = stack.enter_context(
+            Local(options, self.base, self.folder, max_batch=most, max_length=self._length)
+        )
         self._wire: Wire | None = None
         self._peers: dict[str, PeerProcess] = {}
         self.figures: dict[tuple[str, int], Figures] = {}
@@ -127,14 +130,6 @@ class Serving:
 
     def load(self, tell: Tell, only: Sequence[str], *, wire: bool, peers: bool) -> None:
         """Start every contestant, or those of `only`; a peer that cannot run is noted as absent."""
-        tell("loading: served")
-        self._locals[MERGED] = self._open(self._options, adapters=True)
-        tell("loading: bare")
-        self._locals[BARE] = self._open(self._options, adapters=False)
-        _remove_corrections(self._locals[BARE])
-        tell("loading: bare transformers")
-        self._locals[PLAIN] = self._open(replace(self._options, compile="off"), adapters=False)
-        _remove_corrections(self._locals[PLAIN])
         if wire and (not only or WIRE in only):
             tell("loading: server")
             flags = [f"--max-batch={self._most}", f"--max-length={self._length}"]
@@ -144,7 +139,8 @@ class Serving:
             self._wire = Wire(server)
             self._stack.callback(self._wire.close)
             self._wire.set(self._resident)
-        for variant in VARIANTS if peers else ():
+        bare = [replace(variant, dtype=self._options.dtype) for variant in BARE_VARIANTS]
+        for variant in [*bare, *(VARIANTS if peers else ())]:
             if only and variant.name not in only:
                 continue
             if variant.package == "torch" and variant.dtype != self._options.dtype:
@@ -154,7 +150,7 @@ class Serving:
                 adapter=self.folder / self._group.names[0],
                 threads=torch.get_num_threads(),
                 device=self._options.torch_device.type,
-                rows=min(self._most, MOST_PEER_ROWS),
+                rows=self._most_rows(variant),
                 length=self._length,
                 cache=self._options.cache / "peers",
             )
@@ -176,46 +172,32 @@ class Serving:
         """Return what runs a batch of `rows` streams."""
         texts = prompts(self.base, rows, PROMPT_TOKENS)
         found: dict[str, Measure] = {}
-        served = self._locals[MERGED]
-        resident = served.bind(self._resident)
-        for name, local, mixes in (
-            (BARE, self._locals[BARE], None),
-            (PLAIN, self._locals[PLAIN], None),
-            (BASE, served, [{}] * rows),
-            (MERGED, served, [self._resident] * rows),
-            (MIXED, served, self._mixes[:rows]),
+        resident = self._local.bind(self._resident)
+        for name, fold, mixes in (
+            (BASE, self._local.bind({}), [{}] * rows),
+            (MERGED, resident, [self._resident] * rows),
+            (MIXED, resident, self._mixes[:rows]),
         ):
-            bound = [local.bind(mix) for mix in mixes or [{}] * rows]
-            fold = None if mixes is None else served.bind({}) if name == BASE else resident
-            found[name] = self._local(name, local, texts, bound, fold)
+            bound = [self._local.bind(mix) for mix in mixes]
+            found[name] = self._in_process(name, texts, bound, fold)
         if self._wire is not None:
             found[WIRE] = self._over_wire(self._wire, texts)
-        if rows <= MOST_PEER_ROWS:
-            for name, peer in self._peers.items():
+        for name, peer in self._peers.items():
+            if rows <= peer.settings.rows:
                 found[name] = self._peer(peer, texts)
-        return {name: run for name, run in found.items() if not only or name in only}
+        order = [*(name for name in OURS if name in found), *self._peers]
+        return {name: found[name] for name in order if name in found and (not only or name in only)}
 
-    def _open(self, options: Options, *, adapters: bool) -> Local:
-        return self._stack.enter_context(
-            Local(
-                options,
-                self.base,
-                self.folder if adapters else None,
-                max_batch=self._most,
-                max_length=self._length,
-            )
-        )
+    def _most_rows(self, variant: Variant) -> int:
+        return self._most if variant.name in (BARE, PLAIN) else min(self._most, MOST_PEER_ROWS)
 
-    def _local(
-        self,
-        name: str,
-        local: Local,
-        texts: list[list[int]],
-        mixes: list[BoundMix],
-        resident: BoundMix | None,
+    def _in_process(
+        self, name: str, texts: list[list[int]], mixes: list[BoundMix], resident: BoundMix
     ) -> Measure:
+        local = self._local
+
         def measure() -> float:
-            if resident is not None and local.runtime.engine.resident.digest != resident.digest:
+            if local.runtime.engine.resident.digest != resident.digest:
                 local.fold(local.prepare(resident))
             ended = threading.Semaphore(0)
             began = time.perf_counter()
@@ -256,13 +238,6 @@ class Serving:
         return measure
 
 
-def _remove_corrections(local: Local) -> None:
-    """Leave an engine that cannot correct: what merged serving is compared with."""
-    corrections = local.runtime.engine._corrections
-    corrections.plan = lambda rows, resident: None  # type: ignore[method-assign]
-    corrections.forget = lambda in_use=(): None  # type: ignore[method-assign]
-
-
 def measure(
     options: Options,
     streams: Sequence[int],
@@ -281,6 +256,7 @@ def measure(
     )
     results: dict[int, Rounds] = {}
     with ExitStack() as stack:
+        tell("loading: served")
         serving = Serving(options, max(streams), new_tokens, stack)
         serving.load(tell, only, wire=wire, peers=peers)
         total = sum(streams)

@@ -68,6 +68,11 @@ VARIANTS = (
     Variant("CTranslate2 float32", "ctranslate2_generate", "float32", 32, "ctranslate2", True),
     Variant("CTranslate2 int8", "ctranslate2_generate", "int8", 8, "ctranslate2", True),
 )
+# The project's own engine without adapters; the dtype is the run's.
+BARE_VARIANTS = (
+    Variant("bare", "bare_engine", "float32", 32, "torch", False),
+    Variant("bare transformers", "bare_transformers", "float32", 32, "torch", False),
+)
 
 
 def peers_python() -> Path:

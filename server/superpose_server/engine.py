@@ -35,6 +35,7 @@ from superpose_server.sampling import sample
 from superpose_server.scheduler import RETRY_AFTER_SECONDS, Scheduler
 from superpose_server.score import ScoreRow, score_slices
 from superpose_server.sequence import Chunk, Sequence
+from superpose_server.threads import compute_with
 from superpose_server.weights import PreparedMix, ResidentWeights, Verification
 
 T = TypeVar("T")
@@ -180,7 +181,7 @@ class Engine:
         return self._scheduler.idle and not self._jobs and not self._folds
 
     def _loop(self) -> None:
-        torch.set_num_threads(self._threads)
+        compute_with(self._threads)
         try:
             while True:
                 with self._wake:

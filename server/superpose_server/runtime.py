@@ -34,6 +34,7 @@ from superpose_server.operator import Operator
 from superpose_server.registry import Registered, Registry, Source
 from superpose_server.residency import Residency
 from superpose_server.scheduler import RETRY_AFTER_SECONDS, Scheduler
+from superpose_server.threads import compute_with
 from superpose_server.tokenizer import Tokenizer
 from superpose_server.weights import ResidentWeights, Verification
 
@@ -89,7 +90,7 @@ class Runtime:
         # go to sleep between products (OpenMP's rule): 4 ms a step of GPT-2 Small on 2 cores. So
         # what loads is a thread that ends, its workers too, and the operator has none.
         threads = torch.get_num_threads()
-        with ThreadPoolExecutor(1, "load", torch.set_num_threads, (threads,)) as loader:
+        with ThreadPoolExecutor(1, "load", compute_with, (threads,)) as loader:
             loader.submit(self._load, observer or self.metrics).result()
 
     def _load(self, observer: EngineObserver) -> None:
@@ -154,7 +155,10 @@ class Runtime:
         self._operator = Operator(
             self.registry, self.default_mix, self._store, self._weights, self.limits.adapter
         )
-        self._operator_thread = ThreadPoolExecutor(1, "operator", torch.set_num_threads, (1,))
+        threads = torch.get_num_threads()
+        self._operator_thread = ThreadPoolExecutor(1, "operator", compute_with, (1,))
+        self._operator_thread.submit(torch.get_num_threads).result()
+        compute_with(threads)  # The last number that is set is the one for threads to come.
         self.metrics.follow(lambda: self.engine.running, lambda: self.engine.waiting)
         self.metrics.mix_changed(state)
         self.metrics.resident(self.engine.resident)

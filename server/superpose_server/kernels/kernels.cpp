@@ -41,8 +41,6 @@ constexpr int64_t kDepth = 256;
 constexpr int64_t kRows = 60;
 // Accumulators of 6 rows x 16 features fill 12 of 16 vector registers.
 constexpr int kBlockRows = 6;
-// Floats that are fetched ahead of a stream, past what the hardware does by itself.
-constexpr int64_t kAhead = 256;
 
 typedef float floats __attribute__((vector_size(kLanes * 4)));
 typedef float floats_at __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
@@ -56,6 +54,37 @@ inline floats load(const float* at) { return *reinterpret_cast<const floats_at*>
 inline floats load(const bfloat* at) {
   const halves low = *reinterpret_cast<const halves_at*>(at);
   return reinterpret_cast<floats>(__builtin_convertvector(low, words) << 16);
+}
+
+// One input feature of a panel, as products read it. In bfloat16 one load holds two vectors: with
+// 8 lanes the even output features come first, then the odd ones; see `in_order`.
+inline void load_row(const float* at, floats (&row)[kVectors]) {
+  for (int v = 0; v < kVectors; v++) row[v] = load(at + v * kLanes);
+}
+
+inline void load_row(const bfloat* at, floats (&row)[kVectors]) {
+  if constexpr (kVectors == 1) {
+    row[0] = load(at);
+  } else {
+    const words pairs = reinterpret_cast<words>(load(reinterpret_cast<const float*>(at)));
+    row[0] = reinterpret_cast<floats>(pairs << 16);
+    row[kVectors - 1] = reinterpret_cast<floats>(pairs & 0xFFFF0000u);
+  }
+}
+
+// Put what was summed over such rows in the order of the output features.
+template <class T>
+inline void in_order(floats (&row)[kVectors]) {
+  if constexpr (sizeof(T) != sizeof(float) && kVectors == 2) {
+    integers low, high;
+    for (int lane = 0; lane < kLanes; lane++) {
+      low[lane] = lane / 2 + (lane % 2) * kLanes;
+      high[lane] = low[lane] + kLanes / 2;
+    }
+    const floats even = row[0], odd = row[1];
+    row[0] = __builtin_shuffle(even, odd, low);
+    row[1] = __builtin_shuffle(even, odd, high);
+  }
 }
 
 inline void store(float* at, floats value) { *reinterpret_cast<floats_at*>(at) = value; }
@@ -188,7 +217,9 @@ inline void block(const float* x, const T* w, int64_t panel_stride, int64_t dept
     for (int p = 0; p < Panels; p++) {
       const T* at = w + p * panel_stride + k * kPanel;
       if (!ahead.next) __builtin_prefetch(at + 2048 / sizeof(T));
-      for (int v = 0; v < kVectors; v++) b[p * kVectors + v] = load(at + v * kLanes);
+      floats row[kVectors];
+      load_row(at, row);
+      for (int v = 0; v < kVectors; v++) b[p * kVectors + v] = row[v];
     }
     if (ahead.next) {
       __builtin_prefetch(ahead.next, 0, 3);
@@ -256,7 +287,6 @@ template <int Panels, class T, class Y>
 void product(const float* x, int64_t rows, int64_t depth, const T* w, Y* y, int64_t y_stride,
              int64_t features, const float* bias) {
   alignas(64) float sums[kRows * kPanel];
-  alignas(64) float wide[kDepth * kPanel];
   for (int64_t row = 0; row < rows; row += kRows) {
     const int64_t count = std::min(kRows, rows - row);
     const int64_t parts = parts_of(count);
@@ -268,14 +298,7 @@ void product(const float* x, int64_t rows, int64_t depth, const T* w, Y* y, int6
         x += n * count;
         continue;
       }
-      // Several blocks read this pass: if it pays, widen it once; share out the fetching of the next.
-      const float* widened = nullptr;
-      if constexpr (sizeof(T) == sizeof(float)) {
-        widened = part;
-      } else if (parts > 2) {
-        for (int64_t i = 0; i < n * kPanel; i += kLanes) store(wide + i, load(part + i));
-        widened = wide;
-      }
+      // Several blocks read this pass, and share out the fetching of the next.
       const int64_t share = n * kPanel * static_cast<int64_t>(sizeof(T)) / parts;
       const char* next = reinterpret_cast<const char*>(part + n * kPanel);
       int64_t done = 0;
@@ -283,11 +306,7 @@ void product(const float* x, int64_t rows, int64_t depth, const T* w, Y* y, int6
         const int64_t some = (count - done + parts - i - 1) / (parts - i);
         const Ahead ahead = {next + i * share, share / n};
         float* to = sums + done * kPanel;
-        if (widened) {
-          blocks<1>(some, x, widened, 0, n, to, k == 0, ahead);
-        } else {
-          blocks<1>(some, x, part, 0, n, to, k == 0, ahead);
-        }
+        blocks<1>(some, x, part, 0, n, to, k == 0, ahead);
         x += n * some;
         done += some;
       }
@@ -295,15 +314,22 @@ void product(const float* x, int64_t rows, int64_t depth, const T* w, Y* y, int6
     for (int64_t m = 0; m < count; m++) {
       const float* from = sums + m * Panels * kPanel;
       Y* to = y + (row + m) * y_stride;
-      int64_t j = 0;
-      for (; j + kLanes <= features; j += kLanes)
-        store(to + j, load(from + j) + (bias ? load(bias + j) : floats{}));
-      if (j < features) {
-        Y last[kLanes];
-        floats rest = load(from + j);
-        for (int lane = 0; lane < features - j; lane++) rest[lane] += bias ? bias[j + lane] : 0.0f;
-        store(last, rest);
-        std::copy_n(last, features - j, to + j);
+      for (int64_t first = 0; first < features; first += kPanel) {
+        floats row[kVectors];
+        load_row(from + first, row);
+        in_order<T>(row);
+        for (int v = 0; v < kVectors; v++) {
+          const int64_t j = first + v * kLanes;
+          if (j + kLanes <= features) {
+            store(to + j, row[v] + (bias ? load(bias + j) : floats{}));
+            continue;
+          }
+          Y last[kLanes];
+          for (int lane = 0; lane < features - j; lane++)
+            row[v][lane] += bias ? bias[j + lane] : 0.0f;
+          store(last, row[v]);
+          std::copy_n(last, std::max<int64_t>(0, features - j), to + j);
+        }
       }
     }
   }

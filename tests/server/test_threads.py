@@ -1,0 +1,86 @@
+"""The engine computes with all its threads, whatever other threads of the process do before it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from tests.server.helpers import bound, random_adapter
+
+from superpose_adapters.mix import BoundMix
+from superpose_server.config import ServerConfig
+from superpose_server.observer import EngineObserver
+from superpose_server.runtime import Runtime
+from superpose_server.threads import compute_with
+
+pytestmark = pytest.mark.filterwarnings(
+    # torch's compiler still imports what torch deprecates.
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)
+
+
+class Threads(EngineObserver):
+    """Notes how many threads torch computes with on the engine thread."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def folded(self, seconds: float, succeeded: bool, resident: BoundMix) -> None:
+        self.counts.append(torch.get_num_threads())
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("compile", ["off", "auto"])  # auto: the fold is the kernels' own.
+def test_the_operators_number_of_threads_does_not_become_the_engines(
+    base: Path, tmp_path: Path, compile: Literal["off", "auto"]
+) -> None:
+    seen = Threads()
+    config = ServerConfig(base=str(base), state_dir=tmp_path, compile=compile)
+    runtime = Runtime(config, observer=seen)
+    try:
+        digest = runtime.model.base_digest
+        mix = bound((random_adapter(runtime.model.layout, 1), 1.0), base_digest=digest)
+        # Before the engine has computed anything.
+        counts = asyncio.run(runtime.operate(lambda operator: torch.get_num_threads()))
+        prepared = asyncio.run(runtime.operate(lambda operator: operator.prepare(mix)))
+        runtime.engine.fold(prepared).result(60)
+    finally:
+        runtime.close()
+    assert counts == 1
+    assert seen.counts == [3]
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_number_that_another_thread_sets_later_changes_nothing() -> None:
+    counts = []
+    ready, go = threading.Event(), threading.Event()
+
+    def work() -> None:
+        compute_with(2)
+        ready.set()
+        go.wait()
+        torch.ones(4).sum()
+        counts.append(torch.get_num_threads())
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    ready.wait()
+    other = threading.Thread(target=compute_with, args=(1,))
+    other.start()
+    other.join()
+    go.set()
+    worker.join()
+    assert counts == [2]
