@@ -24,7 +24,10 @@ from superpose_adapters.bundled import MINI, MINI_DOMAINS
 from superpose_adapters.pretrain import Settings, pretrain
 from superpose_adapters.qa import Row, read_rows, split_key, split_rows
 from superpose_adapters.scoring import Scope, encode_qa
-from superpose_adapters.train import Options, evaluate_loss, library_warnings_ignored, train
+from superpose_adapters.train import train
+from superpose_adapters.training_loss import evaluate_loss
+from superpose_adapters.training_model import library_warnings_ignored
+from superpose_adapters.training_options import Options
 
 DATA_FILES = {
     "math": "math.jsonl.gz",

@@ -10,13 +10,16 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 Part = Literal["train", "validation", "test"]
+Columns = tuple[str, str]
 
+TEMPLATE = "Question: {q}\nAnswer: {a}"
+COLUMNS: Columns = ("question", "answer")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _SPACE = re.compile(r"\s+")
 
@@ -38,27 +41,48 @@ class Split:
     test: tuple[Row, ...]
 
 
-def prompt_text(question: str) -> str:
-    """Return the template up to where the answer begins; it ends in "Answer:", without a space.
+def check_template(template: str) -> None:
+    """Refuse a template that does not hold {q} and then, at its end, {a}, each once.
 
-    The space belongs to the answer: byte-level tokenizers join it to the answer's first word.
+    Raises:
+        ValueError: saying what a template must hold.
     """
-    return f"Question: {question}\nAnswer:"
+    if (
+        template.count("{q}") != 1
+        or template.count("{a}") != 1
+        or not template.endswith("{a}")  # {q} therefore stands before it
+    ):
+        raise ValueError(
+            f"a template must hold {{q}} once and end in its only {{a}}, got {template!r}"
+        )
 
 
-def row_text(question: str, answer: str) -> str:
-    r"""Return the template "Question: {q}\nAnswer: {a}"."""
-    return f"{prompt_text(question)} {answer}"
+def prompt_text(question: str, template: str = TEMPLATE) -> str:
+    """Return the template up to where the answer begins, without the spaces before the answer.
+
+    They belong to the answer: byte-level tokenizers join a space to the answer's first word.
+    """
+    # The question is put in last: its own braces and spaces at its end stay as they are.
+    return template.removesuffix("{a}").rstrip(" ").replace("{q}", question, 1)
 
 
-def read_rows(path: Path) -> list[Row]:
+def row_text(question: str, answer: str, template: str = TEMPLATE) -> str:
+    """Return the template with a question and an answer in it."""
+    return template.removesuffix("{a}").replace("{q}", question, 1) + answer
+
+
+def read_rows(path: Path, columns: Columns = COLUMNS) -> list[Row]:
     """Read JSONL, or JSONL.gz by its suffix; further fields are ignored, blank lines skipped.
+
+    Args:
+        path: The file.
+        columns: The fields that hold a row's question and its answer.
 
     Raises:
         ValueError: naming file, line and remedy: unreadable file, a line that is not a JSON object,
             or a question or answer that is missing, empty or no string; or a file without rows.
     """
-    rows = [_row(line, f"{path}:{number}") for number, line in _lines(path)]
+    rows = [_row(line, f"{path}:{number}", columns) for number, line in _lines(path)]
     if not rows:
         raise ValueError(f"{path}: no rows; give JSONL with a question and an answer a line")
     return rows
@@ -82,23 +106,38 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{path}: cannot be read ({reason}); check file and suffix") from error
 
 
-def _row(line: str, where: str) -> Row:
+def _row(line: str, where: str, columns: Columns) -> Row:
     try:
         fields = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON; write one JSON object a line") from error
     if not isinstance(fields, dict):
         raise ValueError(f'{where}: not a JSON object; write {{"question": ..., "answer": ...}}')
-    texts = {}
-    for name in ("question", "answer"):
-        value = fields.get(name)
+    return row_of(fields, where, columns)
+
+
+def row_of(fields: Mapping[str, object], where: str, columns: Columns = COLUMNS) -> Row:
+    """Return the row that a record holds in its question and answer columns.
+
+    Raises:
+        ValueError: naming `where`: a column that is missing, empty or no string.
+    """
+    missing = [name for name in columns if name not in fields]
+    if missing:
+        raise ValueError(
+            f'{where}: "{missing[0]}" is missing; the columns are '
+            f"{', '.join(sorted(fields)) or 'none'} (see --question-column, --answer-column)"
+        )
+    texts = []
+    for name in columns:
+        value = fields[name]
         if not isinstance(value, str) or not value.strip():
             raise ValueError(
-                f'{where}: "{name}" is missing, empty or no string; '
-                'every row needs a non-empty "question" and "answer"'
+                f'{where}: "{name}" is empty or no string; '
+                f'every row needs a non-empty "{columns[0]}" and "{columns[1]}"'
             )
-        texts[name] = value
-    return Row(**texts)
+        texts.append(value)
+    return Row(*texts)
 
 
 def split_key(question: str) -> str:

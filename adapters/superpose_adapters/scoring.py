@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from superpose_adapters.qa import prompt_text, row_text
+from superpose_adapters.qa import TEMPLATE, prompt_text, row_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,11 +94,13 @@ def encode_text(tokenizer: Any, text: str, max_length: int) -> EncodedText:
     return EncodedText(tuple(_token_ids(tokenizer, text)[:max_length]))
 
 
-def encode_qa(tokenizer: Any, question: str, answer: str, max_length: int) -> EncodedText:
+def encode_qa(
+    tokenizer: Any, question: str, answer: str, max_length: int, template: str = TEMPLATE
+) -> EncodedText:
     """Encode a question-answer row: template text, then end-of-text, truncated to `max_length`.
 
-    The answer starts at the first token that reaches beyond "Answer:", found in the encoding of the
-    whole text: encoding the prompt alone may cut its end into other tokens.
+    The answer starts at the first token that reaches beyond the prompt, found in the encoding of
+    the whole text: encoding the prompt alone may cut its end into other tokens.
 
     Raises:
         ValueError: the tokenizer has no end-of-text token.
@@ -107,12 +109,12 @@ def encode_qa(tokenizer: Any, question: str, answer: str, max_length: int) -> En
     if tokenizer.eos_token_id is None:
         raise ValueError("the base's tokenizer has no end-of-text token (eos_token)")
     encoded = tokenizer(
-        row_text(question, answer),
+        row_text(question, answer, template),
         add_special_tokens=False,
         return_offsets_mapping=True,
         verbose=False,
     )
-    prompt = len(prompt_text(question))
+    prompt = len(prompt_text(question, template))
     ids: list[int] = encoded["input_ids"]
     ends = (end for _, end in encoded["offset_mapping"])
     answer_start = next((index for index, end in enumerate(ends) if end > prompt), len(ids))

@@ -8,7 +8,8 @@ from tests.makers import save_base, tiny_gpt2, tiny_tokenizer
 
 from superpose_adapters import make_mini
 from superpose_adapters.qa import part_of, read_rows, split_key
-from superpose_adapters.train import Options, train
+from superpose_adapters.train import train
+from superpose_adapters.training_options import Options
 
 
 @pytest.fixture(scope="module")

@@ -45,8 +45,8 @@ def test_reads_plain_and_gzipped_rows(tmp_path: Path) -> None:
         (ROW + "[1]", 2, "not a JSON object"),
         ('{"answer": "a"}', 1, '"question" is missing'),
         ('{"question": "q"}', 1, '"answer" is missing'),
-        ('{"question": "q", "answer": "  "}', 1, '"answer" is missing, empty'),
-        ('{"question": 3, "answer": "a"}', 1, '"question" is missing, empty or no string'),
+        ('{"question": "q", "answer": "  "}', 1, '"answer" is empty or no string'),
+        ('{"question": 3, "answer": "a"}', 1, '"question" is empty or no string'),
         ("\n\n" + '{"question": null, "answer": "a"}', 3, '"question"'),
     ],
 )

@@ -1,8 +1,15 @@
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,19 +21,22 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from superpose_adapters import train as trainer_module
+from superpose_adapters import training_record
 from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.qa import file_sha256, part_of, read_rows, split_rows
 from superpose_adapters.scoring import encode_qa
-from superpose_adapters.train import (
-    Options,
-    base_label,
+from superpose_adapters.train import last_checkpoint, main, train
+from superpose_adapters.training_data import is_hub_id
+from superpose_adapters.training_loss import evaluate_loss
+from superpose_adapters.training_model import (
+    attach_adapter,
     choose_targets,
-    evaluate_loss,
     has_fast_bfloat16,
-    last_checkpoint,
-    main,
-    train,
+    load_base,
+    orthogonal_block,
 )
+from superpose_adapters.training_options import Options, base_label
+from superpose_adapters.training_schedule import Plan, learning_rates
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -173,9 +183,49 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     assert not work.exists()
 
 
+def test_a_frozen_a_stays_frozen_when_a_run_is_taken_up_again(
+    base: Path, data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def frozen(folder: str, block: int) -> Options:
+        return options(
+            base, data[0], tmp_path / folder, max_steps=8, dropout=0.0, frozen_a_block=(block, 8)
+        )
+
+    expected = train(frozen("whole", 1))
+    evaluate = trainer_module.AdapterTrainer.evaluate
+
+    def interrupted(self: Any, *arguments: Any, **named: Any) -> dict[str, float]:
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return evaluate(self, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module.AdapterTrainer, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(frozen("killed", 1))
+    record = train(frozen("killed", 1))
+    assert record["resumed"]
+    assert record["trained_parameters"] == expected["trained_parameters"]
+    one, other = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+    # Another block: the cosine of the deltas is 0 by construction, whatever the data taught them.
+    train(frozen("second", 8))
+    two = load_file(tmp_path / "second" / "adapter_model.safetensors")
+    for name in one:
+        if ".lora_A." in name:
+            first, second = (
+                (tensors[name.replace("lora_A", "lora_B")] @ tensors[name]).double().flatten()
+                for tensors in (one, two)
+            )
+            assert abs(torch.dot(first, second) / (first.norm() * second.norm())) < 1e-6
+
+
 def test_seeds_are_apart(base: Path, data: tuple[Path, Path]) -> None:
     def factors(**seeds: int) -> dict[str, torch.Tensor]:
-        model = trainer_module.attach_adapter(
+        model = attach_adapter(
             tiny_gpt2(), options(base, data[0], Path("unused"), **seeds), ["c_attn"]
         )
         return {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -237,6 +287,238 @@ def test_a_loss_that_is_not_finite_is_refused(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("schedule", "shape"),
+    [
+        ("cosine", lambda share: (1 + math.cos(math.pi * share)) / 2),
+        ("linear", lambda share: 1 - share),
+        ("constant", lambda share: 1.0),
+    ],
+)
+def test_the_schedule_is_laid_out_over_max_steps(
+    schedule: Any, shape: Any, base: Path, data: tuple[Path, Path]
+) -> None:
+    chosen = options(base, data[0], Path("unused"), max_steps=100, schedule=schedule)
+    plan = Plan.of(chosen, rows=48)
+    assert plan == Plan(steps=100, warmup=5, every=13, logging=3)
+    assert Plan.of(replace(chosen, max_steps=None, epochs=2.5), rows=49).steps == 18
+    rate = learning_rates(chosen, plan)
+    for step in range(100):
+        factor = step / 5 if step < 5 else shape((step - 5) / 95)
+        assert rate(step) == pytest.approx(3e-3 * factor, abs=1e-12)
+
+
+def test_max_rows_may_differ_by_source_and_max_steps_ends_the_run(
+    base: Path, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    record = train(options(base, data, tmp_path / "both", max_rows=(10, 24), max_steps=3))
+    assert [file["rows"]["train"] for file in record["data"]] == [10, 24]
+    assert record["steps"] == 3
+    assert record["parameters"]["max_rows"] == [10, 24]
+
+
+def test_loss_on_the_answer_alone_in_another_template(
+    base: Path, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    changes = {"template": "{q} -> {a}", "loss_scope": "answer", "max_steps": 4}
+    record = train(options(base, data[0], tmp_path / "out", **changes))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = load_peft(tiny_gpt2(), tmp_path / "out")
+    nats, tokens = 0.0, 0
+    for row in split_rows(read_rows(data[0])).test:
+        prompt, answer = f"{row.question} ->", f" {row.answer}"
+        ids = tokenizer(prompt + answer)["input_ids"] + [tokenizer.eos_token_id]
+        labels = torch.tensor([[-100] * len(prompt) + ids[len(prompt) :]])
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor([ids]), labels=labels).loss.item()
+        nats, tokens = nats + loss * (len(answer) + 1), tokens + len(answer) + 1
+    figures = record["adapter_figures"]["test"]
+    assert figures["tokens"] == tokens
+    assert figures["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+
+
+def test_rows_whose_question_fills_the_length_are_left_out_and_counted(
+    base: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "mixed.jsonl"
+    rows = [
+        {"question": f"{chr(97 + i % 26)}{chr(97 + i // 26)}" * (1 if i % 3 else 30), "answer": "a"}
+        for i in range(90)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    chosen = options(base, path, tmp_path / "out", loss_scope="answer", max_length=30, max_steps=1)
+    record = train(chosen)
+    [file] = record["data"]
+    short = [row for row in split_rows(read_rows(path)).train if len(row.question) < 3]
+    assert file["rows"]["train"] == len(short)
+    assert sum(file["rows"].values()) + sum(file["rows_without_answer"].values()) == 90
+    with pytest.raises(ValueError, match="begins within --max-length 10 tokens"):
+        train(replace(chosen, max_length=10, out=tmp_path / "none"))
+
+
+def test_columns_may_have_other_names(base: Path, data: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "renamed.jsonl"
+    lines = (json.loads(line) for line in data[0].read_text("utf-8").splitlines())
+    renamed = [{"instruction": row["question"], "output": row["answer"]} for row in lines]
+    path.write_text("".join(json.dumps(row) + "\n" for row in renamed), "utf-8")
+    columns = {"question_column": "instruction", "answer_column": "output"}
+    record = train(options(base, path, tmp_path / "renamed", max_steps=2, **columns))
+    same = train(options(base, data[0], tmp_path / "plain", max_steps=2))
+    assert record["adapter_figures"] == same["adapter_figures"]
+    with pytest.raises(ValueError, match='"question" is missing; the columns are instruction, out'):
+        train(options(base, path, tmp_path / "none"))
+
+
+def test_a_hub_dataset_is_all_its_parts(
+    base: Path, data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+    rows = [{"q": row.question, "a": row.answer, "id": 1} for row in read_rows(data[0])]
+
+    def load_dataset(name: str, configuration: str | None) -> dict[str, list[dict[str, Any]]]:
+        asked.append((name, configuration))
+        return {"train": rows[:40], "test": rows[40:]}
+
+    stand_in: Any = ModuleType("datasets")
+    stand_in.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    columns = {"question_column": "q", "answer_column": "a", "max_steps": 2}
+    sources: Any = ("owner/some-set:main",)
+    record = train(options(base, sources, tmp_path / "hub", **columns))
+    assert asked == [("owner/some-set", "main")]
+    same = train(options(base, data[0], tmp_path / "file", max_steps=2))
+    assert record["adapter_figures"] == same["adapter_figures"]
+    [described] = record["data"]
+    assert described["name"] == "owner/some-set:main"
+    assert described["rows"] == same["data"][0]["rows"]
+    with pytest.raises(ValueError, match='row 0: "question" is missing; the columns are a, id, q'):
+        train(options(base, sources, tmp_path / "none"))
+
+    def unreachable(name: str, configuration: str | None) -> None:
+        raise ConnectionError("no network\nat all")
+
+    stand_in.load_dataset = unreachable
+    with pytest.raises(ValueError, match=r"set:main cannot be loaded from the Hub: no network$"):
+        train(options(base, sources, tmp_path / "none"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"pip install 'superpose\[hub\]'"):
+        train(options(base, sources, tmp_path / "none"))
+
+
+def test_files_and_hub_ids_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("folder/plain").write_text("", "utf-8")
+    for name, hub in {
+        "owner/name": True,
+        "owner/name:a-configuration": True,
+        "folder/plain": False,
+        "data/rows.jsonl": False,
+        "data/rows.jsonl.gz": False,
+        "rows": False,
+        "/absolute/name": False,
+    }.items():
+        assert is_hub_id(name) is hub
+    assert not is_hub_id(Path("owner/name"))
+
+
+def test_blocks_of_a_are_orthogonal_and_as_long_as_fresh_rows() -> None:
+    def block(index: int, blocks: int = 8, **changes: Any) -> torch.Tensor:
+        values: dict[str, Any] = {"seed": 1, "module": "h.0.c", "in_features": 64, "rank": 4}
+        return orthogonal_block(**(values | changes), block=index, blocks=blocks).double()
+
+    whole = torch.cat([block(index) for index in range(1, 9)])
+    torch.testing.assert_close(
+        whole @ whole.T, torch.eye(32, dtype=torch.float64) / 3, rtol=0, atol=1e-7
+    )
+    fresh = torch.nn.Linear(64, 2000).weight  # kaiming_uniform(a=sqrt 5), as PEFT's
+    assert fresh.square().sum(1).mean().item() == pytest.approx(1 / 3, rel=0.02)
+    torch.testing.assert_close(block(2, blocks=3), block(2))
+    assert (block(1) @ block(1, module="h.1.c").T).abs().max() > 1e-3
+    assert (block(1) @ block(1, seed=2).T).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="17 blocks of --rank 4 do not fit into the 64 inputs"):
+        block(1, blocks=17)
+
+
+def test_a_follows_from_the_init_seed_alone(base: Path, data: tuple[Path, Path]) -> None:
+    def first(**changes: Any) -> dict[str, torch.Tensor]:
+        chosen = options(base, data[0], Path("unused"), frozen_a_block=(1, 2), **changes)
+        model = attach_adapter(tiny_gpt2(), chosen, ["c_attn"])
+        assert not any(p.requires_grad for n, p in model.named_parameters() if ".lora_A." in n)
+        return {n: p for n, p in model.named_parameters() if ".lora_A." in n}
+
+    one, other = first(seed=1, init_seed=3), first(seed=2, init_seed=3, name="other")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_bases_own_dropout_is_off(tmp_path: Path) -> None:
+    folder = save_base(tiny_gpt2(resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5), tmp_path / "b")
+    model, _ = load_base(str(folder), folder)
+    model.train()
+    ids = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_full_disk_leaves_no_result(
+    base: Path,
+    data: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(tensors: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(training_record, "save_file", full)
+    out = tmp_path / "out"
+    assert main(command(base, data[0], out, "--max-steps", "1")) == 1
+    assert "No space left on device" in last_line(capsys)
+    # What was trained is kept for the same command.
+    assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
+    monkeypatch.undo()
+    assert main(command(base, data[0], out, "--max-steps", "1")) == 0
+
+
+def test_two_processes_train_what_one_does(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"question": f"{chr(97 + i % 26)}{chr(97 + i // 26)}?", "answer": "aa"} for i in range(90)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    more = ("--max-steps", "4", "--max-rows", "32", "--batch-size", "8", "--rank", "2")
+    assert main(command(base, path, tmp_path / "one", *more)) == 0
+    launched = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", "-m", "superpose_adapters.train"),
+            *command(base, path, tmp_path / "two", *more),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert launched.returncode == 0, launched.stderr
+    assert launched.stdout.count("wrote ") == 1
+    one, two = (
+        json.loads((tmp_path / name / "training.json").read_text("utf-8"))
+        for name in ("one", "two")
+    )
+    assert two["processes"] == 2
+    # Each process takes half of every batch, and the loss is a mean over the tokens of both.
+    for (_, loss), (_, other) in zip(
+        one["history"]["training"], two["history"]["training"], strict=True
+    ):
+        assert other == pytest.approx(loss, rel=1e-4)
+    assert two["adapter_figures"]["test"]["loss"] == pytest.approx(
+        one["adapter_figures"]["test"]["loss"], rel=1e-4
+    )
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["one", "rows.jsonl", "two"]
+
+
 def command(base: Path, data: Path, out: Path, *more: str) -> list[str]:
     fixed = ["--base", str(base), "--data", str(data), "--name", "letters", "--out", str(out)]
     return [*fixed, "--device", "cpu", "--max-length", "40", *more]
@@ -263,6 +545,14 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--epochs", "nan"], "--epochs must be a finite number above 0, got nan"),
         (["--dropout", "1"], "--dropout must be at least 0 and below 1"),
         (["--seed", "-1"], "--seed must lie between 0"),
+        (["--max-rows", "5,6"], "--max-rows has 2 numbers for 1 sources of data"),
+        (["--max-rows", "0"], "--max-rows must be at least 1, got 0"),
+        (["--max-steps", "0"], "--max-steps must be at least 1, got 0"),
+        (["--template", "{a} {q}"], "--template: a template must hold {q} once and end in"),
+        (["--frozen-a-block", "4/3"], "--frozen-a-block must be I/N with I from 1 to N"),
+        (["--frozen-a-block", "1/9"], "9 blocks of --rank 4 do not fit into the 32 inputs"),
+        (["--answer-column", "question"], "name the same column"),
+        (["--tune", "0"], "--tune must be at least 1, got 0"),
         (["--max-length", "1"], "--max-length must be at least 2"),
         (["--max-length", "65"], "--max-length 65 is above the base's 64 tokens"),
     ],
@@ -316,9 +606,7 @@ def test_an_unknown_architecture_needs_targets() -> None:
 def test_layers_of_two_layouts_are_not_trained_together(base: Path, tmp_path: Path) -> None:
     model: Any = nn.ModuleDict({"old": tiny_gpt2(), "new": tiny_llama()})
     with pytest.raises(ValueError, match="mix Conv1D and Linear"):
-        trainer_module.attach_adapter(
-            model, options(base, tmp_path, tmp_path), ["c_attn", "q_proj"]
-        )
+        attach_adapter(model, options(base, tmp_path, tmp_path), ["c_attn", "q_proj"])
 
 
 def test_base_labels_are_never_paths(tmp_path: Path) -> None:

@@ -1,0 +1,188 @@
+"""What one training run is asked to do: `Options`, checked once, passed whole."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from superpose_adapters.bundled import MINI
+from superpose_adapters.mix import check_domain
+from superpose_adapters.qa import COLUMNS, TEMPLATE, check_template
+from superpose_adapters.scoring import Scope
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """One training run; `out`, `name` and `label` do not change its tensors.
+
+    Attributes:
+        base: `mini`, a transformers folder, or a Hub id.
+        data: Trained on jointly: JSONL files, or Hub datasets as `owner/name[:config]`.
+        name: The domain's name.
+        out: The PEFT folder to create.
+        rank: Rank of every module's factors.
+        alpha: Scaling is alpha / rank.
+        target_modules: Names of modules, or ends of names; empty: the architecture's own.
+        max_length: Tokens a row, cut on the right.
+        epochs: Passes over the training rows; a fraction is allowed.
+        max_steps: Steps in all, in place of `epochs`; the schedule is laid out over them.
+        batch_size: Rows a step, of all processes together.
+        learning_rate: The highest one, after the warm-up.
+        schedule: What follows the warm-up, which takes a twentieth of the steps.
+        dropout: Share of each adapted module's input that is left out.
+        seed: Order of the rows, dropout, samples of rows.
+        init_seed: What the first A factors follow from, and nothing else; `seed` when absent.
+        frozen_a_block: (i, n): A stays what it is at first, block i (from 1) of n disjoint blocks
+            of orthogonal rows. Factors of different blocks have A1 @ A2.T = 0, so the deltas'
+            cosine is 0 whatever is trained.
+        max_rows: Training rows of each source, sampled; a tuple has one number a source.
+        max_eval_rows: Validation and test rows of each source, sampled.
+        template: Text of a row: {q} stands for the question; it ends in {a}, the answer.
+        loss_scope: Tokens that are trained on and measured.
+        question_column: The field that holds a row's question.
+        answer_column: The field that holds a row's answer.
+        device: auto, cpu or cuda.
+        label: What the adapter's config calls the base; `base_label(base)` when absent.
+    """
+
+    base: str
+    data: tuple[str | Path, ...]
+    name: str
+    out: Path
+    rank: int = 4
+    alpha: float = 64
+    target_modules: tuple[str, ...] = ()
+    max_length: int = 64
+    epochs: float = 3
+    max_steps: int | None = None
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    schedule: Schedule = "cosine"
+    dropout: float = 0.0
+    seed: int = 0
+    init_seed: int | None = None
+    frozen_a_block: tuple[int, int] | None = None
+    max_rows: int | tuple[int, ...] | None = None
+    max_eval_rows: int | None = None
+    template: str = TEMPLATE
+    loss_scope: Scope = "all"
+    question_column: str = COLUMNS[0]
+    answer_column: str = COLUMNS[1]
+    device: str = "auto"
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run can use, each by its flag."""
+        check_domain(self.name)
+        self._check_numbers()
+        self._check_choices()
+        self._check_data()
+
+    def _check_numbers(self) -> None:
+        whole = ("rank", "max_length", "batch_size", "max_eval_rows", "max_steps")
+        for field in whole:
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"{flag(field)} must be at least 1, got {value}")
+        for field in ("alpha", "epochs", "learning_rate"):
+            value = getattr(self, field)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{flag(field)} must be a finite number above 0, got {value}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout must be at least 0 and below 1, got {self.dropout}")
+        for field in ("seed", "init_seed"):
+            value = getattr(self, field)
+            if value is not None and not 0 <= value < 2**32:
+                raise ValueError(f"{flag(field)} must lie between 0 and 2**32 - 1, got {value}")
+        if self.max_length < 2:
+            raise ValueError("--max-length must be at least 2: the first token has no loss")
+
+    def _check_choices(self) -> None:
+        for field, choices in (("schedule", get_args(Schedule)), ("loss_scope", get_args(Scope))):
+            value = getattr(self, field)
+            if value not in choices:
+                raise ValueError(f"{flag(field)} must be {' or '.join(choices)}, got {value!r}")
+        if self.frozen_a_block is not None:
+            block, blocks = self.frozen_a_block
+            if not 1 <= block <= blocks:
+                raise ValueError(
+                    f"--frozen-a-block must be I/N with I from 1 to N, got {block}/{blocks}"
+                )
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"--device must be auto, cpu or cuda, got {self.device!r}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu")
+
+    def _check_data(self) -> None:
+        if not self.data:
+            raise ValueError("--data names nothing")
+        if len({str(source) for source in self.data}) != len(self.data):
+            raise ValueError("--data names something twice")
+        if isinstance(self.max_rows, tuple) and len(self.max_rows) != len(self.data):
+            raise ValueError(
+                f"--max-rows has {len(self.max_rows)} numbers for {len(self.data)} sources of data"
+            )
+        for limit in self.row_limits:
+            if limit is not None and limit < 1:
+                raise ValueError(f"--max-rows must be at least 1, got {limit}")
+        try:
+            check_template(self.template)
+        except ValueError as error:
+            raise ValueError(f"--template: {error}") from error
+        for field in ("question_column", "answer_column"):
+            if not getattr(self, field):
+                raise ValueError(f"{flag(field)} must not be empty")
+        if self.question_column == self.answer_column:
+            raise ValueError("--question-column and --answer-column name the same column")
+
+    @property
+    def row_limits(self) -> tuple[int | None, ...]:
+        """Most training rows of each source."""
+        if isinstance(self.max_rows, tuple):
+            return self.max_rows
+        return (self.max_rows,) * len(self.data)
+
+    @property
+    def first_seed(self) -> int:
+        """What the first factors follow from."""
+        return self.seed if self.init_seed is None else self.init_seed
+
+    @property
+    def torch_device(self) -> str:
+        """The device that `auto` stands for here."""
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.device
+
+    def parameters(self, targets: list[str]) -> dict[str, Any]:
+        """Return, as JSON has it, what beside base and data fixes the result."""
+        values = asdict(self)
+        for field in ("base", "data", "name", "out", "device", "label"):
+            del values[field]
+        values["target_modules"] = targets
+        values["init_seed"] = self.first_seed
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+        }
+
+
+def flag(field: str) -> str:
+    """Return the command line's name of a field."""
+    return "--" + field.replace("_", "-")
+
+
+def base_label(name: str) -> str:
+    """Return how a base is called in what is shipped: `mini`, a Hub id, or a folder's own name.
+
+    Never a path: it would say nothing on another machine.
+    """
+    if name == MINI or not Path(name).expanduser().is_dir():
+        return name
+    return Path(name).expanduser().resolve().name
