@@ -59,7 +59,6 @@ class Paper:
     """Bytes computed from shapes."""
 
     model: int
-    packed_head: int
     base_copy: int
     cache: int
     adapters: int
@@ -67,7 +66,7 @@ class Paper:
     @property
     def total(self) -> int:
         """The sum."""
-        return self.model + self.packed_head + self.base_copy + self.cache + self.adapters
+        return self.model + self.base_copy + self.cache + self.adapters
 
 
 def on_paper(
@@ -76,13 +75,8 @@ def on_paper(
     dtype: torch.dtype,
     max_batch: int,
     max_length: int,
-    *,
-    packed: bool,
 ) -> Paper:
-    """Compute what a server must hold; no weights are loaded.
-
-    Where parameters are packed, a tied head has its own copy; one slot of the cache is scratch.
-    """
+    """Compute what a server must hold; no weights are loaded. One slot of the cache is scratch."""
     config: Any = AutoConfig.from_pretrained(base)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
@@ -99,8 +93,6 @@ def on_paper(
         adapted |= {key.partition(".lora_")[0].removeprefix("base_model.model.") for key in shapes}
     return Paper(
         model=size * sum(parameter.numel() for parameter in model.parameters()),
-        packed_head=size
-        * sum(m.in_features * m.out_features for m in layout.values() if packed and m.tied),
         base_copy=size * sum(layout[n].in_features * layout[n].out_features for n in adapted),
         cache=2 * size * config.num_hidden_layers * (max_batch + 1) * heads * width * max_length,
         adapters=adapter_bytes,
@@ -157,7 +149,7 @@ def measure(
     base = base_folder(options.model, options.cache, tell)
     folder = adapter_folder(base, options.cache, [Group(adapters)], tell)
     packed = options.compile != "off" and options.torch_device.type == "cpu"
-    paper = on_paper(base, folder, options.torch_dtype, max_batch, max_length, packed=packed)
+    paper = on_paper(base, folder, options.torch_dtype, max_batch, max_length)
     report = Report(
         "memory",
         options.label,
@@ -184,7 +176,6 @@ def measure(
         ["server, ready", sizes["ready"]],
         ["server, every slot of the cache filled once", sizes["cache filled"]],
         ["on paper: model", paper.model / _MIB],
-        ["on paper: packed copy of the tied head", paper.packed_head / _MIB],
         ["on paper: base copy of the adapted modules", paper.base_copy / _MIB],
         ["on paper: cache", paper.cache / _MIB],
         ["on paper: adapters, float32", paper.adapters / _MIB],
@@ -214,7 +205,6 @@ def draw(sizes: dict[str, float], paper: Paper, figure: Any) -> None:
     parts = {
         "imports (measured)": sizes["after imports"],
         "model": paper.model / _MIB,
-        "packed head": paper.packed_head / _MIB,
         "base copy": paper.base_copy / _MIB,
         "cache": paper.cache / _MIB,
         "adapters": paper.adapters / _MIB,

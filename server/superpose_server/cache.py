@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from superpose_server.batch import Batch
+from superpose_server.memory import lasting_zeros
 
 
 class SlotCache:
@@ -49,8 +50,9 @@ class SlotCache:
             raise RuntimeError("select a batch before the forward pass")
         if layer == len(self._keys):
             shape = (self.slots, keys.shape[1], self.max_length, keys.shape[3])
-            self._keys.append(torch.zeros(shape, dtype=keys.dtype, device=keys.device))
-            self._values.append(torch.zeros(shape, dtype=values.dtype, device=values.device))
+            # Written, so that the memory is there and not only promised.
+            self._keys.append(lasting_zeros(shape, keys.dtype, keys.device).zero_())
+            self._values.append(lasting_zeros(shape, values.dtype, values.device).zero_())
         stored = self._keys[layer], self._values[layer]
         for store, new in zip(stored, (keys, values), strict=True):
             # Advanced indexes around the heads' slice give (tokens, heads, head_dim).

@@ -1,14 +1,56 @@
-"""How much memory is left."""
+"""How much memory is left, and where what stays is put."""
 
 from __future__ import annotations
 
+import ctypes
+import math
+import mmap
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 MIB = 1 << 20
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+# What is smaller is malloc's: pages of its own would be mostly empty.
+_SMALLEST_MAPPING = MIB
+
+
+def lasting_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros for what is kept as long as the server runs.
+
+    On a CPU they get pages of their own from the system, huge ones if it has them. From malloc they
+    would lie among scratch, and the holes that scratch leaves are memory that no one else can use.
+
+    Raises:
+        RuntimeError: There is no memory, as torch says it.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < _SMALLEST_MAPPING:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    try:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise RuntimeError(f"{size} bytes cannot be allocated: {error}") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    # The tensor keeps the mapping, and unmaps it when it goes.
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)
+
+
+def lasting_copy(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """Return a contiguous copy in `lasting_zeros`, on `device` or where `tensor` is."""
+    kept = lasting_zeros(tensor.shape, tensor.dtype, device or tensor.device)
+    return kept.copy_(tensor.detach())
+
+
+def give_back() -> None:
+    """Return what malloc keeps but nobody uses to the system, where malloc can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -18,7 +18,7 @@ from superpose_server.batch import Batch, Span
 from superpose_server.cache import SlotCache
 from superpose_server.graphs import DecodeGraphs
 from superpose_server.kernels.build import CompilerError, load_kernels
-from superpose_server.memory import MIB, free_bytes
+from superpose_server.memory import MIB, free_bytes, lasting_copy
 from superpose_server.packed import pack_modules
 
 # What the CPU kernels store; float16 has no fast conversion on most processors.
@@ -207,11 +207,11 @@ def _at_least(count: int, indices: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _own_storage(module: nn.Module) -> None:
-    """Move every parameter out of the mapped checkpoint file into storage that torch allocated.
+    """Move every parameter out of the mapped checkpoint file into storage of its own.
 
     A mapped file may change or shrink while it is served. And its tensors are aligned to 8 bytes
     only, where the bits of a matrix product depend on the alignment of its output: the same mix
     would not give the same bits in the live weights and in a fresh fold.
     """
     for parameter in module.parameters():
-        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        parameter.data = lasting_copy(parameter.data)

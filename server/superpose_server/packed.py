@@ -2,7 +2,7 @@
 
 Panel p of the parameter, (in, 16), holds output features 16p..16p+15 of every input feature, so
 that a product streams through memory whatever the checkpoint's layout. The packed parameter is the
-only copy: folds write it and `verify` hashes it.
+only copy: folds write it, `verify` hashes it, and an embedding that is tied to it reads it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from superpose_adapters.layout import Layout
+from superpose_server.memory import lasting_zeros
 
 PANEL = 16
 
@@ -40,6 +41,19 @@ class PackedLinear(nn.Module):
         return cast(Tensor, result)
 
 
+class PackedEmbedding(nn.Module):
+    """Tokens (...) to (..., in): rows of the parameter that a tied head keeps in panels."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        """Share a packed weight (panels, in, 16)."""
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the row of each token."""
+        return self.weight[ids // PANEL, :, ids % PANEL]
+
+
 def pack(parameter: Tensor, *, transposed: bool) -> Tensor:
     """Return a parameter, (in, out) if `transposed` else (out, in), as (panels, in, 16).
 
@@ -48,7 +62,7 @@ def pack(parameter: Tensor, *, transposed: bool) -> Tensor:
     matrix = parameter if transposed else parameter.T  # (in, out)
     inputs, outputs = matrix.shape
     panels = -(-outputs // PANEL)
-    packed = torch.zeros(panels, inputs, PANEL, dtype=parameter.dtype)
+    packed = lasting_zeros((panels, inputs, PANEL), parameter.dtype, parameter.device)
     whole = outputs // PANEL
     packed[:whole] = matrix[:, : whole * PANEL].reshape(inputs, whole, PANEL).transpose(0, 1)
     if whole < panels:
@@ -60,10 +74,23 @@ def pack(parameter: Tensor, *, transposed: bool) -> Tensor:
 def pack_modules(module: nn.Module, layout: Layout) -> None:
     """Replace every module of `layout` by a PackedLinear, one after the other to save memory.
 
-    A tied head gets a packed copy of the embedding, which is read row by row and stays as it is.
+    Embeddings that share the parameter of a tied head read the packed one from then on. One that
+    does more than look up keeps its own.
     """
     for name, shape in layout.items():
         old = module.get_submodule(name)
         weight = pack(cast(Tensor, old.weight), transposed=shape.transposed)
         bias = cast("Tensor | None", getattr(old, "bias", None))
-        module.set_submodule(name, PackedLinear(weight, bias, shape.out_features))
+        new = PackedLinear(weight, bias, shape.out_features)
+        module.set_submodule(name, new)
+        for other in _lookups(module, old) if shape.tied else ():
+            module.set_submodule(other, PackedEmbedding(new.weight))
+
+
+def _lookups(module: nn.Module, tied: nn.Module) -> list[str]:
+    """Return the names of plain embeddings whose parameter is that of `tied`."""
+    return [
+        name
+        for name, other in module.named_modules()
+        if type(other) is nn.Embedding and other.weight is tied.weight and other.max_norm is None
+    ]

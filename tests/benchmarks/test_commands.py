@@ -170,7 +170,6 @@ def test_memory(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read["data"]["paper_bytes"] == {
         "model": 4 * (50257 * 64 + 1024 * 64 + 2 * layer + 2 * 64),
         "base_copy": 4 * 2 * (64 * 192 + 64 * 64 + 256 * 64),
-        "packed_head": 0,
         "cache": 4 * 2 * 2 * (2 + 1) * 16 * 64,  # and a scratch slot
         "adapters": 3 * 4 * 2 * 4 * ((64 + 192) + (64 + 64) + (256 + 64)),
     }

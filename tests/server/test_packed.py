@@ -23,11 +23,13 @@ from tests.server.helpers import (
 from torch import Tensor
 
 from superpose_adapters.adapter import Adapter
+from superpose_adapters.layout import read_layout
 from superpose_server import memory
 from superpose_server import model as model_module
-from superpose_server.memory import MIB
+from superpose_server.kernels.build import load_kernels
+from superpose_server.memory import MIB, give_back, lasting_copy, lasting_zeros
 from superpose_server.model import Model
-from superpose_server.packed import PackedLinear
+from superpose_server.packed import PackedLinear, pack_modules
 from superpose_server.weights import ResidentWeights, Verification
 
 needs_compiler = pytest.mark.skipif(
@@ -130,12 +132,44 @@ def test_packed_parameters_are_those_of_the_checkpoint(base: Path, dtype: torch.
         assert (module.bias is None) == (f"{name}.bias" not in reference)
         if module.bias is not None:
             assert torch.equal(module.bias, reference[f"{name}.bias"])
-    others = dict(model.module.named_parameters())
+    served = dict(model.module.named_parameters(remove_duplicate=False))
+    assert served.keys() == reference.keys()
     for name, value in reference.items():
-        if name.removesuffix(".weight") not in model.layout:
-            assert torch.equal(others[name], value)
-    # Every byte that is served is hashed, a tied head's own copy included.
-    assert {f"{name}.weight" for name in model.layout} <= set(others)
+        if served[name].dim() < 3:
+            assert torch.equal(served[name], value)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_embedding_reads_the_parameter_of_a_tied_head(base: Path, dtype: torch.dtype) -> None:
+    model: Any = open_packed(base, dtype).module
+    reference: Any = load_reference(base, dtype)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = reference.get_input_embeddings().weight is reference.get_output_embeddings().weight
+    assert (embedding.weight is head.weight) == tied
+    ids = torch.arange(reference.config.vocab_size)[None]
+    assert torch.equal(embedding(ids), reference.get_input_embeddings()(ids))
+
+
+@needs_compiler
+def test_an_embedding_that_does_more_than_look_up_keeps_its_parameter(
+    bases: dict[str, Path],
+) -> None:
+    model: Any = load_reference(bases["gpt2"], torch.float32)
+    old = model.transformer.wte
+
+    class Scaled(torch.nn.Embedding):
+        """As Gemma has one."""
+
+    scaled = Scaled(*old.weight.shape)
+    scaled.weight = old.weight
+    model.transformer.wte = scaled
+    load_kernels()
+    pack_modules(model, read_layout(model))
+    assert model.transformer.wte is scaled
+    assert isinstance(model.lm_head, PackedLinear)
+    assert model.lm_head.weight.dim() == 3
+    assert scaled.weight is old.weight
 
 
 @needs_compiler
@@ -245,6 +279,28 @@ def test_a_failed_fold_puts_the_mix_back(base: Path, monkeypatch: pytest.MonkeyP
 
 
 # Memory
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 3, 1 << 16])  # from malloc, and in pages of its own
+def test_what_lasts_is_a_copy_of_its_own(rows: int, dtype: torch.dtype) -> None:
+    zeros = lasting_zeros((rows, 16), dtype, torch.device("cpu"))
+    assert zeros.shape == (rows, 16)
+    assert zeros.dtype == dtype
+    assert not zeros.any()
+    value = torch.randn(16, rows).to(dtype).T
+    copy = lasting_copy(value)
+    give_back()
+    assert torch.equal(copy, value)
+    assert copy.is_contiguous()
+    assert copy.data_ptr() % 64 == 0
+    value.zero_()
+    assert copy.any() == bool(rows)
+
+
+def test_memory_that_the_system_refuses_is_an_error_as_of_torch() -> None:
+    with pytest.raises(RuntimeError, match="cannot be allocated"):
+        lasting_zeros((1 << 60,), torch.bfloat16, torch.device("cpu"))
 
 
 def slot_bytes(model: Model) -> int:
