@@ -31,7 +31,7 @@ DOMAINS = ("math", "medicine", "finance")
 MAX_LENGTH = 64
 SERVER = (
     "superpose-server --base mini --listen 127.0.0.1:0 --metrics-listen 127.0.0.1:0 "
-    "--compile off --log-level warning"
+    "--compile off --dtype float32 --log-level warning"
 )
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)

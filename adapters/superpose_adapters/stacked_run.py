@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
+from superpose_adapters.fast_bfloat16 import has_fast_bfloat16
 from superpose_adapters.scoring import EncodedText, Scope
 from superpose_adapters.stacked_factors import Corrector, Dropout, Shape, StackedAdamW
 from superpose_adapters.stacked_loss import backward
 from superpose_adapters.stacked_member import Member
 from superpose_adapters.training_data import Rows
 from superpose_adapters.training_loss import evaluate_loss, figures_of, pad_right
-from superpose_adapters.training_model import has_fast_bfloat16
 from superpose_adapters.training_options import base_label
 from superpose_adapters.training_record import versions, write_adapter
 from superpose_adapters.training_schedule import EVALUATION_BATCH

@@ -25,6 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from superpose_adapters.bundled import resolve_base
 from superpose_adapters.digest import checkpoint_digest
+from superpose_adapters.fast_bfloat16 import has_fast_bfloat16
 from superpose_adapters.scoring import EncodedText, Scope
 from superpose_adapters.training_cli import read_command
 from superpose_adapters.training_data import check_sources, read_data
@@ -33,7 +34,6 @@ from superpose_adapters.training_model import (
     attach_adapter,
     check_context,
     choose_targets,
-    has_fast_bfloat16,
     library_warnings_ignored,
     load_base,
 )

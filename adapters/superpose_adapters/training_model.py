@@ -203,15 +203,3 @@ def orthogonal_block(
     # kaiming_uniform(a=sqrt 5) draws from +-1/sqrt(in): a row's mean square norm is 1/3.
     chosen = basis.T[(block - 1) * rank :] / np.sqrt(3.0)
     return torch.from_numpy(chosen.astype(np.float32))
-
-
-def has_fast_bfloat16(device: str) -> bool:
-    """Return whether bf16 autocast pays: a GPU from Ampere on, or a CPU with AVX512-BF16 or AMX.
-
-    Any CPU computes bf16, most of them slower than float32.
-    """
-    if device == "cuda":
-        return torch.cuda.get_device_capability()[0] >= 8
-    read = getattr(torch.cpu, "get_capabilities", dict)
-    capabilities: dict[str, Any] = read()
-    return any(capabilities.get(name) is True for name in ("avx512_bf16", "amx_bf16"))

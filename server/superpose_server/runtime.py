@@ -16,6 +16,7 @@ import torch
 
 from superpose_adapters.adapter import Adapter, AdapterError
 from superpose_adapters.bundled import mini_adapters, resolve_base
+from superpose_adapters.fast_bfloat16 import has_fast_bfloat16
 from superpose_adapters.loader import CONFIG_NAME, DEFAULT_LIMITS, read_adapter
 from superpose_adapters.loader import Limits as AdapterLimits
 from superpose_adapters.mix import BoundEntry, BoundMix
@@ -352,9 +353,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
             name
         ]
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
+    return torch.bfloat16 if has_fast_bfloat16(device.type) else torch.float32
 
 
 def _default_state_dir(base_digest: str) -> Path:

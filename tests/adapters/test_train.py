@@ -31,7 +31,6 @@ from superpose_adapters.training_loss import evaluate_loss
 from superpose_adapters.training_model import (
     attach_adapter,
     choose_targets,
-    has_fast_bfloat16,
     load_base,
     orthogonal_block,
 )
@@ -613,19 +612,3 @@ def test_base_labels_are_never_paths(tmp_path: Path) -> None:
     assert base_label("mini") == "mini"
     assert base_label("openai-community/gpt2") == "openai-community/gpt2"
     assert base_label(str(tmp_path)) == tmp_path.name
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "fast"),
-    [
-        ({}, False),
-        ({"avx2": True}, False),
-        ({"avx512_bf16": True}, True),
-        ({"amx_bf16": True}, True),
-    ],
-)
-def test_bfloat16_only_where_the_cpu_is_fast_at_it(
-    capabilities: dict[str, bool], fast: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert has_fast_bfloat16("cpu") is fast
