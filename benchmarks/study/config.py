@@ -1,0 +1,356 @@
+"""What one study is: a TOML file, read into frozen dataclasses; unknown keys are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from superpose_adapters.mix import check_domain
+from superpose_adapters.qa import TEMPLATE
+from superpose_adapters.scoring import Scope
+from superpose_adapters.training_options import Schedule
+
+T = TypeVar("T")
+
+_CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the rows come from.
+
+    Attributes:
+        files: {domain: file in the data folder}.
+        synthetic: Rows of each made-up domain; then `files` names topics in place of files.
+    """
+
+    files: Mapping[str, str]
+    synthetic: int | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """Options of every adapter, as `superpose-train` has them, unless an experiment says otherwise.
+
+    Attributes:
+        rows: Training rows a domain; None: all.
+        eval_rows: Validation and test rows that the trainer itself looks at.
+    """
+
+    rank: int = 4
+    alpha: float = 64
+    target_modules: tuple[str, ...] = ()
+    max_length: int = 64
+    epochs: float = 1
+    batch_size: int = 8
+    learning_rate: float = 2e-3
+    schedule: Schedule = "cosine"
+    dropout: float = 0.0
+    rows: int | None = None
+    eval_rows: int | None = 32
+    template: str = TEMPLATE
+    loss_scope: Scope = "all"
+
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How models are measured.
+
+    Attributes:
+        dtype: Of the weights that are folded, as the server's `--dtype`.
+        kernels: Use the server's CPU kernels, which need a C++ compiler.
+        test_rows: Test rows a domain; None: all.
+        validation_rows: Validation rows a domain, on which weights are chosen.
+        resamples: Of the bootstrap.
+        slice_tokens: Tokens that run at once.
+    """
+
+    dtype: Dtype = "float32"
+    kernels: bool = False
+    test_rows: int | None = 200
+    validation_rows: int | None = 100
+    resamples: int = 2000
+    slice_tokens: int = 2048
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Repetitions.
+
+    Attributes:
+        shared: Each trains all adapters from one A, rows and their order by the same seed.
+        separate: Each trains the fundamental adapters again, each from an A of its own.
+        twins: Seeds for which every fundamental adapter is trained once more from the same A on
+            other rows, in another order: the ceiling of the cosine with a shared A.
+    """
+
+    shared: tuple[int, ...] = (0,)
+    separate: tuple[int, ...] = ()
+    twins: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Joint models to compare with: of these ranks, alpha / rank kept.
+
+    Attributes:
+        ranks: Beside the study's own rank.
+        budgets: tokens: all rows of all domains; steps: as many rows as one fundamental adapter.
+        seeds: For which of the shared seeds.
+    """
+
+    ranks: tuple[int, ...] = (8, 12)
+    budgets: tuple[Literal["tokens", "steps"], ...] = ("tokens", "steps")
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Lambdas:
+    """Weights of the summed adapters.
+
+    Attributes:
+        grid: One weight for all.
+        pair_grid: A weight for each adapter of a pair, every combination; of the first seed.
+        seeds: For which of the shared seeds `grid` is swept.
+        rotated: Sweep the first arm whose adapters have different A too.
+    """
+
+    grid: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    pair_grid: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    rotated: bool = False
+
+
+@dataclass(frozen=True)
+class Templates:
+    """A template of its own for each domain, to take the shared format away."""
+
+    own: Mapping[str, str]
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """A share of one domain's rows in place of rows of another."""
+
+    source: str
+    target: str
+    shares: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One block after the other, in this order of domains.
+
+    Attributes:
+        order: Domains.
+        grid: Weights from which the best is chosen; 1 and 1/j are always among them.
+        seeds: Of the adapters, which share A.
+    """
+
+    order: tuple[str, ...]
+    grid: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 0.7)
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Orthogonal:
+    """Adapters with a frozen A from disjoint blocks: their cosine is 0 by construction."""
+
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Unlearning:
+    """Removal of a block by a fold of what is left, and by subtraction."""
+
+    cycles: int = 10
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Interference foretold from geometry, over all pairs of these domains.
+
+    Attributes:
+        domains: At least three.
+        seeds: Two: adapters of one share A, a pair across both does not.
+        activations: Weigh by the covariance of the modules' inputs too.
+    """
+
+    domains: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1)
+    activations: bool = True
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Search of dropout, batch size, epochs and learning rate before anything is trained.
+
+    Attributes:
+        trials: Of each search.
+        domains: Whose adapters; all three if empty.
+        joint: Tune the joint adapters too.
+        apply: Train with what was found.
+        max_epochs: Upper bound of the search.
+    """
+
+    trials: int
+    domains: tuple[str, ...] = ()
+    joint: bool = False
+    apply: bool = False
+    max_epochs: int = 5
+
+
+@dataclass(frozen=True)
+class Config:
+    """One study.
+
+    Attributes:
+        name: Of the results.
+        base: As `superpose-server --base`.
+        domains: The three whose adapters are the fundamental blocks.
+    """
+
+    name: str
+    base: str
+    domains: tuple[str, ...]
+    data: Data
+    description: str = ""
+    training: Training = field(default_factory=Training)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    seeds: Seeds = field(default_factory=Seeds)
+    controls: Controls | None = None
+    lambdas: Lambdas | None = None
+    templates: Templates | None = None
+    overlap: Overlap | None = None
+    blocks: Blocks | None = None
+    orthogonal: Orthogonal | None = None
+    unlearning: Unlearning | None = None
+    prediction: Prediction | None = None
+    tuning: Tuning | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without data.
+
+        Raises:
+            ValueError: Naming the field.
+        """
+        for domain in self.data.files:
+            check_domain(domain)
+        if len(set(self.domains)) != 3 or len(self.domains) != 3:
+            raise ValueError(f"domains must be three different ones, got {list(self.domains)}")
+        if not self.seeds.shared:
+            raise ValueError("seeds.shared names no seed")
+        for where, seeds in (
+            ("seeds.twins", self.seeds.twins),
+            ("controls.seeds", self.controls.seeds if self.controls else ()),
+            ("lambdas.seeds", self.lambdas.seeds if self.lambdas else ()),
+        ):
+            if unknown := set(seeds) - set(self.seeds.shared):
+                raise ValueError(f"{where} has {min(unknown)}, which seeds.shared lacks")
+        for where, named in self._named_domains().items():
+            for domain in named:
+                if domain not in self.data.files:
+                    raise ValueError(f"{where} names {domain}, which data.files lacks")
+
+    def _named_domains(self) -> dict[str, tuple[str, ...]]:
+        named = {"domains": self.domains}
+        if self.templates:
+            named["templates.own"] = tuple(self.templates.own)
+        if self.overlap:
+            named["overlap"] = (self.overlap.source, self.overlap.target)
+        if self.blocks:
+            named["blocks.order"] = self.blocks.order
+        if self.tuning:
+            named["tuning.domains"] = self.tuning.domains
+        if self.prediction:
+            named["prediction.domains"] = self.prediction.domains
+        return named
+
+
+def bundled_configs() -> list[str]:
+    """Return the names that `--config` takes beside files."""
+    return sorted(path.stem for path in _CONFIGS.glob("*.toml"))
+
+
+def read_config(name: str) -> Config:
+    """Read a bundled config by its name, or a TOML file.
+
+    Raises:
+        ValueError: No such config, no TOML, or a key that is unknown, missing or of another type.
+    """
+    path = Path(name)
+    if name in bundled_configs():
+        path = _CONFIGS / f"{name}.toml"
+    elif path.suffix != ".toml":
+        raise ValueError(
+            f"config {name}: choose from {', '.join(bundled_configs())}, or name a .toml file"
+        )
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file; check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML: {error}") from error
+    try:
+        return _read(Config, table, "")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read(kind: type[T], table: Mapping[str, Any], where: str) -> T:
+    """Build a dataclass from a TOML table."""
+    hints = typing.get_type_hints(kind)
+    fields = {each.name: each for each in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in table:
+        if key not in fields:
+            raise ValueError(f"unknown key {where}{key}; there are {', '.join(fields)}")
+    for name, each in fields.items():
+        required = (
+            each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+        )
+        if required and name not in table:
+            raise ValueError(f"{where}{name} is missing")
+    return kind(**{key: _value(hints[key], value, f"{where}{key}") for key, value in table.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """Return `value` as its field's type has it.
+
+    Raises:
+        ValueError: It is of another type.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        (hint,) = (each for each in arguments if each is not types.NoneType)
+        return _value(hint, value, where)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise ValueError(f"{where} is {value!r}; choose from {', '.join(map(str, arguments))}")
+    if origin is tuple and isinstance(value, list):
+        return tuple(_value(arguments[0], each, where) for each in value)
+    if origin is not None and issubclass(origin, Mapping) and isinstance(value, dict):
+        return {key: _value(arguments[1], each, f"{where}.{key}") for key, each in value.items()}
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _read(typing.cast(type, hint), value, f"{where}.")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if (
+        isinstance(hint, type)
+        and isinstance(value, hint)
+        and isinstance(value, bool) == (hint is bool)
+    ):
+        return value
+    raise ValueError(f"{where} is {value!r}, which is no {getattr(hint, '__name__', hint)}")

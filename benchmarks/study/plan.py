@@ -1,0 +1,108 @@
+"""All experiments, in the order in which they are run and reported."""
+
+from __future__ import annotations
+
+from benchmarks.study.config import Config
+from benchmarks.study.experiment import Experiment
+from benchmarks.study.experiments import (
+    blocks,
+    compositions,
+    controls,
+    lambdas,
+    orthogonal,
+    overlap,
+    prediction,
+    seeds,
+    templates,
+    tuning,
+    unlearning,
+)
+
+TUNING = Experiment(
+    "tuning",
+    "Tuning",
+    lambda config: config.tuning is not None,
+    tuning.needs,
+    tuning.section,
+    tuning.measure,
+)
+
+EXPERIMENTS = (
+    Experiment(
+        "compositions",
+        "The paper's tables",
+        lambda config: True,
+        compositions.needs,
+        compositions.section,
+    ),
+    Experiment(
+        "seeds", "Cosines: seeds and domains", lambda config: True, seeds.needs, seeds.section
+    ),
+    Experiment(
+        "controls",
+        "Matched joint models",
+        lambda config: config.controls is not None,
+        controls.needs,
+        controls.section,
+    ),
+    Experiment(
+        "lambdas",
+        "Lambda, the weight of each delta",
+        lambda config: config.lambdas is not None,
+        lambdas.needs,
+        lambdas.section,
+    ),
+    Experiment(
+        "templates",
+        "A template of its own for each domain",
+        lambda config: config.templates is not None,
+        templates.needs,
+        templates.section,
+    ),
+    Experiment(
+        "orthogonal",
+        "Orthogonal by construction",
+        lambda config: config.orthogonal is not None,
+        orthogonal.needs,
+        orthogonal.section,
+    ),
+    Experiment(
+        "overlap",
+        "Graded overlap",
+        lambda config: config.overlap is not None,
+        overlap.needs,
+        overlap.section,
+    ),
+    Experiment(
+        "blocks",
+        "One block after the other",
+        lambda config: config.blocks is not None,
+        blocks.needs,
+        blocks.section,
+    ),
+    Experiment(
+        "prediction",
+        "Interference foretold from geometry",
+        lambda config: config.prediction is not None,
+        prediction.needs,
+        prediction.section,
+    ),
+    Experiment(
+        "unlearning",
+        "Exact unlearning",
+        lambda config: config.unlearning is not None,
+        unlearning.needs,
+        unlearning.section,
+        unlearning.measure,
+    ),
+)
+
+
+def wanted(config: Config) -> list[Experiment]:
+    """Return the experiments that a config asks for.
+
+    Tuning comes first where the others are trained with what it finds, else last.
+    """
+    applied = config.tuning is not None and config.tuning.apply
+    order = (TUNING, *EXPERIMENTS) if applied else (*EXPERIMENTS, TUNING)
+    return [each for each in order if each.wanted(config)]

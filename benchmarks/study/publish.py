@@ -1,0 +1,128 @@
+"""From results to what a reader gets: tables, pictures, HTML, Markdown, JSON and Parquet."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe
+from benchmarks.study.document import Picture, Section
+from benchmarks.study.front import Front, front
+from benchmarks.study.page import html, markdown
+from benchmarks.study.plan import wanted
+from benchmarks.study.records import write_whole
+from benchmarks.study.results import Results
+from benchmarks.study.study import AdapterSpec, Study
+from benchmarks.study.workspace import Workspace
+
+_DPI = 110
+
+
+def publish(study: Study, workspace: Workspace) -> str:
+    """Write the report from what is there, and return where it is."""
+    results = Results(study, workspace)
+    sections = [experiment.section(study, results) for experiment in wanted(study.config)]
+    first = front(study, sections, workspace)
+    pictures = {each.name: render(each) for section in sections for each in section.pictures}
+    out = workspace.out
+    for name, data in pictures.items():
+        write_whole(out / "figures" / f"{name}.png", data)
+    write_whole(out / "report.html", html(first, sections, pictures).encode())
+    write_whole(out / "report.md", markdown(first, sections).encode())
+    write_whole(out / "results.json", _json(study, first, sections))
+    _write_parquet(study, workspace, out / "losses.parquet")
+    return str(out / "report.html")
+
+
+def render(picture: Picture) -> bytes:
+    """Return a picture as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=picture.size, layout="constrained")
+    picture.draw(figure)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _json(study: Study, first: Front, sections: Sequence[Section]) -> bytes:
+    value = {
+        "name": study.config.name,
+        "config": asdict(study.config),
+        "inputs": asdict(study.inputs),
+        "machine": describe().as_json(),
+        "not_run": first.not_run,
+        "sections": [
+            {
+                "name": section.name,
+                "title": section.title,
+                "tables": [
+                    {
+                        "title": t.title,
+                        "columns": list(t.columns),
+                        "rows": [list(r) for r in t.rows],
+                    }
+                    for t in section.tables
+                ],
+                "claims": [
+                    {"text": c.text, "verdict": c.verdict, "evidence": c.evidence}
+                    for c in section.claims
+                ],
+                "data": section.data,
+            }
+            for section in sections
+        ],
+    }
+    return (json.dumps(_finite(value), indent=1, allow_nan=False) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` as JSON has it: six digits, null for what is not finite."""
+    if isinstance(value, dict):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def _write_parquet(study: Study, workspace: Workspace, path: Path) -> None:
+    """Write one line a row and model: what a reader needs to look further."""
+    import pyarrow
+    import pyarrow.parquet
+
+    names: dict[str, str] = {}
+    specs: dict[str, AdapterSpec] = {}
+    for experiment in wanted(study.config):
+        for spec in experiment.needs(study).adapters():
+            specs[study.adapter_key(spec)] = spec
+    names = {key: spec.name for key, spec in specs.items()}
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("model", "mix", "domain", "part", "template", "row", "nats", "tokens")
+    }
+    for record in workspace.losses:
+        rows = workspace.rows.get(record["rows"])
+        if rows is None or "nats" not in record:
+            continue
+        tokens = rows["tokens"] if rows["part"] == "test" else [sum(rows["tokens"])]
+        model = " + ".join(f"{weight:g} x {names.get(key, key)}" for key, weight in record["mix"])
+        for at, (nats, count) in enumerate(zip(record["nats"], tokens, strict=True)):
+            columns["model"].append(model or "base")
+            columns["mix"].append(json.dumps(record["mix"]))
+            columns["domain"].append(rows["domain"])
+            columns["part"].append(rows["part"])
+            columns["template"].append(rows["template"])
+            columns["row"].append(at)
+            columns["nats"].append(nats)
+            columns["tokens"].append(count)
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer, compression="zstd")
+    write_whole(path, buffer.getvalue())

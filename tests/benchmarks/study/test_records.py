@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from benchmarks.study.records import Records, write_whole
+
+
+def test_records_are_found_again(tmp_path: Path) -> None:
+    path = tmp_path / "some" / "records.jsonl"
+    Records(path).add({"key": "a", "value": 1.5})
+    records = Records(path)
+    records.add({"key": "b", "value": 2})
+    again = Records(path)
+    assert len(again) == 2
+    assert "a" in again
+    assert "c" not in again
+    assert again.get("a") == {"key": "a", "value": 1.5}
+    assert [record["key"] for record in again] == ["a", "b"]
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_a_torn_last_line_is_no_record_and_is_cut_off(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "records.jsonl"
+    records = Records(path)
+    records.add({"key": "a"})
+    whole = path.read_bytes()
+    records.add({"key": "b"})
+    path.write_bytes(path.read_bytes()[:-cut])
+    torn = Records(path)
+    assert "b" not in torn
+    torn.add({"key": "c"})
+    assert path.read_bytes() == whole + b'{"key":"c"}\n'
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"key":"a"}\n{"key":\n{"key":"c"}\n')
+    with pytest.raises(ValueError, match=r"records\.jsonl:2: not a record; delete the line"):
+        Records(path)
+
+
+def test_a_full_disk_leaves_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "records.jsonl"
+    records = Records(path)
+    records.add({"key": "a"})
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            records.add({"key": "b"})
+    assert "b" not in records
+    records.add({"key": "c"})
+    assert [record["key"] for record in Records(path)] == ["a", "c"]
+
+
+def test_a_whole_file_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_whole(path, b"first")
+
+    def fail(self: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", fail)
+        with pytest.raises(OSError, match="No space left"):
+            write_whole(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]

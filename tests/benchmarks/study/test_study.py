@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import pytest
+from benchmarks.study.config import (
+    Blocks,
+    Controls,
+    Evaluation,
+    Lambdas,
+    Orthogonal,
+    Overlap,
+    Prediction,
+    Seeds,
+    Templates,
+    Training,
+    Unlearning,
+    bundled_configs,
+    read_config,
+)
+from benchmarks.study.experiments import prediction
+from benchmarks.study.plan import wanted
+from benchmarks.study.study import Needs, Scoring, total
+from tests.benchmarks.study.conftest import MakeStudy
+
+
+def test_the_paper_has_seven_adapters_and_seven_compositions(make_study: MakeStudy) -> None:
+    study = make_study()
+    (arm,) = study.arms
+    compositions = list(study.compositions(arm))
+    assert len({*arm.fundamental.values(), *arm.joint.values()}) == 7
+    assert [c.name for c in compositions] == [
+        "a + b",
+        "a + c",
+        "b + c",
+        "a + b + c",
+        "a+b + c",
+        "a+c + b",
+        "b+c + a",
+    ]
+    for composition in compositions:
+        covered = {domain for spec in composition.summed for domain in spec.domains}
+        assert covered == set(composition.domains) == set(composition.merged.domains)
+
+
+def test_arms_of_a_shared_a_share_it_and_others_do_not(make_study: MakeStudy) -> None:
+    study = make_study(Seeds(shared=(0, 1, 2, 3, 4), separate=(7,)))
+    assert [arm.shared for arm in study.arms] == [True] * 5 + [False] * 6
+    for arm in study.arms:
+        firsts = {spec.init_seed for spec in arm.fundamental.values()}
+        assert len(firsts) == (1 if arm.shared else 3)
+        for composition in study.compositions(arm):
+            of_sum = {spec.init_seed for spec in composition.summed}
+            assert len(of_sum) == (1 if arm.shared else len(composition.summed))
+    # Rotated arms take nothing but adapters that the others have.
+    shared = {s for arm in study.arms[:5] for s in (*arm.fundamental.values(), *arm.joint.values())}
+    for arm in study.arms[5:10]:
+        assert set(arm.fundamental.values()) <= shared
+        assert set(arm.beside.values()) <= shared
+
+
+def test_budgets(make_study: MakeStudy) -> None:
+    study = make_study()
+    union = study.config.domains
+    assert study.joint(union, 0).rows == 300
+    assert study.joint(union, 0, budget="steps").rows == pytest.approx(100, abs=1)
+    wide = study.joint(union, 0, rank=12)
+    assert wide.alpha / wide.rank == study.config.training.alpha / study.config.training.rank
+
+
+def test_rows_are_limited_by_the_config_and_the_file(make_study: MakeStudy) -> None:
+    assert make_study(training=Training(rows=30)).rows("a") == 30
+    assert make_study(training=Training(rows=3000)).rows("a") == 100
+    assert make_study(training=Training(rows=None)).rows("a", 0.5) == 50
+
+
+def test_keys_follow_from_what_determines_a_result(make_study: MakeStudy) -> None:
+    study = make_study()
+    spec = study.fundamental("a", 0)
+    key = study.adapter_key(spec)
+    assert make_study().adapter_key(spec) == key
+    others = [
+        study.adapter_key(study.fundamental("a", 1)),
+        study.adapter_key(study.fundamental("a", 0, init_seed=1)),
+        study.adapter_key(study.fundamental("a", 0, rank=8)),
+        study.adapter_key(study.fundamental("a", 0, learning_rate=1e-4)),
+        study.adapter_key(study.fundamental("b", 0)),
+        make_study(training=Training(max_length=32)).adapter_key(spec),
+        make_study(training=Training(loss_scope="answer")).adapter_key(spec),
+        make_study(sha256="11").adapter_key(spec),
+    ]
+    assert len({key, *others}) == len(others) + 1
+    # What is measured of an adapter does not change it, and the other way round.
+    measured = make_study(evaluation=Evaluation(dtype="bfloat16", test_rows=5))
+    assert measured.adapter_key(spec) == key
+    scoring = Scoring(total(spec), "a", study.template)
+    assert measured.scoring_key(scoring) != study.scoring_key(scoring)
+
+
+def test_order_and_zero_weights_make_no_other_model(make_study: MakeStudy) -> None:
+    study = make_study()
+    one, two, three = (study.fundamental(domain, 0) for domain in "abc")
+
+    def key(*terms: tuple[object, float]) -> str:
+        return study.scoring_key(Scoring(terms, "a", study.template))  # type: ignore[arg-type]
+
+    assert (
+        key((one, 1.0), (two, 1.0))
+        == key((two, 1), (one, 1))
+        == key((two, 1), (three, 0), (one, 1))
+    )
+    assert key((one, 1.0), (two, 0.5)) != key((one, 0.5), (two, 1.0))
+    assert study.pair_key((one, two)) == study.pair_key((two, one))
+    assert study.pair_key((one, two)) != study.pair_key((one, two), activations=True)
+
+
+def test_the_prediction_has_more_than_thirty_pairs(make_study: MakeStudy) -> None:
+    config = read_config("mini")
+    assert config.prediction is not None
+    study = make_study(prediction=Prediction(("a", "b", "c", "d")))
+    cases = prediction.cases(study)
+    assert len(cases) == 12
+    for case in cases:
+        assert (case.adapters[0].init_seed == case.adapters[1].init_seed) == case.shared
+        for first, second in case.ceilings:
+            assert first != second
+            assert first.domains == second.domains
+            assert (first.init_seed == second.init_seed) == case.shared
+    count = len(config.prediction.domains)
+    assert count * (count - 1) // 2 * 2 >= 30
+
+
+def test_every_experiment_bears_with_having_nothing(make_study: MakeStudy) -> None:
+    study = make_study(
+        controls=Controls(),
+        lambdas=Lambdas(pair_grid=(0.5,), rotated=True),
+        templates=Templates({"a": "{q} {a}"}),
+        overlap=Overlap("a", "b"),
+        blocks=Blocks(("a", "b", "c", "d")),
+        orthogonal=Orthogonal(),
+        unlearning=Unlearning(),
+        prediction=Prediction(("a", "b", "c")),
+    )
+    seen = Needs()
+    for experiment in wanted(study.config):
+        needs = experiment.needs(study)
+        assert needs.scorings or needs.pairs or needs.findings
+        assert needs.adapters() or experiment.name == "tuning"
+        seen.scorings |= needs.scorings
+    assert len(seen.scorings) > 100
+
+
+@pytest.mark.parametrize("name", bundled_configs())
+def test_bundled_plans(name: str, make_study: MakeStudy) -> None:
+    config = read_config(name)
+    blank = make_study()
+    files = dict.fromkeys(config.data.files, next(iter(blank.inputs.files.values())))
+    study = make_study()
+    study.config = config
+    study.inputs = type(blank.inputs)("none", "0", 1, blank.inputs.modules, files)
+    for experiment in wanted(config):
+        needs = experiment.needs(study)
+        assert needs.scorings or needs.pairs or needs.findings, experiment.name
