@@ -165,7 +165,7 @@ _OPTIONS = (
     _Option(
         "dtype",
         "auto",
-        "of weights and cache; auto: bfloat16 where it is fast (GPU, AMX, AVX512-BF16), else float32",
+        "of weights and cache; auto: bfloat16 on a GPU, with AMX or AVX512-BF16, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     ),
     _Option(
