@@ -176,6 +176,6 @@ def _plot(report: Report, path: Path, draw: Draw) -> None:
     figure.suptitle(f"{report.name}: {report.label}", x=0.01, ha="left", fontweight="bold")
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    caption = "\n".join(textwrap.wrap(report.machine.caption, 130))
+    caption = "\n".join(textwrap.wrap(report.machine.caption, 110))
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=7, color="dimgray")
     figure.savefig(path, dpi=130)
