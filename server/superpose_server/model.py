@@ -131,8 +131,15 @@ class Model:
         Parameters and corrections are read when it runs, not when it is compiled: nothing is
         frozen into it, and folds write under it.
         """
-        # The shapes that the kernels check need no second check at every call.
-        self._forward = torch.compile(self._pass, options={"size_asserts": False})
+        self._forward = torch.compile(
+            self._pass,
+            options={
+                # The shapes that the kernels check need no second check at every call.
+                "size_asserts": False,
+                # Nor do the modules: they are ours, made once, and only their values change.
+                "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+            },
+        )
         # Made like those of any pass: a graph tells inference tensors from others.
         with torch.inference_mode():
             batch = Batch.of([Span(self.scratch_slot, (0,) * _WARM_UP_TOKENS, 0)], self.device)

@@ -17,6 +17,8 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX2__) || defined(__AVX512F__)
@@ -49,6 +51,8 @@ typedef int32_t integers __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t halves __attribute__((vector_size(kLanes * 2)));
 typedef uint16_t halves_at __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
+constexpr std::make_integer_sequence<int, kLanes> kEachLane;
+
 inline floats load(const float* at) { return *reinterpret_cast<const floats_at*>(at); }
 
 inline floats load(const bfloat* at) {
@@ -76,14 +80,12 @@ inline void load_row(const bfloat* at, floats (&row)[kVectors]) {
 template <class T>
 inline void in_order(floats (&row)[kVectors]) {
   if constexpr (sizeof(T) != sizeof(float) && kVectors == 2) {
-    integers low, high;
-    for (int lane = 0; lane < kLanes; lane++) {
-      low[lane] = lane / 2 + (lane % 2) * kLanes;
-      high[lane] = low[lane] + kLanes / 2;
-    }
     const floats even = row[0], odd = row[1];
-    row[0] = __builtin_shuffle(even, odd, low);
-    row[1] = __builtin_shuffle(even, odd, high);
+    const auto merged = [&]<int... Lane>(int from, std::integer_sequence<int, Lane...>) {
+      return __builtin_shuffle(even, odd, integers{from + Lane / 2 + Lane % 2 * kLanes...});
+    };
+    row[0] = merged(0, kEachLane);
+    row[1] = merged(kLanes / 2, kEachLane);
   }
 }
 
@@ -137,13 +139,17 @@ inline void finish_streams() {
 #endif
 }
 
+// The lanes in pairs: half the sum is in each half, then in each quarter, down to each lane.
+template <int Width = kLanes / 2>
 inline float sum(floats value) {
-  for (int width = kLanes / 2; width; width /= 2) {
-    integers other;
-    for (int lane = 0; lane < kLanes; lane++) other[lane] = lane ^ width;
-    value += __builtin_shuffle(value, other);
+  if constexpr (Width == 0) {
+    return value[0];
+  } else {
+    // The indices are constants of their own: from a loop they would be built anew at every call.
+    return sum<Width / 2>(value + [&]<int... Lane>(std::integer_sequence<int, Lane...>) {
+      return __builtin_shuffle(value, integers{(Lane ^ Width)...});
+    }(kEachLane));
   }
-  return value[0];
 }
 
 inline float largest(floats value) {
@@ -251,17 +257,18 @@ inline void blocks(int64_t rows, const float* x, const T* w, int64_t panel_strid
 inline int64_t parts_of(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 
 // Lay `Rows` rows of one pass out as blocks read them: out[k][m] = x[m][k].
-template <int Rows>
-void arrange_part(const float* x, int64_t depth, int64_t n, float* out) {
+template <int Rows, class T>
+void arrange_part(const T* x, int64_t depth, int64_t n, float* out) {
   for (int64_t k = 0; k < n; k++)
-    for (int m = 0; m < Rows; m++) out[k * Rows + m] = x[m * depth + k];
+    for (int m = 0; m < Rows; m++) out[k * Rows + m] = as_float(x[m * depth + k]);
 }
 
 // Lay x (rows, depth) out in the order in which blocks read it: by chunk, pass, part, then (k, m).
-void arrange(const float* x, int64_t rows, int64_t depth, float* out) {
-  constexpr decltype(&arrange_part<1>) kArrange[] = {arrange_part<1>, arrange_part<2>,
-                                                     arrange_part<3>, arrange_part<4>,
-                                                     arrange_part<5>, arrange_part<6>};
+template <class T>
+void arrange(const T* x, int64_t rows, int64_t depth, float* out) {
+  constexpr decltype(&arrange_part<1, T>) kArrange[] = {arrange_part<1, T>, arrange_part<2, T>,
+                                                        arrange_part<3, T>, arrange_part<4, T>,
+                                                        arrange_part<5, T>, arrange_part<6, T>};
   const int64_t passes = (depth + kDepth - 1) / kDepth;
   const int64_t chunks = (rows + kRows - 1) / kRows;
   // Few rows are arranged faster than a second thread wakes up.
@@ -283,9 +290,9 @@ void arrange(const float* x, int64_t rows, int64_t depth, float* out) {
 
 // y[m][j] = bias[j] + sum over k of x[m][k] w[k][j] for the features of one or two panels, x as
 // `arrange` lays it out.
-template <int Panels, class T, class Y>
-void product(const float* x, int64_t rows, int64_t depth, const T* w, Y* y, int64_t y_stride,
-             int64_t features, const float* bias) {
+template <int Panels, class T>
+void product(const float* x, int64_t rows, int64_t depth, const T* w, T* y, int64_t y_stride,
+             int64_t features, const T* bias) {
   alignas(64) float sums[kRows * kPanel];
   for (int64_t row = 0; row < rows; row += kRows) {
     const int64_t count = std::min(kRows, rows - row);
@@ -313,7 +320,7 @@ void product(const float* x, int64_t rows, int64_t depth, const T* w, Y* y, int6
     }
     for (int64_t m = 0; m < count; m++) {
       const float* from = sums + m * Panels * kPanel;
-      Y* to = y + (row + m) * y_stride;
+      T* to = y + (row + m) * y_stride;
       for (int64_t first = 0; first < features; first += kPanel) {
         floats row[kVectors];
         load_row(from + first, row);
@@ -324,9 +331,9 @@ void product(const float* x, int64_t rows, int64_t depth, const T* w, Y* y, int6
             store(to + j, row[v] + (bias ? load(bias + j) : floats{}));
             continue;
           }
-          Y last[kLanes];
+          T last[kLanes];
           for (int lane = 0; lane < features - j; lane++)
-            row[v][lane] += bias ? bias[j + lane] : 0.0f;
+            row[v][lane] += bias ? as_float(bias[j + lane]) : 0.0f;
           store(last, row[v]);
           std::copy_n(last, std::max<int64_t>(0, features - j), to + j);
         }
@@ -407,54 +414,50 @@ void correct(T* y, const float* x, int64_t tokens, int64_t in, int64_t out, cons
   });
 }
 
-// x (..., in) times a packed parameter, plus bias and `term`, to (..., out) in x's dtype.
+// x (..., in) times a packed parameter, plus bias and `term`, to (..., out), all of one dtype.
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
               int64_t out_features, const Tensor& header) {
   const int64_t depth = packed.size(1);
   const int64_t panels = packed.size(0);
-  TORCH_CHECK(x.size(-1) == depth && panels == (out_features + kPanel - 1) / kPanel,
+  TORCH_CHECK(x.size(-1) == depth && panels == (out_features + kPanel - 1) / kPanel &&
+                  packed.is_contiguous() && x.scalar_type() == packed.scalar_type() &&
+                  (!bias || (bias->scalar_type() == packed.scalar_type() &&
+                             bias->is_contiguous() && bias->numel() == out_features)),
               "linear: shapes do not fit");
-  const Tensor input = x.to(at::kFloat).contiguous();
+  const Tensor input = x.contiguous();
   const int64_t rows = depth ? input.numel() / depth : 0;
   auto shape = x.sizes().vec();
   shape.back() = out_features;
   Tensor result = at::empty(shape, x.options());
-  const Tensor offset = bias ? bias->to(at::kFloat).contiguous() : Tensor();
-  const float* added = bias ? data<float>(offset) : nullptr;
   // Few rows leave registers free for a second panel, whose sums do not wait for the first's.
   const int64_t together = rows * 2 <= kBlockRows ? 2 : 1;
   // Kept for the next product: fresh pages would cost more than filling them.
   thread_local std::vector<float> arranged;
   arranged.resize(std::max<size_t>(arranged.size(), rows * depth));
-  arrange(data<float>(input), rows, depth, arranged.data());
   const float* from = arranged.data();
-  with_storage(packed, [&](auto* w_type) {
-    with_storage(result, [&](auto* y_type) {
-      const auto* w = data<std::remove_pointer_t<decltype(w_type)>>(packed);
-      auto* y = data<std::remove_pointer_t<decltype(y_type)>>(result);
-      at::parallel_for(0, (panels + together - 1) / together, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t group = begin; group < end; group++) {
-          const int64_t panel = group * together;
-          const int64_t count = std::min(together, panels - panel);
-          const int64_t first = panel * kPanel;
-          const int64_t features = std::min(count * kPanel, out_features - first);
-          const auto run = count == 2 ? product<2, std::remove_cvref_t<decltype(*w)>,
-                                                std::remove_cvref_t<decltype(*y)>>
-                                      : product<1, std::remove_cvref_t<decltype(*w)>,
-                                                std::remove_cvref_t<decltype(*y)>>;
-          run(from, rows, depth, w + first * depth, y + first, out_features, features,
-              added ? added + first : nullptr);
-        }
-      });
+  with_storage(packed, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    arrange(data<T>(input), rows, depth, arranged.data());
+    const T* w = data<T>(packed);
+    const T* added = bias ? data<T>(*bias) : nullptr;
+    T* y = data<T>(result);
+    at::parallel_for(0, (panels + together - 1) / together, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin; group < end; group++) {
+        const int64_t panel = group * together;
+        const int64_t count = std::min(together, panels - panel);
+        const int64_t first = panel * kPanel;
+        const int64_t features = std::min(count * kPanel, out_features - first);
+        const auto run = count == 2 ? product<2, T> : product<1, T>;
+        run(from, rows, depth, w + first * depth, y + first, out_features, features,
+            added ? added + first : nullptr);
+      }
     });
+    const Term term = read_term(header);
+    if (term.domains) {
+      const Tensor wide = input.to(at::kFloat);
+      correct(y, data<float>(wide), rows, depth, out_features, term);
+    }
   });
-  const Term term = read_term(header);
-  if (term.domains) {
-    with_storage(result, [&](auto* type) {
-      correct(data<std::remove_pointer_t<decltype(type)>>(result), data<float>(input), rows, depth,
-              out_features, term);
-    });
-  }
   return result;
 }
 
@@ -525,19 +528,36 @@ void fold(Tensor out, const Tensor& base, const Tensor& a, const Tensor& b) {
 
 // ---- attention ---------------------------------------------------------------------------------
 
+// Start to load `count` numbers.
 template <class T>
-void attend_one(const T* q, const T* keys, const T* values, int64_t count, int64_t size, float scale,
-                float* weights, float* query, float* total, T* out) {
-  for (int64_t i = 0; i < size; i++) query[i] = as_float(q[i]) * scale;
+inline void fetch(const T* at, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(at + i, 0, 3);
+}
+
+// One head of one token. The keys and values of a head are too short a run for the processor to
+// foresee, so each loop fetches what the next one reads: `next`, the keys of the head after this.
+template <class T>
+void attend_one(const T* q, const T* keys, const T* values, const T* next, int64_t count,
+                int64_t size, float scale, float* weights, float* query, T* out) {
+  constexpr int64_t kRow = kVectors * kLanes;
+  const int64_t whole = size / kRow * kRow;
+  floats row[kVectors];
+  for (int64_t i = 0; i < whole; i += kRow) {
+    load_row(q + i, row);
+    for (int v = 0; v < kVectors; v++) store(query + i + v * kLanes, row[v] * scale);
+  }
+  for (int64_t i = whole; i < size; i++) query[i] = as_float(q[i]) * scale;
   for (int64_t p = 0; p < count; p++) {
     const T* key = keys + p * size;
-    floats dots[2] = {};
-    int64_t i = 0;
-    for (; i + 2 * kLanes <= size; i += 2 * kLanes)
-      for (int v = 0; v < 2; v++)
-        dots[v] += load(query + i + v * kLanes) * load(key + i + v * kLanes);
-    float dot = sum(dots[0] + dots[1]);
-    for (; i < size; i++) dot += query[i] * as_float(key[i]);
+    fetch(values + p * size, size);
+    floats dots[kVectors] = {};
+    for (int64_t i = 0; i < whole; i += kRow) {
+      load_row(key + i, row);
+      for (int v = 0; v < kVectors; v++) dots[v] += load(query + i + v * kLanes) * row[v];
+    }
+    float dot = sum(dots[0] + (kVectors == 2 ? dots[kVectors - 1] : floats{}));
+    for (int64_t i = whole; i < size; i++) dot += query[i] * as_float(key[i]);
     weights[p] = dot;
   }
   floats peaks = floats{} - std::numeric_limits<float>::infinity();
@@ -559,25 +579,29 @@ void attend_one(const T* q, const T* keys, const T* values, int64_t count, int64
     }
   }
   const float share = 1.0f / sum(sums);
-  constexpr int kWide = 8;  // Sums that stay in registers: 64 numbers, a usual head.
+  constexpr int kWide = 8 / kVectors;  // Sums that stay in registers: 64 numbers, a usual head.
   int64_t i = 0;
-  for (; i + kWide * kLanes <= size; i += kWide * kLanes) {
-    floats sum_of[kWide] = {};
-    for (int64_t p = 0; p < count; p++)
-      for (int v = 0; v < kWide; v++)
-        sum_of[v] += weights[p] * load(values + p * size + i + v * kLanes);
-    for (int v = 0; v < kWide; v++) store(total + i + v * kLanes, sum_of[v] * share);
-  }
+  const auto add_up = [&]<int Rows>(std::integral_constant<int, Rows>) {
+    floats total[Rows][kVectors] = {};
+    for (int64_t p = 0; p < count; p++) {
+      fetch(next + p * size + i, Rows * kRow);
+      for (int r = 0; r < Rows; r++) {
+        load_row(values + p * size + i + r * kRow, row);
+        for (int v = 0; v < kVectors; v++) total[r][v] += weights[p] * row[v];
+      }
+    }
+    for (int r = 0; r < Rows; r++, i += kRow) {
+      in_order<T>(total[r]);
+      for (int v = 0; v < kVectors; v++) store(out + i + v * kLanes, total[r][v] * share);
+    }
+  };
+  while (i + kWide * kRow <= size) add_up(std::integral_constant<int, kWide>{});
+  while (i < whole) add_up(std::integral_constant<int, 1>{});
   for (; i < size; i++) {
-    float one = 0.0f;
-    for (int64_t p = 0; p < count; p++) one += weights[p] * as_float(values[p * size + i]);
-    total[i] = one * share;
-  }
-  T last[kLanes];
-  for (int64_t i = 0; i < size; i++) {
     floats one{};
-    one[0] = total[i];
-    store(last, one);
+    for (int64_t p = 0; p < count; p++) one[0] += weights[p] * as_float(values[p * size + i]);
+    T last[kLanes];
+    store(last, one * share);
     out[i] = last[0];
   }
 }
@@ -605,15 +629,18 @@ Tensor attend(const Tensor& q, const Tensor& keys, const Tensor& values, const T
     const T* value = data<T>(values);
     T* to = data<T>(result);
     at::parallel_for(0, tokens * query_heads, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> room(length + kLanes + 2 * size + 2 * kLanes);
+      std::vector<float> room(length + kLanes + size);
       float* weights = room.data();
       float* query = weights + length + kLanes;
-      float* total = query + size;
+      const auto first = [&](int64_t i) {
+        const int64_t t = i / query_heads, h = i % query_heads;
+        return ((slot[t] * heads + h / group) * length + start[t]) * size;
+      };
       for (int64_t i = begin; i < end; i++) {
         const int64_t t = i / query_heads, h = i % query_heads;
-        const int64_t at = ((slot[t] * heads + h / group) * length + start[t]) * size;
-        attend_one(from + h * q.stride(1) + t * q.stride(2), key + at, value + at,
-                   position[t] + 1 - start[t], size, static_cast<float>(scale), weights, query, total, to + i * size);
+        attend_one(from + h * q.stride(1) + t * q.stride(2), key + first(i), value + first(i),
+                   key + first(std::min(i + 1, end - 1)), position[t] + 1 - start[t], size,
+                   static_cast<float>(scale), weights, query, to + i * size);
       }
     });
   });
