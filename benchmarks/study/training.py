@@ -31,7 +31,8 @@ def options_of(study: Study, spec: AdapterSpec, sources: Sources, out: Path) -> 
         base=str(sources.base),
         label=study.config.base,
         data=tuple(sources.paths[domain] for domain in spec.domains),
-        name=out.name,
+        # What the trainer's messages name it by; joint adapters of many domains have long names.
+        name=re.sub(r"[^a-z0-9._]+", "-", spec.name.lower())[:64],
         out=out,
         rank=spec.rank,
         alpha=spec.alpha,

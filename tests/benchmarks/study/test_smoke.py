@@ -256,6 +256,25 @@ def test_modules_that_the_base_lacks_are_told(
     assert "q_proj matches nothing in this base" in list(_one_line(capsys))[-1]
 
 
+def test_a_loss_that_is_not_finite_is_told_and_leaves_no_adapter(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "bad.toml"
+    config.write_text(
+        f"name = 'bad'\nbase = '{tiny}'\ndomains = ['a', 'b', 'c']\n"
+        "data.files = { a = 'birds', b = 'metals', c = 'ports' }\ndata.synthetic = 80\n"
+        "training.learning_rate = 1e30\ntraining.rows = 32\ntraining.eval_rows = 4\n"
+        "evaluation.test_rows = 2\n"
+    )
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    assert main(["run", f"--config={config}", f"--out={out}", f"--cache={cache}"]) == 1
+    message = list(_one_line(capsys))[-1]
+    assert re.match(r"study: [abc](-[abc])*-r4-s\d-a\d \(.*: validation loss is not finite", message)
+    assert message.endswith("lower --learning-rate")
+    assert [path for path in (cache / "adapters").iterdir() if not path.name.startswith(".")] == []
+    assert not (out / "adapters.jsonl").exists()
+
+
 def test_two_runs_do_not_write_to_one_place(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
