@@ -54,7 +54,7 @@ class DecodeGraphs:
         """Capture all buckets, the largest first, so that smaller ones share its memory.
 
         Args:
-            forward: Runs a batch and returns the logits at some of its tokens.
+            forward: Runs a batch and returns the float32 logits at some of its tokens.
             rows: Rows that run at most, in slots 0..rows-1.
             length: Tokens of a slot.
             scratch_slot: Where rows that only fill a bucket write.
@@ -107,7 +107,7 @@ class DecodeGraphs:
         for column, values in zip((self._ids, self._slots, self._written), inputs, strict=True):
             column[:rows].copy_(values)
         logits = self._steps[rows, length]()
-        return logits[[span.slot for span in spans]].float()
+        return logits[[span.slot for span in spans]]
 
 
 def _powers(least: int, most: int) -> list[int]:

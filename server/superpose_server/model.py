@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.layout import Layout, read_layout
 from superpose_server import attention
+from superpose_server.activation import replace_activations
 from superpose_server.batch import Batch, Span
 from superpose_server.cache import SlotCache
 from superpose_server.graphs import DecodeGraphs
@@ -102,6 +103,7 @@ class Model:
         self.layout: Layout = read_layout(self.module)
         if self.packed:
             pack_modules(self.module, self.layout)
+            replace_activations(self.module)
         self._forward: Callable[[Batch, Tensor], Tensor] = self._pass
         self._graphs: DecodeGraphs | None = None
         # The first pass tells what a token takes, whatever the architecture.
@@ -189,7 +191,7 @@ class Model:
             # A compiled graph is for two or more of each, and one graph for all gives a row the
             # same bits alone as in a batch. What is written twice is the same twice.
             batch, keep = batch.at_least(2), _at_least(2, keep)
-        return self._run(batch, keep)[: len(wanted)].float()
+        return self._run(batch, keep)[: len(wanted)]
 
     def _run(self, batch: Batch, keep: Tensor) -> Tensor:
         self.cache.select(batch)
@@ -204,7 +206,7 @@ class Model:
             logits_to_keep=keep,
             batch=batch,
         ).logits
-        return logits[0]
+        return logits[0].float()
 
 
 def _at_least(count: int, indices: Tensor) -> Tensor:

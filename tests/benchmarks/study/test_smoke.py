@@ -269,7 +269,9 @@ def test_a_loss_that_is_not_finite_is_told_and_leaves_no_adapter(
     out, cache = tmp_path / "out", tmp_path / "cache"
     assert main(["run", f"--config={config}", f"--out={out}", f"--cache={cache}"]) == 1
     message = list(_one_line(capsys))[-1]
-    assert re.match(r"study: [abc](-[abc])*-r4-s\d-a\d \(.*: validation loss is not finite", message)
+    assert re.match(
+        r"study: [abc](-[abc])*-r4-s\d-a\d \(.*: validation loss is not finite", message
+    )
     assert message.endswith("lower --learning-rate")
     assert [path for path in (cache / "adapters").iterdir() if not path.name.startswith(".")] == []
     assert not (out / "adapters.jsonl").exists()
