@@ -60,7 +60,8 @@ def describe() -> Machine:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "absent"
-    status = _git("status", "--porcelain")
+    # What a run writes is no change of what it runs.
+    status = _git("status", "--porcelain", "--", ":/", ":(exclude,glob,top)**/results/**")
     return Machine(
         cpu=_cpu_field("model name") or platform.processor() or platform.machine(),
         cpu_features=tuple(f for f in _FEATURES if f in _cpu_field("flags").split()),
