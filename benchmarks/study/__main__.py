@@ -21,7 +21,7 @@ from benchmarks.study.run import Runner
 from benchmarks.study.status import show_status
 from benchmarks.study.study import Study
 from benchmarks.study.workspace import Workspace, default_cache
-from superpose_adapters.bundled import resolve_base
+from superpose_adapters.training_options import base_label
 
 _RESULTS = Path(__file__).parent / "results"
 
@@ -87,6 +87,8 @@ def _main(options: argparse.Namespace) -> int:
     config = read_config(options.config)
     if options.all_rows:
         config = replace(config, training=replace(config.training, rows=None))
+    if options.via_server:
+        config = replace(config, evaluation=replace(config.evaluation, served=True))
     suffix = ("-all" if options.all_rows else "") + ("-served" if options.via_server else "")
     out = options.out or _RESULTS / (config.name + suffix)
     workspace = Workspace(out, options.cache)
@@ -94,9 +96,7 @@ def _main(options: argparse.Namespace) -> int:
         return _report(config, workspace)
     environment = os.environ.get("SUPERPOSE_DATA")
     data = options.data or (Path(environment) if environment else None)
-    sources = Sources(
-        config, resolve_base(options.base or config.base), data, options.cache / "synthetic"
-    )
+    sources = Sources(config, options.base or config.base, data, options.cache / "synthetic")
     if options.command == "status":
         show_status(config, sources.inputs(), sources, workspace)
         return 0
@@ -108,7 +108,7 @@ def _main(options: argparse.Namespace) -> int:
 def _run(
     options: argparse.Namespace, config: Config, sources: Sources, workspace: Workspace
 ) -> None:
-    inputs = sources.inputs()
+    inputs = replace(sources.inputs(), overrides=_overrides(options))
     inputs.write(workspace.inputs_path)
     names = [experiment.name for experiment in wanted(config)]
     only = options.only.split(",") if options.only else names
@@ -116,15 +116,27 @@ def _run(
         raise ValueError(f"--only {min(unknown)}: config {config.name} has {', '.join(names)}")
     show_status(config, inputs, sources, workspace)
     study = Study(config, inputs)
-    for experiment in wanted(config):
-        if experiment.name not in only:
-            continue
-        chosen = study if experiment is TUNING else tuned_study(study, workspace)
-        runner = Runner(chosen, sources, workspace, via_server=options.via_server, say=_say)
-        try:
-            runner.run(experiment)
-        finally:
-            runner.close()
+    dropped = True
+    # An adapter that had to be trained again may take results of earlier experiments with it.
+    while dropped:
+        dropped = False
+        for experiment in wanted(config):
+            if experiment.name not in only:
+                continue
+            chosen = study if experiment is TUNING else tuned_study(study, workspace)
+            runner = Runner(chosen, sources, workspace, say=_say)
+            try:
+                dropped |= runner.run(experiment) > 0
+            finally:
+                runner.close()
+
+
+def _overrides(options: argparse.Namespace) -> tuple[str, ...]:
+    """Return the flags that took the place of what the config says; no path, for the record."""
+    flags = [] if options.base is None else [f"--base={base_label(options.base)}"]
+    flags += ["--all-rows"] if options.all_rows else []
+    flags += ["--via-server"] if options.via_server else []
+    return tuple(flags)
 
 
 def _report(config: Config, workspace: Workspace) -> int:

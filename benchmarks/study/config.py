@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from superpose_adapters.mix import check_domain
-from superpose_adapters.qa import TEMPLATE
+from benchmarks.study import checks
+from superpose_adapters.mix import MAX_ABS_WEIGHT, check_domain
+from superpose_adapters.qa import TEMPLATE, check_template
 from superpose_adapters.scoring import Scope
 from superpose_adapters.training_options import Schedule
 
@@ -32,6 +33,13 @@ class Data:
 
     files: Mapping[str, str]
     synthetic: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse names that are none, and one file for two domains."""
+        for domain in self.files:
+            check_domain(domain)
+        checks.distinct("data.files", list(self.files.values()), least=3)
+        checks.at_least(1, {"data.synthetic": self.synthetic})
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,33 @@ class Training:
     template: str = TEMPLATE
     loss_scope: Scope = "all"
 
+    def __post_init__(self) -> None:
+        """Refuse what no adapter can be trained with."""
+        checks.at_least(
+            1,
+            {
+                "training.rank": self.rank,
+                "training.batch_size": self.batch_size,
+                "training.rows": self.rows,
+                "training.eval_rows": self.eval_rows,
+            },
+        )
+        # The first token has no loss.
+        checks.at_least(2, {"training.max_length": self.max_length})
+        checks.positive(
+            {
+                "training.alpha": self.alpha,
+                "training.epochs": self.epochs,
+                "training.learning_rate": self.learning_rate,
+            }
+        )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"training.dropout is {self.dropout}; it must be at least 0 and below 1"
+            )
+        checks.distinct("training.target_modules", self.target_modules, least=0)
+        _check_template("training.template", self.template)
+
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -68,6 +103,7 @@ class Evaluation:
     Attributes:
         dtype: Of the weights that are folded, as the server's `--dtype`.
         kernels: Use the server's CPU kernels, which need a C++ compiler.
+        served: Score through a live `superpose-server`, as `--via-server`.
         test_rows: Test rows a domain; None: all.
         validation_rows: Validation rows a domain, on which weights are chosen.
         resamples: Of the bootstrap.
@@ -76,10 +112,24 @@ class Evaluation:
 
     dtype: Dtype = "float32"
     kernels: bool = False
+    served: bool = False
     test_rows: int | None = 200
     validation_rows: int | None = 100
     resamples: int = 2000
     slice_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        checks.at_least(
+            1,
+            {
+                "evaluation.test_rows": self.test_rows,
+                "evaluation.validation_rows": self.validation_rows,
+                "evaluation.slice_tokens": self.slice_tokens,
+            },
+        )
+        # Fewer have no 2.5 % ends.
+        checks.at_least(100, {"evaluation.resamples": self.resamples})
 
 
 @dataclass(frozen=True)
@@ -97,6 +147,12 @@ class Seeds:
     separate: tuple[int, ...] = ()
     twins: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse what would count one adapter as several."""
+        checks.seeds("seeds.shared", self.shared)
+        checks.seeds("seeds.separate", self.separate, least=0)
+        checks.seeds("seeds.twins", self.twins, least=0)
+
 
 @dataclass(frozen=True)
 class Controls:
@@ -104,13 +160,21 @@ class Controls:
 
     Attributes:
         ranks: Beside the study's own rank.
-        budgets: tokens: all rows of all domains; steps: as many rows as one fundamental adapter.
+        budgets: tokens: as many visits to rows as the fundamental adapters pay together; steps: as
+            many steps as one of them takes; see `Study.joint`.
         seeds: For which of the shared seeds.
     """
 
     ranks: tuple[int, ...] = (8, 12)
     budgets: tuple[Literal["tokens", "steps"], ...] = ("tokens", "steps")
     seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        """Refuse controls that are none."""
+        checks.distinct("controls.ranks", self.ranks, least=0)
+        checks.at_least(1, {"controls.ranks": min(self.ranks, default=None)})
+        checks.distinct("controls.budgets", self.budgets)
+        checks.seeds("controls.seeds", self.seeds)
 
 
 @dataclass(frozen=True)
@@ -129,6 +193,14 @@ class Lambdas:
     seeds: tuple[int, ...] = (0,)
     rotated: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse weights that no mix may have."""
+        checks.distinct("lambdas.grid", self.grid)
+        checks.distinct("lambdas.pair_grid", self.pair_grid, least=0)
+        checks.within(-MAX_ABS_WEIGHT, MAX_ABS_WEIGHT, "lambdas.grid", self.grid)
+        checks.within(-MAX_ABS_WEIGHT, MAX_ABS_WEIGHT, "lambdas.pair_grid", self.pair_grid)
+        checks.seeds("lambdas.seeds", self.seeds)
+
 
 @dataclass(frozen=True)
 class Templates:
@@ -136,6 +208,13 @@ class Templates:
 
     own: Mapping[str, str]
     seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        """Refuse templates that are none."""
+        checks.distinct("templates.own", list(self.own))
+        for domain, template in self.own.items():
+            _check_template(f"templates.own.{domain}", template)
+        checks.seeds("templates.seeds", self.seeds)
 
 
 @dataclass(frozen=True)
@@ -146,6 +225,14 @@ class Overlap:
     target: str
     shares: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are none."""
+        if self.source == self.target:
+            raise ValueError(f"overlap.source and overlap.target are both {self.source}")
+        checks.distinct("overlap.shares", self.shares)
+        checks.within(0, 1, "overlap.shares", self.shares)
+        checks.seeds("overlap.seeds", self.seeds)
 
 
 @dataclass(frozen=True)
@@ -162,12 +249,23 @@ class Blocks:
     grid: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 0.7)
     seeds: tuple[int, ...] = (0,)
 
+    def __post_init__(self) -> None:
+        """Refuse a sum of one, or of a block with itself."""
+        checks.distinct("blocks.order", self.order, least=2)
+        checks.distinct("blocks.grid", self.grid, least=0)
+        checks.within(-MAX_ABS_WEIGHT, MAX_ABS_WEIGHT, "blocks.grid", self.grid)
+        checks.seeds("blocks.seeds", self.seeds)
+
 
 @dataclass(frozen=True)
 class Orthogonal:
     """Adapters with a frozen A from disjoint blocks: their cosine is 0 by construction."""
 
     seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        """Refuse seeds that are no replicates."""
+        checks.seeds("orthogonal.seeds", self.seeds)
 
 
 @dataclass(frozen=True)
@@ -177,6 +275,11 @@ class Unlearning:
     cycles: int = 10
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
 
+    def __post_init__(self) -> None:
+        """Refuse a measurement of nothing."""
+        checks.at_least(1, {"unlearning.cycles": self.cycles})
+        checks.distinct("unlearning.dtypes", self.dtypes)
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -184,13 +287,20 @@ class Prediction:
 
     Attributes:
         domains: At least three.
-        seeds: Two: adapters of one share A, a pair across both does not.
+        seeds: One or two: adapters of one share A, a pair across both does not.
         activations: Weigh by the covariance of the modules' inputs too.
     """
 
     domains: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1)
     activations: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what leaves nothing to foretell."""
+        checks.distinct("prediction.domains", self.domains, least=3)
+        checks.seeds("prediction.seeds", self.seeds)
+        if len(self.seeds) > 2:
+            raise ValueError(f"prediction.seeds has {len(self.seeds)} entries; it takes one or two")
 
 
 @dataclass(frozen=True)
@@ -210,6 +320,11 @@ class Tuning:
     joint: bool = False
     apply: bool = False
     max_epochs: int = 5
+
+    def __post_init__(self) -> None:
+        """Refuse a search of nothing."""
+        checks.at_least(1, {"tuning.trials": self.trials, "tuning.max_epochs": self.max_epochs})
+        checks.distinct("tuning.domains", self.domains, least=0)
 
 
 @dataclass(frozen=True)
@@ -246,12 +361,11 @@ class Config:
         Raises:
             ValueError: Naming the field.
         """
-        for domain in self.data.files:
-            check_domain(domain)
+        # Results lie in a folder of this name.
+        if self.name in ("", "..") or Path(self.name).name != self.name:
+            raise ValueError(f"name is {self.name!r}; it must be fit for a folder's name")
         if len(set(self.domains)) != 3 or len(self.domains) != 3:
             raise ValueError(f"domains must be three different ones, got {list(self.domains)}")
-        if not self.seeds.shared:
-            raise ValueError("seeds.shared names no seed")
         for where, seeds in (
             ("seeds.twins", self.seeds.twins),
             ("controls.seeds", self.controls.seeds if self.controls else ()),
@@ -277,6 +391,13 @@ class Config:
         if self.prediction:
             named["prediction.domains"] = self.prediction.domains
         return named
+
+
+def _check_template(key: str, template: str) -> None:
+    try:
+        check_template(template)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def bundled_configs() -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.report import Table
+from benchmarks.study.verdict import Verdict
 
 Draw = Callable[[Any], None]
 """Draws into a matplotlib figure."""
@@ -29,23 +30,35 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Plain:
+    """A claim in plain words, for the summary.
+
+    Attributes:
+        question: Goes on from "whether".
+        yes: The sentence if it holds.
+        no: The sentence if it does not.
+    """
+
+    question: str
+    yes: str
+    no: str
+
+
+@dataclass(frozen=True)
 class Claim:
-    """A sentence that the results bear out or not.
+    """A sentence that the results bear out, contradict or leave open.
 
     Attributes:
         text: The sentence, with its threshold.
-        holds: None if what it rests on was not run.
+        verdict: What became of it.
         evidence: The figures that decide.
+        plain: What it means, if it belongs in the summary.
     """
 
     text: str
-    holds: bool | None
+    verdict: Verdict
     evidence: str = ""
-
-    @property
-    def verdict(self) -> str:
-        """One word or two."""
-        return {True: "holds", False: "does not hold", None: "not run"}[self.holds]
+    plain: Plain | None = None
 
 
 @dataclass

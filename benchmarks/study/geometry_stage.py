@@ -122,7 +122,7 @@ def measure_missing(
     amount = len(plain) + len(activations)
     with (
         steps(f"geometry for {experiment}", amount) as advance,
-        workspace.stage("geometry", experiment, pairs=amount),
+        workspace.stage("geometry", experiment, [*plain, *activations], pairs=amount),
     ):
         for key, pair in plain.items():
             first, second = (local.adapter(folder) for folder in _folders(study, pair, workspace))

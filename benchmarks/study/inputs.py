@@ -6,6 +6,7 @@ with, on a machine that has neither.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Mapping
@@ -17,13 +18,40 @@ from typing import Any
 from benchmarks.study.config import Config
 from benchmarks.study.records import write_whole
 from benchmarks.study.synthetic import write_topic
-from superpose_adapters.digest import checkpoint_digest
+from superpose_adapters.bundled import MINI, resolve_base
+from superpose_adapters.digest import canonical_digest, checkpoint_digest
 from superpose_adapters.layout import read_layout
-from superpose_adapters.qa import Part, Row, Split, file_sha256, read_rows, split_rows
+from superpose_adapters.qa import (
+    Part,
+    Row,
+    Split,
+    file_sha256,
+    read_rows,
+    split_key,
+    split_rows,
+)
 from superpose_adapters.scoring import EncodedText, encode_qa
+from superpose_adapters.training_options import base_label
 
 # Which rows are scored follows from this and the file alone, whatever the adapters' seeds.
 _SAMPLE_SEED = 0
+
+# How the Hub calls GPT-2 Small, the paper's base.
+_GPT2 = ("openai-community/gpt2", "gpt2")
+
+# What config.json says of who wrote it, and of the file's dtype, which the tensors say themselves.
+_CONFIG_NOISE = ("transformers_version", "_name_or_path", "_commit_hash", "dtype", "torch_dtype")
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 @dataclass(frozen=True)
@@ -40,18 +68,29 @@ class Inputs:
     """What determines the results, beside the config.
 
     Attributes:
-        base: How the base is called.
-        base_digest: sha256 of the checkpoint.
+        base: How the base that was used is called: `mini`, a Hub id, or a folder's own name.
+        base_digest: sha256 of the checkpoint's tensors.
+        setup_digest: sha256 of the rest of the base, see `setup_digest`.
         parameters: How many the base has.
         modules: {module: (in, out)} of what adapters may adapt.
         files: {domain: its file}.
+        from_hub: The base came from the Hub or its cache, by its id.
+        overrides: Flags of the command line that took the place of what the config says.
     """
 
     base: str
     base_digest: str
+    setup_digest: str
     parameters: int
     modules: Mapping[str, tuple[int, int]]
     files: Mapping[str, DataFile]
+    from_hub: bool = False
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def is_papers_base(self) -> bool:
+        """Tell whether these are GPT-2 Small's own weights, as the Hub gives them out."""
+        return self.from_hub and self.base in _GPT2
 
     def write(self, path: Path) -> None:
         """Keep it beside the results."""
@@ -67,31 +106,39 @@ def read_inputs(path: Path) -> Inputs | None:
         return Inputs(
             base=fields["base"],
             base_digest=fields["base_digest"],
+            setup_digest=fields["setup_digest"],
             parameters=fields["parameters"],
             modules={name: (size[0], size[1]) for name, size in fields["modules"].items()},
             files={domain: DataFile(**each) for domain, each in fields["files"].items()},
+            from_hub=fields["from_hub"],
+            overrides=tuple(fields["overrides"]),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not what a run wrote; delete it and run again") from error
 
 
 class Sources:
-    """The base's folder and the data files on this machine."""
+    """The base's folder and the data files on this machine.
 
-    def __init__(self, config: Config, base: Path, data: Path | None, made: Path) -> None:
+    Attributes:
+        base: The base's folder.
+    """
+
+    def __init__(self, config: Config, base: str, data: Path | None, made: Path) -> None:
         """Take their places.
 
         Args:
             config: Names them.
-            base: The base's folder.
+            base: `mini`, a folder, or a Hub id, which is fetched.
             data: Folder of the data files; None if the config makes its own.
             made: Where made-up domains are written.
 
         Raises:
-            ValueError: A file that is not there.
+            ValueError: A base or file that is not there.
         """
         self.config = config
-        self.base = base
+        self._base_name = base
+        self.base = resolve_base(base)
         self._tokenizer: Any = None
         self._splits: dict[str, Split] = {}
         self._encoded: dict[tuple[str, Part, str], list[EncodedText]] = {}
@@ -136,15 +183,26 @@ class Sources:
             self._splits[domain] = split
         return self._splits[domain]
 
+    def rows(self, domain: str, part: Part) -> list[Row]:
+        """Return the rows of a part that are scored."""
+        return _sample(getattr(self.split(domain), part), self._limit(part))
+
+    def groups(self, domain: str, part: Part) -> list[int]:
+        """Return a number for each scored row: rows with the same one are twins (`split_key`)."""
+        numbers: dict[str, int] = {}
+        return [
+            numbers.setdefault(split_key(row.question), len(numbers))
+            for row in self.rows(domain, part)
+        ]
+
     def texts(self, domain: str, part: Part, template: str) -> list[EncodedText]:
         """Return the rows of a part that are scored, encoded."""
         key = (domain, part, template)
         if key not in self._encoded:
-            rows = _sample(getattr(self.split(domain), part), self._limit(part))
             length = self.config.training.max_length
             self._encoded[key] = [
                 encode_qa(self.tokenizer, row.question, row.answer, length, template)
-                for row in rows
+                for row in self.rows(domain, part)
             ]
         return self._encoded[key]
 
@@ -164,13 +222,34 @@ class Sources:
             split = self.split(domain)
             counts = {part: len(getattr(split, part)) for part in ("train", "validation", "test")}
             files[domain] = DataFile(path.name, file_sha256(path), counts)
+        name = self._base_name
         return Inputs(
-            base=self.config.base,
+            base=base_label(name),
             base_digest=checkpoint_digest(self.base),
+            setup_digest=setup_digest(self.base),
             parameters=parameters,
             modules=modules,
             files=files,
+            from_hub=name != MINI and not Path(name).expanduser().is_dir(),
         )
+
+
+def setup_digest(base: Path) -> str:
+    """Return the sha256 of what makes a model of a base's tensors: its config and its tokenizer.
+
+    The same tensors with other heads, another activation or another tokenizer are another base.
+
+    Args:
+        base: Its folder; config.json must be there.
+    """
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    effect = {name: value for name, value in config.items() if name not in _CONFIG_NOISE}
+    tokenizer = {
+        name: hashlib.sha256((base / name).read_bytes()).hexdigest()
+        for name in _TOKENIZER_FILES
+        if (base / name).is_file()
+    }
+    return canonical_digest([effect, tokenizer])
 
 
 def _sample(rows: tuple[Row, ...], limit: int | None) -> list[Row]:

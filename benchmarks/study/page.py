@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
 from benchmarks.report import Table, show
 from benchmarks.study.document import Section
 from benchmarks.study.front import Front
+from benchmarks.study.verdict import Verdict
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -35,25 +37,37 @@ figure img { max-width: 100%; height: auto; }
 figcaption { font-size: .86rem; color: #555; max-width: 60rem; }
 .warning { background: #fdf4e3; border-left: 4px solid #b8902b; padding: .6rem 1rem; }
 .warning ul { margin: .3rem 0; padding-left: 1.2rem; }
+dt { font-weight: 600; float: left; clear: left; margin-right: .6rem; }
+dd { margin: 0 0 .3rem; }
 pre { background: #f6f6f6; padding: .8rem; font-size: .78rem; overflow-x: auto; }
 footer { margin-top: 3rem; color: #666; font-size: .8rem; }
 """
 
-_VERDICTS = {"holds": "holds", "does not hold": "fails", "not run": "open"}
+_VERDICTS = {
+    Verdict.HOLDS.value: "holds",
+    Verdict.FAILS.value: "fails",
+    Verdict.OPEN.value: "open",
+    Verdict.NOT_RUN.value: "open",
+}
+# What Markdown would not print as it stands, such as a template's <tag>.
+_SPECIAL = re.compile(r"([\\`*_<>])")
 
 
 def markdown(front: Front, sections: Sequence[Section]) -> str:
     """Return the report as Markdown; pictures lie in figures/ beside it."""
-    parts = [f"# {front.title}", *front.lead, "## What was not run", _list(front.not_run)]
-    parts += ["## Summary", front.claims.markdown()]
+    parts = [f"# {_text(front.title)}", *map(_text, front.lead)]
+    parts += ["## Summary", *map(_text, front.summary), _table(front.claims)]
+    parts += ["## What was not run", _list(front.not_run)]
+    parts += ["## Words", "\n".join(f"- **{_text(w)}**: {_text(m)}" for w, m in front.words)]
     for section in sections:
-        parts += [f"## {section.title}", *section.text]
-        parts += [table.markdown() for table in section.tables if table.rows]
+        parts += [f"## {_text(section.title)}", *map(_text, section.text)]
+        parts += [_table(table) for table in section.tables if table.rows]
         for picture in section.pictures:
-            parts.append(f"![{picture.caption}](figures/{picture.name}.png)\n\n*{picture.caption}*")
-        parts += section.notes
+            caption = _text(picture.caption)
+            parts.append(f"![{caption}](figures/{picture.name}.png)\n\n*{caption}*")
+        parts += map(_text, section.notes)
     parts += ["## Errors in the paper", _list(front.errors)]
-    parts += ["## How it was run", front.times.markdown(), _list(front.machines)]
+    parts += ["## How it was run", _table(front.times), _list(front.machines)]
     parts += ["Every option:", f"```json\n{front.options}\n```"]
     return "\n\n".join(parts) + "\n"
 
@@ -61,6 +75,7 @@ def markdown(front: Front, sections: Sequence[Section]) -> str:
 def html(front: Front, sections: Sequence[Section], pictures: Mapping[str, bytes]) -> str:
     """Return the report as one page; `pictures` holds PNG by name."""
     links = [
+        ("words", "Words"),
         *((s.name, s.title) for s in sections),
         ("paper", "Errors in the paper"),
         ("run", "How it was run"),
@@ -72,10 +87,15 @@ def html(front: Front, sections: Sequence[Section], pictures: Mapping[str, bytes
         f"<title>{escape(front.title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{escape(front.title)}</h1>",
         *(f"<p>{escape(each)}</p>" for each in front.lead),
-        f'<div class="warning"><strong>What was not run</strong>{_html_list(front.not_run)}</div>',
-        "<nav>" + "".join(f'<a href="#{n}">{escape(t)}</a>' for n, t in links) + "</nav>",
         '<h2 id="summary">Summary</h2>',
+        *(f"<p>{escape(each)}</p>" for each in front.summary),
+        f'<div class="warning"><strong>What was not run</strong>{_html_list(front.not_run)}</div>',
         _html_table(front.claims),
+        "<nav>" + "".join(f'<a href="#{n}">{escape(t)}</a>' for n, t in links) + "</nav>",
+        '<h2 id="words">Words</h2>',
+        "<dl>"
+        + "".join(f"<dt>{escape(w)}</dt><dd>{escape(m)}</dd>" for w, m in front.words)
+        + "</dl>",
     ]
     for section in sections:
         parts.append(f'<h2 id="{section.name}">{escape(section.title)}</h2>')
@@ -100,8 +120,19 @@ def html(front: Front, sections: Sequence[Section], pictures: Mapping[str, bytes
     return "\n".join(parts) + "\n"
 
 
+def _text(text: str) -> str:
+    """Return plain text as Markdown that shows it as it stands."""
+    return _SPECIAL.sub(r"\\\1", text)
+
+
+def _table(table: Table) -> str:
+    """Return a table whose cells and columns show as they stand."""
+    rows = [[_text(cell) if isinstance(cell, str) else cell for cell in r] for r in table.rows]
+    return Table(_text(table.title), [_text(c) for c in table.columns], rows).markdown()
+
+
 def _list(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join(f"- {_text(line)}" for line in lines)
 
 
 def _html_list(lines: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study.floor import random_floor
 from benchmarks.study.statistics import Line, fit_line
 from superpose_adapters.geometry import rms
 
@@ -93,6 +94,17 @@ def cosines(first: str, second: str) -> list[list[float]] | None:
 
 MODULE_TYPES = ("attn.c_attn", "attn.c_proj", "mlp.c_proj")
 """The columns of `cosines`."""
+
+MODULE_SIZES = {"attn.c_attn": (768, 2304), "attn.c_proj": (768, 768), "mlp.c_proj": (3072, 768)}
+"""(in, out) of GPT-2 Small's modules of each type; every type comes once a layer."""
+
+RANK = 4
+"""Of all its adapters."""
+
+
+def floor(shared_rank: int | None = None) -> float:
+    """Return the RMS cosine of random deltas of the paper's modules, from one A or not."""
+    return rms(random_floor(*size, shared_rank) for size in MODULE_SIZES.values())
 
 
 def table_rms(rows: Sequence[Sequence[float]]) -> float:

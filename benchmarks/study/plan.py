@@ -17,6 +17,7 @@ from benchmarks.study.experiments import (
     tuning,
     unlearning,
 )
+from benchmarks.study.study import Needs, Study
 
 TUNING = Experiment(
     "tuning",
@@ -106,3 +107,26 @@ def wanted(config: Config) -> list[Experiment]:
     applied = config.tuning is not None and config.tuning.apply
     order = (TUNING, *EXPERIMENTS) if applied else (*EXPERIMENTS, TUNING)
     return [each for each in order if each.wanted(config)]
+
+
+def needs_of(experiment: Experiment, study: Study) -> Needs:
+    """Return what an experiment needs; what tuning needs is asked of the study before it."""
+    asked = Study(study.config, study.inputs) if experiment is TUNING else study
+    return experiment.needs(asked)
+
+
+def needed_keys(study: Study) -> set[str]:
+    """Return the keys of all that a study needs: of adapters, rows, losses, cosines, findings.
+
+    A folder of results may hold more, of an earlier config or base.
+    """
+    keys: set[str] = set()
+    for experiment in wanted(study.config):
+        needs = needs_of(experiment, study)
+        keys |= {study.adapter_key(spec) for spec in needs.adapters()}
+        keys |= {study.rows_key(s.domain, s.part, s.template) for s in needs.scorings}
+        keys |= {study.scoring_key(scoring) for scoring in needs.scorings}
+        keys |= {study.pair_key(pair) for pair in needs.pairs}
+        keys |= {study.pair_key(pair, activations=True) for pair in needs.activations}
+        keys |= set(needs.findings)
+    return keys

@@ -14,13 +14,14 @@ from benchmarks.machine import describe
 from benchmarks.study.document import Picture, Section
 from benchmarks.study.front import Front, front
 from benchmarks.study.page import html, markdown
-from benchmarks.study.plan import wanted
+from benchmarks.study.plan import needed_keys, needs_of, wanted
 from benchmarks.study.records import write_whole
 from benchmarks.study.results import Results
-from benchmarks.study.study import AdapterSpec, Study
+from benchmarks.study.study import Study
 from benchmarks.study.workspace import Workspace
 
 _DPI = 110
+_COLUMNS = ("key", "model", "mix", "domain", "part", "template", "row", "nats", "tokens")
 
 
 def publish(study: Study, workspace: Workspace) -> str:
@@ -95,26 +96,25 @@ def _finite(value: Any) -> Any:
 
 
 def _write_parquet(study: Study, workspace: Workspace, path: Path) -> None:
-    """Write one line a row and model: what a reader needs to look further."""
+    """Write one line a row and model, of what the study needs now: all to look further."""
     import pyarrow
     import pyarrow.parquet
 
-    names: dict[str, str] = {}
-    specs: dict[str, AdapterSpec] = {}
-    for experiment in wanted(study.config):
-        for spec in experiment.needs(study).adapters():
-            specs[study.adapter_key(spec)] = spec
-    names = {key: spec.name for key, spec in specs.items()}
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("model", "mix", "domain", "part", "template", "row", "nats", "tokens")
+    names = {
+        study.adapter_key(spec): spec.name
+        for experiment in wanted(study.config)
+        for spec in needs_of(experiment, study).adapters()
     }
+    needed = needed_keys(study)
+    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     for record in workspace.losses:
         rows = workspace.rows.get(record["rows"])
-        if rows is None or "nats" not in record:
+        if record["key"] not in needed or rows is None or "nats" not in record:
             continue
         tokens = rows["tokens"] if rows["part"] == "test" else [sum(rows["tokens"])]
         model = " + ".join(f"{weight:g} x {names.get(key, key)}" for key, weight in record["mix"])
         for at, (nats, count) in enumerate(zip(record["nats"], tokens, strict=True)):
+            columns["key"].append(record["key"])
             columns["model"].append(model or "base")
             columns["mix"].append(json.dumps(record["mix"]))
             columns["domain"].append(rows["domain"])

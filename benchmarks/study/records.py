@@ -1,14 +1,15 @@
 """Finished work, one JSON object a line: what is in the file is done, what is not is to do.
 
-Lines are only appended. A kill in the midst of writing leaves a torn last line, which is not a
-record: it is passed over, and cut off before the next line is written.
+Lines are appended. A kill in the midst of writing leaves a torn last line, which is not a record:
+it is passed over, and cut off before the next line is written. Only what turns out to be of another
+adapter is taken out again.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Records:
             OSError: It could not be written; the file then holds what it held before, or a torn
                 last line.
         """
-        line = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        line = _line(record)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as file:
             if file.tell() != self._whole:
@@ -73,6 +74,24 @@ class Records:
             os.fsync(file.fileno())
         self._whole += len(line)
         self._by_key[record["key"]] = record
+
+    def drop(self, unwanted: Callable[[Record], bool]) -> int:
+        """Take records out, and return how many.
+
+        Raises:
+            OSError: The file could not be written; it then holds what it held before.
+        """
+        kept = {key: each for key, each in self._by_key.items() if not unwanted(each)}
+        dropped = len(self._by_key) - len(kept)
+        if dropped:
+            data = b"".join(_line(record) for record in kept.values())
+            write_whole(self._path, data)
+            self._by_key, self._whole = kept, len(data)
+        return dropped
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from benchmarks.study.floor import random_floor
 from benchmarks.study.statistics import (
     WORST_LOSS,
     Interval,
     Losses,
+    clustered,
     join,
-    percent_change,
+    percent_contrast,
 )
 from benchmarks.study.study import AdapterSpec, Pair, Scoring, Study, Terms, total
 from benchmarks.study.workspace import Workspace
 from superpose_adapters.geometry import module_type, rms
 from superpose_adapters.qa import Part
+
+
+def shares_a(pair: Pair) -> bool:
+    """Tell whether two adapters started from one A."""
+    first, second = pair
+    return (first.init_seed, first.rank, first.block) == (
+        second.init_seed,
+        second.rank,
+        second.block,
+    )
 
 
 @dataclass(frozen=True)
@@ -29,10 +41,12 @@ class PairGeometry:
     Attributes:
         products: {module: (inner product, norm of one, norm of the other)}.
         sizes: {module: (in, out)}.
+        shared_rank: Rank of both, if they started from one A; None if from different ones.
     """
 
     products: Mapping[str, tuple[float, float, float]]
     sizes: Mapping[str, tuple[int, int]]
+    shared_rank: int | None = None
 
     @property
     def cosines(self) -> dict[str, float]:
@@ -49,17 +63,24 @@ class PairGeometry:
         return rms(self.cosines.values())
 
     @property
+    def floors(self) -> dict[str, float]:
+        """RMS cosine by module of deltas that have nothing in common but, maybe, their A."""
+        return {m: random_floor(*self.sizes[m], self.shared_rank) for m in self.cosines}
+
+    @property
     def floor(self) -> float:
-        """RMS of two random deltas' cosines."""
-        return rms(1 / math.sqrt(i * o) for i, o in (self.sizes[m] for m in self.cosines))
+        """RMS of the floors over the modules."""
+        return rms(self.floors.values())
 
     @property
     def rms_by_type(self) -> dict[str, float]:
         """RMS over the modules of each type."""
-        by_type: dict[str, list[float]] = {}
-        for module, cosine in self.cosines.items():
-            by_type.setdefault(module_type(module), []).append(cosine)
-        return {name: rms(values) for name, values in by_type.items()}
+        return _rms_by_type(self.cosines)
+
+    @property
+    def floor_by_type(self) -> dict[str, float]:
+        """RMS of the floors over the modules of each type."""
+        return _rms_by_type(self.floors)
 
     @property
     def weighted(self) -> float:
@@ -79,6 +100,13 @@ class PairGeometry:
             for inner, first, second in self.products.values()
         ]
         return math.sqrt(sum(squares) / sum(weights)) if sum(weights) else 0.0
+
+
+def _rms_by_type(values: Mapping[str, float]) -> dict[str, float]:
+    by_type: dict[str, list[float]] = {}
+    for module, value in values.items():
+        by_type.setdefault(module_type(module), []).append(value)
+    return {name: rms(each) for name, each in by_type.items()}
 
 
 class Results:
@@ -102,11 +130,14 @@ class Results:
         if record is None or rows is None:
             return None
         tokens = np.asarray(rows["tokens"], dtype=np.float64)
+        groups = rows["groups"]
         if part != "test":
-            tokens = tokens.sum(keepdims=True)
+            tokens, groups = tokens.sum(keepdims=True), [0]
         if "not_finite" in record:
-            return Losses(WORST_LOSS * tokens, tokens, (len(tokens),))
-        return Losses(np.asarray(record["nats"], dtype=np.float64), tokens, (len(tokens),))
+            nats = WORST_LOSS * tokens
+        else:
+            nats = np.asarray(record["nats"], dtype=np.float64)
+        return clustered(rows["key"], nats, tokens, groups)
 
     def union(
         self, terms: Terms, scored: Iterable[tuple[str, str]], part: Part = "test"
@@ -133,9 +164,28 @@ class Results:
         return None if found is None else found.perplexity
 
     def change(self, pairs: Iterable[tuple[Losses | None, Losses | None]]) -> Interval | None:
-        """Return the change of perplexity over those pairs of models that are both known."""
-        known = [(first, second) for first, second in pairs if first and second]
-        return percent_change(known, self.resamples) if known else None
+        """Return the change of perplexity from the first to the second model of pairs, one a seed.
+
+        It is over those pairs of which both models are known, and says of how many; None if there
+        is none.
+        """
+        return self.contrast([((-1.0, first), (1.0, second)) for first, second in pairs])
+
+    def contrast(
+        self, contrasts: Sequence[Sequence[tuple[float, Losses | None]]]
+    ) -> Interval | None:
+        """Return the contrast of mean losses, one a seed, of those seeds that are known.
+
+        See `percent_contrast`.
+        """
+        known = []
+        for contrast in contrasts:
+            found = [(factor, each) for factor, each in contrast if each is not None]
+            if len(found) == len(contrast):
+                known.append(found)
+        if not known:
+            return None
+        return percent_contrast(known, self.resamples, asked=len(contrasts))
 
     def pair(self, pair: Pair, *, activations: bool = False) -> PairGeometry | None:
         """Return how two adapters' deltas lie to each other."""
@@ -143,7 +193,8 @@ class Results:
         if record is None:
             return None
         products = {module: tuple(values) for module, values in record["products"].items()}
-        return PairGeometry(products, self.study.inputs.modules)
+        shared_rank = pair[0].rank if shares_a(pair) else None
+        return PairGeometry(products, self.study.inputs.modules, shared_rank)
 
     def adapter(self, spec: AdapterSpec) -> dict[str, Any] | None:
         """Return what is kept of an adapter's training."""

@@ -10,7 +10,12 @@ from benchmarks.study.evaluator import Evaluator, Local, Served
 from benchmarks.study.experiment import Experiment
 from benchmarks.study.geometry_stage import measure_missing, missing_pairs
 from benchmarks.study.inputs import Sources
-from benchmarks.study.scoring_stage import missing_scorings, score_missing
+from benchmarks.study.scoring_stage import (
+    check_agreement,
+    missing_scorings,
+    note_rows,
+    score_missing,
+)
 from benchmarks.study.study import AdapterSpec, Needs, Pair, Scoring, Study
 from benchmarks.study.training import train_missing, training_tokens
 from benchmarks.study.workspace import Workspace
@@ -66,56 +71,74 @@ class Runner:
         sources: Sources,
         workspace: Workspace,
         *,
-        via_server: bool,
         say: Callable[[str], None],
     ) -> None:
         """Take the study; `say` is told in a line what happens."""
         self.study = study
         self._sources = sources
         self._workspace = workspace
-        self._via_server = via_server
         self._say = say
-        self._evaluator: Evaluator | None = None
+        self._served: Served | None = None
 
     @cached_property
     def _local(self) -> Local:
         return Local(self._sources.base, self.study.config.evaluation)
 
     def _scorer(self) -> Evaluator:
-        if self._evaluator is None:
-            self._evaluator = (
-                Served(self._sources.base, self.study.config.evaluation)
-                if self._via_server
-                else self._local
-            )
-        return self._evaluator
+        if not self.study.config.evaluation.served:
+            return self._local
+        if self._served is None:
+            self._served = Served(self._sources.base, self.study.config.evaluation)
+        return self._served
 
-    def run(self, experiment: Experiment) -> None:
+    def run(self, experiment: Experiment) -> int:
         """Bring one experiment to its end.
 
+        Returns:
+            How many results were dropped, of this experiment and of others: those of adapters that
+            were trained again and became others. What this one needs of them is made again.
+
         Raises:
-            ValueError: Bad input, or a training whose loss is not finite.
+            ValueError: Bad input, a training whose loss is not finite, rows that are encoded
+                otherwise than before, or a server whose losses are not those of this process.
             OSError: A result could not be written.
         """
         study, sources, workspace = self.study, self._sources, self._workspace
-        todo = to_do(study, experiment.needs(study), workspace)
+        name, needs = experiment.name, experiment.needs(study)
+        todo = to_do(study, needs, workspace)
+        note_rows(study, needs.scorings, sources, workspace, check=bool(todo))
         if not todo:
-            self._say(f"{experiment.name}: nothing to do")
-            return
-        name = experiment.name
-        needed = todo.needed
-        train_missing(study, needed, sources, workspace, self.tokens_a_row(needed), name)
+            self._say(f"{name}: nothing to do")
+            return 0
+        dropped = 0
+        while more := self._train(todo, name):
+            self._say(
+                f"{name}: adapters were trained again and are not those of before; {more} results "
+                "of them are made again"
+            )
+            dropped += more
+            todo = to_do(study, needs, workspace)
         if todo.scorings:
-            score_missing(study, todo.scorings, self._scorer(), sources, workspace, name)
+            scorer = self._scorer()
+            if study.config.evaluation.served:
+                check_agreement(study, todo.scorings, scorer, self._local, sources, workspace)
+            score_missing(study, todo.scorings, scorer, sources, workspace, name)
         if todo.pairs or todo.activations:
             measure_missing(
                 study, todo.pairs, todo.activations, self._local, sources, workspace, name
             )
         for key in todo.findings:
             assert experiment.measure is not None
-            with workspace.stage("measure", name):
+            with workspace.stage("measure", name, [key]):
                 experiment.measure(study, key, sources, workspace)
-        self._say(f"{experiment.name}: done")
+        self._say(f"{name}: done")
+        return dropped
+
+    def _train(self, todo: ToDo, name: str) -> int:
+        """Train what is needed, and return how many results were dropped."""
+        needed = todo.needed
+        tokens = self.tokens_a_row(needed)
+        return train_missing(self.study, needed, self._sources, self._workspace, tokens, name)
 
     def tokens_a_row(self, specs: Iterable[AdapterSpec]) -> dict[str, float]:
         """Return {domain: mean tokens of a row} for the domains of some adapters."""
@@ -123,8 +146,8 @@ class Runner:
 
     def close(self) -> None:
         """Stop the server, if there is one."""
-        if self._evaluator is not None:
-            self._evaluator.close()
+        if self._served is not None:
+            self._served.close()
 
 
 def tokens_a_row(study: Study, specs: Iterable[AdapterSpec], sources: Sources) -> dict[str, float]:

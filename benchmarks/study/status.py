@@ -6,7 +6,7 @@ import sys
 
 from benchmarks.report import Table
 from benchmarks.study.config import Config
-from benchmarks.study.experiments.tuning import tuned_study
+from benchmarks.study.experiments.tuning import missing_searches, tuned_study
 from benchmarks.study.inputs import Inputs, Sources
 from benchmarks.study.plan import TUNING, wanted
 from benchmarks.study.run import Amounts, amounts, to_do
@@ -25,7 +25,12 @@ def show_status(config: Config, inputs: Inputs, sources: Sources, workspace: Wor
     planned: set[str] = set()
     rows: list[list[str | float | int | None]] = []
     training = scoring = 0.0
+    untuned = missing_searches(study, workspace)
     for experiment in wanted(config):
+        if experiment is not TUNING and untuned:
+            # How its adapters are trained is not known yet.
+            rows.append([experiment.name, "after tuning", None, None, None, None, None])
+            continue
         chosen = study if experiment is TUNING else tuned_study(study, workspace)
         needs = experiment.needs(chosen)
         todo = to_do(chosen, needs, workspace)
@@ -65,7 +70,7 @@ def show_status(config: Config, inputs: Inputs, sources: Sources, workspace: Wor
 
 def speed(workspace: Workspace, stage: str) -> float | None:
     """Return the tokens a second that earlier stages of a kind made, or None."""
-    done = [each for each in workspace.stages() if each["stage"] == stage]
+    done = [e for e in workspace.stages() if e["stage"] == stage and e["complete"]]
     seconds = sum(float(str(each["seconds"])) for each in done)
     tokens = sum(float(str(each["tokens"])) for each in done)
     return tokens / seconds if seconds and tokens else None

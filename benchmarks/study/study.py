@@ -1,15 +1,18 @@
 """The vocabulary of the study: adapters by how they are trained, models by what is summed.
 
-Everything has a key, a hash of all that determines it. Equal keys mean equal results, so a result
-is computed once, wherever it is asked for.
+Everything has a key, a hash of all that determines it. Equal keys mean equal results, but for what
+the order of additions changes (machine, threads, who else is in a stack), so a result is computed
+once, wherever it is asked for.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
+from statistics import fmean
 from typing import Any, Literal
 
 from benchmarks.study.config import Config
@@ -56,6 +59,11 @@ class AdapterSpec:
     def rows(self) -> int:
         """Training rows in all."""
         return sum(rows for _, rows in self.portions)
+
+    @property
+    def steps(self) -> int:
+        """Steps in all: the last batch of an epoch may be smaller, and counts as one."""
+        return math.ceil(math.ceil(self.rows / self.batch_size) * self.epochs)
 
     @property
     def name(self) -> str:
@@ -186,11 +194,11 @@ class Study:
         """Return (domain, template) for rows in the common template."""
         return [(domain, self.template) for domain in domains]
 
-    def rows(self, domain: str, share: float = 1.0) -> int:
-        """Return a share of a domain's training rows, at least 1."""
+    def rows(self, domain: str) -> int:
+        """Return how many of a domain's training rows are trained on."""
         there = self.inputs.files[domain].rows["train"]
         limit = self.config.training.rows
-        return max(1, round(share * (there if limit is None else min(limit, there))))
+        return there if limit is None else min(limit, there)
 
     def spec(
         self, portions: Iterable[tuple[str, int]], *, seed: int, init_seed: int, **changed: Any
@@ -224,20 +232,52 @@ class Study:
         seed: int,
         *,
         rank: int | None = None,
-        budget: Budget = "tokens",
+        budget: Budget | None = None,
     ) -> AdapterSpec:
-        """Return the adapter trained on several domains; alpha / rank is that of all others."""
+        """Return the adapter trained on several domains; alpha / rank is that of all others.
+
+        Without a budget it is the paper's: all rows of all domains, epochs and the rest as joint
+        adapters have them. With one it is a control: batch size, learning rate and dropout are
+        those of the paper's, rows and epochs follow from the fundamental adapters, which may
+        have been tuned apart. A row visit is a row in an epoch; rows of each domain are rounded.
+
+        Args:
+            domains: What it is trained on.
+            seed: Of everything.
+            rank: The config's when absent.
+            budget: tokens: as many visits to each domain's rows as its fundamental adapter pays,
+                in as many epochs as the longest of these takes, so that no domain lacks rows.
+                steps: as many steps as a fundamental adapter takes on average, the domains in the
+                proportion of their visits.
+        """
         named = list(domains)
-        share = 1.0 if budget == "tokens" else 1 / len(named)
         training = self.config.training
         of = rank or training.rank
-        return self.spec(
-            [(domain, self.rows(domain, share)) for domain in named],
+        papers = self.spec(
+            [(domain, self.rows(domain)) for domain in named],
             seed=seed,
             init_seed=seed,
             rank=of,
             alpha=training.alpha * of / training.rank,
         )
+        if budget is None:
+            return papers
+        apart = [self.fundamental(domain, seed) for domain in papers.domains]
+        epochs = max(each.epochs for each in apart)
+        visits = [each.epochs * each.rows for each in apart]
+        steps = round(fmean(each.steps for each in apart))
+        share = min(1.0, steps * papers.batch_size / sum(visits)) if budget == "steps" else 1.0
+        control = replace(
+            papers,
+            portions=tuple(
+                (domain, max(1, round(share * of_domain / epochs)))
+                for domain, of_domain in zip(papers.domains, visits, strict=True)
+            ),
+            epochs=epochs,
+        )
+        if budget == "tokens":
+            return control
+        return replace(control, epochs=steps / math.ceil(control.rows / control.batch_size))
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -330,10 +370,13 @@ class Study:
     def scoring_key(self, scoring: Scoring) -> str:
         """Return the key of losses."""
         terms = sorted((self.adapter_key(spec), weight) for spec, weight in scoring.terms if weight)
+        evaluation = self.config.evaluation
         return self._key(
             "losses",
             self.rows_key(scoring.domain, scoring.part, scoring.template),
-            self.config.evaluation.dtype,
+            evaluation.dtype,
+            evaluation.kernels,
+            "served" if evaluation.served else "local",
             [list(term) for term in terms],
         )
 
@@ -343,14 +386,17 @@ class Study:
         if not activations:
             return self._key("cosines", keys)
         rows = [self.rows_key(d, "validation", self.template) for d in covariance_domains(pair)]
-        return self._key("activations", keys, rows)
+        # Whatever scores, the modules' inputs are looked at in this process.
+        evaluation = self.config.evaluation
+        return self._key("activations", keys, rows, evaluation.dtype, evaluation.kernels)
 
     def finding_key(self, kind: str, specs: Iterable[AdapterSpec], *parts: Any) -> str:
         """Return the key of what an experiment measures in its own way."""
         return self._key(kind, [self.adapter_key(spec) for spec in specs], *parts)
 
     def _key(self, kind: str, *parts: Any) -> str:
-        value = [_VERSION, kind, self.inputs.base_digest, *parts]
+        base = [self.inputs.base_digest, self.inputs.setup_digest]
+        value = [_VERSION, kind, base, *parts]
         return canonical_digest(_plain(value))[:_KEY_DIGITS]
 
 

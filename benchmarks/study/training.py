@@ -29,7 +29,7 @@ def options_of(study: Study, spec: AdapterSpec, sources: Sources, out: Path) -> 
     training = study.config.training
     return Options(
         base=str(sources.base),
-        label=study.config.base,
+        label=study.inputs.base,
         data=tuple(sources.paths[domain] for domain in spec.domains),
         # What the trainer's messages name it by; joint adapters of many domains have long names.
         name=re.sub(r"[^a-z0-9._]+", "-", spec.name.lower())[:64],
@@ -60,7 +60,7 @@ def train_missing(
     workspace: Workspace,
     tokens: Mapping[str, float],
     experiment: str,
-) -> None:
+) -> int:
     """Train those of `specs` that the cache lacks, and note what the trainer says of them.
 
     Args:
@@ -71,9 +71,26 @@ def train_missing(
         tokens: {domain: mean tokens of a row}, for the time left.
         experiment: What they are for.
 
+    Returns:
+        How many results were dropped because they are of an adapter that the cache has no longer,
+        see `note_adapter`.
+
     Raises:
         ValueError: What the trainer refuses, a loss that is not finite among it.
     """
+    with workspace.cache_locked():
+        _train(study, specs, sources, workspace, tokens, experiment)
+    return sum(note_adapter(study, spec, workspace) for spec in dict.fromkeys(specs))
+
+
+def _train(
+    study: Study,
+    specs: Iterable[AdapterSpec],
+    sources: Sources,
+    workspace: Workspace,
+    tokens: Mapping[str, float],
+    experiment: str,
+) -> None:
     missing = [
         spec
         for spec in dict.fromkeys(specs)
@@ -88,19 +105,19 @@ def train_missing(
             for start in range(0, len(alike), MAX_STACK):
                 stack = {spec: work[spec] for spec in alike[start : start + MAX_STACK]}
                 amount = sum(stack.values())
-                folders = [workspace.adapter(study.adapter_key(spec)) for spec in stack]
+                keys = {spec: study.adapter_key(spec) for spec in stack}
                 told = _Told(stack, advance)
-                with workspace.stage("train", experiment, adapters=len(stack), tokens=amount):
+                with workspace.stage(
+                    "train", experiment, keys.values(), adapters=len(stack), tokens=amount
+                ):
                     train_many(
                         [
-                            options_of(study, spec, sources, folder)
-                            for spec, folder in zip(stack, folders, strict=True)
+                            options_of(study, spec, sources, workspace.adapter(key))
+                            for spec, key in keys.items()
                         ],
                         tell=told,
                     )
                 told.finish()
-    for spec in dict.fromkeys(specs):
-        note_adapter(study, spec, workspace)
 
 
 class _Told:
@@ -139,14 +156,28 @@ def training_tokens(spec: AdapterSpec, tokens: Mapping[str, float]) -> float:
     return spec.epochs * sum(rows * tokens[domain] for domain, rows in spec.portions)
 
 
-def note_adapter(study: Study, spec: AdapterSpec, workspace: Workspace) -> None:
-    """Keep what is small of an adapter, so that a report needs no weights."""
+def note_adapter(study: Study, spec: AdapterSpec, workspace: Workspace) -> int:
+    """Keep what is small of an adapter, so that a report needs no weights.
+
+    A key says how an adapter was trained, not which bits that gave: on another machine, or in
+    another stack, they differ. So where an adapter had to be trained again and became another one,
+    the results of the earlier one are dropped, lest one table mixes both.
+
+    Returns:
+        How many results were dropped.
+
+    Raises:
+        OSError: A result could not be written.
+    """
     key = study.adapter_key(spec)
-    if key in workspace.adapters:
-        return
     folder = workspace.adapter(key)
-    record: dict[str, Any] = json.loads((folder / "training.json").read_text("utf-8"))
     digest = files_digest((folder / CONFIG_NAME).read_bytes(), (folder / TENSORS_NAME).read_bytes())
+    known = workspace.adapters.get(key)
+    if known is not None and known["digest"] == digest:
+        return 0
+    # Dropped first: a kill in between leaves the old digest, and so drops again.
+    dropped = workspace.forget(key)
+    record: dict[str, Any] = json.loads((folder / "training.json").read_text("utf-8"))
     workspace.adapters.add(
         {
             "key": key,
@@ -158,10 +189,13 @@ def note_adapter(study: Study, spec: AdapterSpec, workspace: Workspace) -> None:
             "best_step": record.get("best_step"),
             "wall_seconds": record["wall_seconds"],
             "stack": record.get("stack"),
+            "device": record["device"],
+            "bf16_autocast": record["bf16_autocast"],
             "versions": record["versions"],
             "tensors": sample_tensors(folder / TENSORS_NAME),
         }
     )
+    return dropped
 
 
 def sample_tensors(path: Path) -> list[dict[str, Any]]:

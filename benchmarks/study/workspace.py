@@ -6,8 +6,9 @@ import fcntl
 import json
 import os
 import resource
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
@@ -67,37 +68,89 @@ class Workspace:
             yield
 
     @contextmanager
-    def stage(self, name: str, experiment: str, **amounts: float) -> Iterator[None]:
-        """Note how long a stage took, if it came to its end, and the peak of memory."""
-        began, clock = datetime.now(UTC), time.monotonic()
-        yield
-        line = {
-            "stage": name,
-            "experiment": experiment,
-            "began": began.isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - clock, 2),
-            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-            **amounts,
-            "machine": _caption(),
-        }
-        with (self.out / "stages.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    def cache_locked(self) -> Iterator[None]:
+        """Let nobody else train into the cache meanwhile; wait while somebody else does.
 
-    def stages(self) -> list[dict[str, object]]:
-        """Return what `stage` noted; a torn line is passed over."""
+        Who has waited looks again at what is there: it may have been trained by the other.
+        """
+        self.cache.mkdir(parents=True, exist_ok=True)
+        with (self.cache / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _tell(f"{self.cache}: another study trains into this cache; waiting for it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def forget(self, adapter: str) -> int:
+        """Drop every result of an adapter, by its key, and return how many there were.
+
+        Raises:
+            OSError: A file could not be written.
+        """
+        return (
+            self.losses.drop(lambda each: any(key == adapter for key, _ in each["mix"]))
+            + self.geometry.drop(lambda each: adapter in each["pair"])
+            + self.findings.drop(lambda each: adapter in each.get("adapters", ()))
+        )
+
+    @contextmanager
+    def stage(
+        self, name: str, experiment: str, keys: Iterable[str], **amounts: float
+    ) -> Iterator[None]:
+        """Note how long a stage took and the peak of memory, and what it did if it came to its end.
+
+        Args:
+            name: train, score, geometry or measure.
+            experiment: What it was for.
+            keys: Of what it makes.
+            amounts: How much that is.
+        """
+        began, clock = datetime.now(UTC), time.monotonic()
+        complete = False
+        try:
+            yield
+            complete = True
+        finally:
+            line = {
+                "stage": name,
+                "experiment": experiment,
+                "complete": complete,
+                "began": began.isoformat(timespec="seconds"),
+                "seconds": round(time.monotonic() - clock, 2),
+                "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                **(amounts if complete else {}),
+                "machine": _caption(),
+                "keys": list(keys),
+            }
+            with (self.out / "stages.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def stages(self, needed: Container[str] | None = None) -> list[dict[str, object]]:
+        """Return what `stage` noted; a torn line is passed over.
+
+        Args:
+            needed: Keys; a stage that made none of them is left out. None: all stages.
+        """
         path = self.out / "stages.jsonl"
         found = []
         for line in path.read_text().splitlines() if path.exists() else ():
             try:
-                found.append(json.loads(line))
+                each = json.loads(line)
             except ValueError:
                 continue
+            if needed is None or any(key in needed for key in each["keys"]):
+                found.append(each)
         return found
 
 
 @cache
 def _caption() -> str:
     return describe().caption
+
+
+def _tell(line: str) -> None:
+    print(f"study: {line}", file=sys.stderr)
 
 
 def _lock(file: IO[str], out: Path) -> None:

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+import numpy as np
+
 from benchmarks.report import Cell, Table
 from benchmarks.study import paper
-from benchmarks.study.cells import change_cell, mean_cell, perplexity_cell
-from benchmarks.study.document import Claim, Picture, Section
-from benchmarks.study.experiments.seeds import cosine_bounds
+from benchmarks.study.cells import (
+    change_cell,
+    covered,
+    interval_cell,
+    mean_cell,
+    perplexity_cell,
+)
+from benchmarks.study.document import Claim, Picture, Plain, Section
+from benchmarks.study.experiments.seeds import cosine_bounds, mark_bounds
+from benchmarks.study.floor import random_floor
 from benchmarks.study.palette import ACCENT, INK
-from benchmarks.study.results import Results
-from benchmarks.study.statistics import Losses, fit_line, rank_correlation
+from benchmarks.study.results import PairGeometry, Results
+from benchmarks.study.statistics import (
+    LEAST_RANKED,
+    Interval,
+    Losses,
+    fit_line,
+    jackknife,
+    mean_if_known,
+    rank_correlation,
+)
 from benchmarks.study.study import Arm, Composition, Needs, Study, Terms, total
 from benchmarks.study.ticks import legend, plain_log, whole_numbers
+from benchmarks.study.verdict import at_least, at_most, every
 from superpose_adapters.geometry import module_type, rms
 
 # What a sum may lose before it is called worse than the joint adapter.
@@ -50,10 +69,14 @@ def section(study: Study, results: Results) -> Section:
     found.text = [
         "Seven adapters (three fundamental, three level-2, one level-3) and seven compositions, "
         f"all of rank {study.config.training.rank}, summed with weight 1. A change is the "
-        "perplexity of the sum over that of the joint adapter trained on the same rows, on the "
-        "test rows of all its domains together; in brackets the 95 % bootstrap interval over rows "
-        "and seeds. The paper does not say whether its adapters started from one A, so both are "
-        "shown: " + "; ".join(f"{name}, {len(arms)} arms" for name, arms in kinds) + ".",
+        "perplexity of the sum over that of the joint adapter trained on the same domains' rows, "
+        "on the test rows of all its domains together; in brackets the 95 % interval. The paper "
+        "does not say whether its adapters started from one A, so both are shown: "
+        + "; ".join(f"{name}, {len(arms)} arms, one a seed" for name, arms in kinds)
+        + ". "
+        + " ".join(covered(count) for count in dict.fromkeys(len(arms) for _, arms in kinds)),
+        "Floors beside cosines are those of random deltas; the paper's depend on whether its "
+        "adapters shared an A, and both are given.",
     ]
     found.tables = [
         _tensors(study, results),
@@ -78,9 +101,10 @@ def section(study: Study, results: Results) -> Section:
 
 _FIGURE1 = (
     "Figure 1: RMS cosine against the change of perplexity, sum over joint adapter. Left the "
-    "paper's three pairs with their line, and its triples, which the line was not fitted to; right "
-    "ours, one point a pair and arm. Dotted the floor (random deltas), dashed the ceiling (one "
-    "domain trained twice from different A)."
+    "paper's three pairs with their line, and its triples, which the line was not fitted to; its "
+    f"floors lie left of the panel, at {paper.floor():.5f} (different A) and "
+    f"{paper.floor(paper.RANK):.4f} (same A). Right ours, one point a pair and arm; dotted the "
+    "floors (random deltas), dashed the ceilings (one domain trained twice)."
 )
 
 
@@ -124,25 +148,27 @@ def _cosines_by_type(
                     "paper",
                     *(cells.get(t) for t in types),
                     paper.table_rms(reported),
+                    f"{paper.floor():.5f} or {paper.floor(paper.RANK):.4f}",
                 ]
             )
         for kind, arms in kinds:
             there = [list(study.compositions(arm))[at] for arm in arms]
-            found = [g for c in there if (g := results.pair((c.summed[0], c.summed[1])))]
-            used |= {name for g in found for name in g.rms_by_type}
+            found = [results.pair((c.summed[0], c.summed[1])) for c in there]
+            used |= {name for g in found if g for name in g.rms_by_type}
             rows.append(
                 [
                     composition.name,
                     f"ours, {kind}",
-                    *(mean_cell(g.rms_by_type.get(t) for g in found) for t in types),
-                    mean_cell(g.rms for g in found),
+                    *(mean_cell(g.rms_by_type.get(t) if g else None for g in found) for t in types),
+                    mean_cell(g.rms if g else None for g in found),
+                    next((g.floor for g in found if g), None),
                 ]
             )
     keep = [at for at, name in enumerate(types) if name in used]
     return Table(
         "Tables 2 and 5: RMS cosine by module type",
-        ["sum", "whose", *(types[at] for at in keep), "all"],
-        [[*row[:2], *(row[2 + at] for at in keep), row[-1]] for row in rows],
+        ["sum", "whose", *(types[at] for at in keep), "all", "floor of all"],
+        [[*row[:2], *(row[2 + at] for at in keep), *row[-2:]] for row in rows],
     )
 
 
@@ -153,26 +179,41 @@ def _layers(study: Study, results: Results) -> list[Table]:
     tables = []
     for title, chosen in (("Table 2", pair), ("Table 5", level2)):
         columns: dict[str, dict[int, float]] = {}
+        floors: dict[str, tuple[float, float]] = {}
         for composition in chosen:
             reported = paper.cosines(*_terms_of(composition))
             geometry = results.pair((composition.summed[0], composition.summed[1]))
             ours, types = layer_table(geometry.cosines) if geometry else ([], [])
-            for whose, rows, names in (
-                ("paper", reported or [], paper.MODULE_TYPES),
-                ("ours", ours, types),
+            for whose, rows, names, sizes, rank in (
+                ("paper", reported or [], paper.MODULE_TYPES, paper.MODULE_SIZES, paper.RANK),
+                ("ours", ours, types, _sizes(geometry), composition.summed[0].rank),
             ):
                 for at, name in enumerate(names if rows else ()):
                     column = f"{composition.name}, {whose}: {name}"
                     columns[column] = {layer: row[at] for layer, row in enumerate(rows)}
+                    floors[column] = (
+                        random_floor(*sizes[name]),
+                        random_floor(*sizes[name], rank),
+                    )
         layers = sorted({layer for column in columns.values() for layer in column})
+        cells: list[list[Cell]] = [
+            [layer, *(column.get(layer) for column in columns.values())] for layer in layers
+        ]
+        for at, kind in enumerate(("floor, different A", "floor, same A") if cells else ()):
+            cells.append([kind, *(floor[at] for floor in floors.values())])
         tables.append(
             Table(
                 f"{title}, layer by layer: cosines ({study.arms[0].name})",
                 ["layer", *columns],
-                [[layer, *(column.get(layer) for column in columns.values())] for layer in layers],
+                cells,
             )
         )
     return tables
+
+
+def _sizes(geometry: PairGeometry | None) -> dict[str, tuple[int, int]]:
+    """Return {module type: (in, out)} of what two adapters change."""
+    return {module_type(m): geometry.sizes[m] for m in geometry.cosines} if geometry else {}
 
 
 def _changes(
@@ -203,6 +244,7 @@ def _changes(
                         else f" (recomputed {reported.recomputed:+.2f} %)"
                     ),
                     reported.rms,
+                    f"{paper.floor():.5f} or {paper.floor(paper.RANK):.4f}",
                 ]
             )
         for kind, arms in kinds:
@@ -216,11 +258,12 @@ def _changes(
                     perplexity_cell(summed),
                     change_cell(results.change(zip(merged, summed, strict=True))),
                     mean_cell(geometry_rms(results, c) for c in there),
+                    next((floor for c in there if (floor := _floor(results, c))), None),
                 ]
             )
     return Table(
         title,
-        ["sum", "whose", "perplexity merged", "perplexity summed", "change", "RMS cosine"],
+        ["sum", "whose", "perplexity merged", "perplexity summed", "change", "RMS cosine", "floor"],
         rows,
     )
 
@@ -237,7 +280,12 @@ def losses(results: Results, composition: Composition) -> tuple[Losses | None, L
 def geometry_rms(results: Results, composition: Composition) -> float | None:
     """Return the RMS cosine of a sum of two; of three, the mean over their pairs."""
     found = [results.pair(pair) for pair in combinations(composition.summed, 2)]
-    return mean_cell(each.rms if each else None for each in found)
+    return mean_if_known(each.rms if each else None for each in found)
+
+
+def _floor(results: Results, composition: Composition) -> float | None:
+    found = [results.pair(pair) for pair in combinations(composition.summed, 2)]
+    return mean_if_known(each.floor if each else None for each in found)
 
 
 def _matrix(study: Study, results: Results) -> Table:
@@ -268,19 +316,18 @@ def _matrix(study: Study, results: Results) -> Table:
     )
 
 
-def pair_points(study: Study, results: Results) -> dict[str, list[tuple[float, float]]]:
-    """Return {kind of arm: (RMS cosine, change in per cent)} of the pair sums."""
-    points: dict[str, list[tuple[float, float]]] = {"shared A": [], "different A": []}
+def pair_points(study: Study, results: Results) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Return {kind of arm: {arm: (RMS cosine, change in per cent) of each pair that is known}}."""
+    points: dict[str, dict[str, list[tuple[float, float]]]] = {"shared A": {}, "different A": {}}
     for arm in study.arms:
+        there = points["shared A" if arm.shared else "different A"].setdefault(arm.name, [])
         for composition in study.compositions(arm):
             if len(composition.domains) != 2:
                 continue
-            cosine, change = (
-                geometry_rms(results, composition),
-                results.change([losses(results, composition)]),
-            )
+            cosine = geometry_rms(results, composition)
+            change = results.change([losses(results, composition)])
             if cosine is not None and change is not None:
-                points["shared A" if arm.shared else "different A"].append((cosine, change.value))
+                there.append((cosine, change.value))
     return points
 
 
@@ -307,26 +354,26 @@ def _figure1(figure: Any, study: Study, results: Results) -> None:
     )
     left.set(title="paper", xlabel="RMS cosine", ylabel="change of perplexity, %")
     legend(left)
-    for (kind, points), color in zip(
-        pair_points(study, results).items(), (INK, ACCENT), strict=True
+    for (kind, by_arm), color in zip(
+        pair_points(study, results).items(), (ACCENT, INK), strict=True
     ):
+        points = [point for each in by_arm.values() for point in each]
         if not points:
             continue
         x, y = zip(*points, strict=True)
         right.scatter(x, y, color=color, s=22, label=kind, zorder=3)
         fitted = fit_line(x, y)
         if fitted and len(points) > 2:
-            ends = [min(x), max(x)]
+            # Many points, for a line is none on a logarithmic axis.
+            ends = list(np.linspace(min(x), max(x)))
             label = f"{fitted.slope:.0f} x {fitted.intercept:+.0f}, R2 {fitted.r2:.2f}"
             right.plot(ends, [fitted.at(end) for end in ends], color=color, lw=1, label=label)
-    bounds = cosine_bounds(study, results)
-    if bounds.floor:
-        right.axvline(bounds.floor, color="gray", ls=":", lw=1, label="floor")
-    if bounds.ceiling:
-        right.axvline(bounds.ceiling, color="gray", ls="--", lw=1, label="ceiling")
+    mark_bounds(right, cosine_bounds(study, results))
     right.set(title=f"ours ({study.config.name})", xlabel="RMS cosine", xscale="log")
     plain_log(right.xaxis)
-    legend(right, fontsize=7, frameon=True, framealpha=0.8, edgecolor="none")
+    figure.legend(
+        *right.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7
+    )
 
 
 def _heat_maps(
@@ -366,43 +413,84 @@ def layer_table(cosines: Mapping[str, float]) -> tuple[list[list[float]], list[s
 
 def _claims(study: Study, results: Results) -> list[Claim]:
     shared = [arm for arm in study.arms if arm.shared]
-    changes = {}
-    for at, composition in enumerate(study.compositions(study.arms[0])):
-        there = [list(study.compositions(arm))[at] for arm in shared]
-        change = results.change([losses(results, c) for c in there])
-        if change is not None:
-            changes[composition.name] = change
+    by_arm = [[losses(results, c) for c in study.compositions(arm)] for arm in shared]
     names = [c.name for c in study.compositions(study.arms[0])]
-    pair_changes = [changes[name] for name in names[:3] if name in changes]
-    triple = changes.get(names[3])
-    close: bool | None = None
-    if len(pair_changes) == 3:
-        close = all(change.high <= CLOSE_PERCENT for change in pair_changes)
-    points = [point for each in pair_points(study, results).values() for point in each]
-    shared_points = pair_points(study, results)["shared A"]
-    within = rank_correlation(*zip(*shared_points, strict=True)) if len(shared_points) > 3 else None
-    overall = rank_correlation(*zip(*points, strict=True)) if len(points) > 3 else None
+    pairs = [results.change([arm[at] for arm in by_arm]) for at in range(3)]
+    # The change of the triple over that of a pair, seed by seed.
+    excess = [
+        results.contrast(
+            [
+                [(1.0, arm[3][1]), (-1.0, arm[3][0]), (-1.0, arm[at][1]), (1.0, arm[at][0])]
+                for arm in by_arm
+            ]
+        )
+        for at in range(3)
+    ]
+    within = _rank_within(study, results)
     return [
         Claim(
             f"The sum of two adapters at weight 1 stays within {CLOSE_PERCENT:.0f} % of the "
-            "perplexity of the jointly trained adapter (upper ends of all three intervals, shared "
-            "A; the paper: -9 to +28 %).",
-            close,
-            "; ".join(f"{n}: {change_cell(changes[n])}" for n in names[:3] if n in changes),
+            "perplexity of the jointly trained adapter, each of the three pairs (shared A; the "
+            "paper: -9 to +28 %).",
+            every(at_most(change, CLOSE_PERCENT) for change in pairs),
+            _listed(names[:3], pairs),
+            Plain(
+                "two adapters summed at weight 1 come close to one adapter trained on both domains",
+                "Two adapters summed at weight 1 come close to one adapter trained on both "
+                f"domains: within {CLOSE_PERCENT:.0f} % of its perplexity for every pair.",
+                "Two adapters summed at weight 1 fall behind one adapter trained on both domains, "
+                f"by more than {CLOSE_PERCENT:.0f} % of its perplexity for at least one pair.",
+            ),
         ),
         Claim(
-            "The sum of three costs more than each sum of two (shared A).",
-            None
-            if triple is None or len(pair_changes) < 3
-            else all(triple.value > change.value for change in pair_changes),
-            "" if triple is None else f"three: {change_cell(triple)}",
+            "The sum of three costs more than each sum of two: its change is above theirs, seed by "
+            "seed (shared A).",
+            every(at_least(each, 0) for each in excess),
+            _listed([f"three against {name}" for name in names[:3]], excess),
+            Plain(
+                "a sum of three loses more than a sum of two",
+                "A sum of three loses more than any sum of two of them.",
+                "A sum of three does not lose more than every sum of two of them.",
+            ),
         ),
         Claim(
-            "Among sums from one A, the pair with the larger RMS cosine loses more (rank "
-            "correlation over pairs and seeds at least 0.8, as the paper's line says).",
-            None if within is None else within >= 0.8,
-            ""
-            if within is None or overall is None
-            else f"rank correlation {within:.2f} with a shared A, {overall:.2f} over all arms",
+            "Among sums from one A, the pair with the larger RMS cosine loses more: rank "
+            "correlation over pairs and seeds at least 0.8 (the paper's line through three points "
+            "says so).",
+            at_least(within, 0.8),
+            f"rank correlation {interval_cell(within, 2)}, left out seed by seed" if within else "",
+            Plain(
+                "a larger cosine between two adapters goes with a larger loss of their sum, as "
+                "the paper's line says",
+                "Among sums from one A, a larger cosine between two adapters goes with a larger "
+                "loss of their sum, as the paper's line says.",
+                "Among sums from one A, a larger cosine between two adapters does not reliably go "
+                "with a larger loss of their sum: the paper's line is not confirmed.",
+            ),
         ),
     ]
+
+
+def _listed(names: Sequence[str], intervals: Sequence[Interval | None]) -> str:
+    return "; ".join(
+        f"{name}: {change_cell(each)}"
+        for name, each in zip(names, intervals, strict=True)
+        if each is not None
+    )
+
+
+def _rank_within(study: Study, results: Results) -> Interval | None:
+    """Return the rank correlation of cosine and change over all pairs and arms of shared A."""
+    points = pair_points(study, results)["shared A"]
+    if any(len(each) < len(study.pairs) for each in points.values()):
+        return None
+
+    def correlation(kept: frozenset[str]) -> float | None:
+        there = [point for arm in kept for point in points[arm]]
+        if len(there) < (LEAST_RANKED if kept < points.keys() else 1):
+            return None
+        found = rank_correlation(*zip(*there, strict=True))
+        # Where nothing varies, nothing is ranked.
+        return 0.0 if math.isnan(found) else found
+
+    return jackknife(points, correlation, limits=(-1.0, 1.0))

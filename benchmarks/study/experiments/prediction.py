@@ -10,14 +10,22 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import Cell, Table
-from benchmarks.study.cells import mean_cell
-from benchmarks.study.document import Claim, Picture, Section
-from benchmarks.study.experiments.seeds import twin
+from benchmarks.study.cells import change_cell, interval_cell
+from benchmarks.study.document import Claim, Picture, Plain, Section
+from benchmarks.study.experiments.seeds import Bounds, mark_bounds, twin
 from benchmarks.study.palette import ACCENT, INK
 from benchmarks.study.results import Results
-from benchmarks.study.statistics import LeftOut, leave_one_out, rank_correlation
+from benchmarks.study.statistics import (
+    LEAST_RANKED,
+    LeftOut,
+    jackknife,
+    leave_one_out,
+    mean_if_known,
+    percent,
+    rank_correlation,
+)
 from benchmarks.study.study import AdapterSpec, Needs, Pair, Study, total
-from benchmarks.study.ticks import legend
+from benchmarks.study.verdict import Verdict, at_least, at_most, every
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,10 @@ def needs(study: Study) -> Needs:
 
 
 _ALL = "all of them"
+_COSINE = "RMS cosine"
+_SHARED = "whether A is shared, nothing else"
+# By how much the error of the cosine must lie below that of `_SHARED`, in per cent.
+_MARGIN = 10.0
 
 
 @dataclass(frozen=True)
@@ -92,38 +104,69 @@ class Observation:
     """One case, measured.
 
     Attributes:
-        cost: Mean loss of the sum less that of the oracle router, nats a token.
+        cost: Interference, nats a token: mean loss of the sum less that of the oracle router.
         features: {name: value} of what is known before merging.
+        floor: RMS cosine of random deltas, from one A or not as the case has it.
+        ceiling: RMS cosine of two adapters of one domain, mean over both domains.
     """
 
     case: Case
     cost: float
     features: dict[str, float]
+    floor: float
+    ceiling: float
 
 
-def observations(study: Study, results: Results) -> list[Observation]:
+@dataclass(frozen=True)
+class Observed:
+    """What there is to foretell.
+
+    Attributes:
+        cases: Those of which everything is known and finite.
+        not_finite: How many have a sum or an adapter without a finite loss; they are left out.
+        missing: How many were not run.
+    """
+
+    cases: list[Observation]
+    not_finite: int
+    missing: int
+
+
+def observations(study: Study, results: Results) -> Observed:
     """Return the cases of which everything is known."""
     config = study.config.prediction
     found = []
+    not_finite = missing = 0
     for case in cases(study):
         plain = results.pair(case.adapters)
-        ceiling = mean_cell(
-            geometry.rms for pair in case.ceilings if (geometry := results.pair(pair))
-        )
+        twice = [results.pair(pair) for pair in case.ceilings]
+        ceiling = mean_if_known(each.rms if each else None for each in twice)
         summed = results.union(total(*case.adapters), study.scored(case.domains))
         router = results.router(dict(zip(case.domains, case.adapters, strict=True)))
-        if plain is None or ceiling is None or summed is None or router is None:
+        weighted = (
+            results.pair(case.adapters, activations=True)
+            if config is not None and config.activations
+            else None
+        )
+        if (
+            plain is None
+            or ceiling is None
+            or summed is None
+            or router is None
+            or (config is not None and config.activations and weighted is None)
+        ):
+            missing += 1
+            continue
+        if not (summed.finite and router.finite):
+            not_finite += 1
             continue
         features = {
-            "RMS cosine": plain.rms,
+            _COSINE: plain.rms,
             "RMS cosine, weighted by norms": plain.weighted_rms,
             "cosine of the whole deltas": plain.weighted,
             "RMS cosine over its ceiling": plain.rms / ceiling,
         }
-        if config is not None and config.activations:
-            weighted = results.pair(case.adapters, activations=True)
-            if weighted is None:
-                continue
+        if weighted is not None:
             features["activation-weighted RMS cosine"] = weighted.rms
             features["activation-weighted cosine of the whole"] = weighted.weighted
         # Not in the paper: how much there is to collide, whatever its direction.
@@ -132,9 +175,10 @@ def observations(study: Study, results: Results) -> list[Observation]:
             np.mean([np.log(first * second) for first, second in norms if first and second])
         )
         # If this does as well, the cosines tell no more than how the adapters were begun.
-        features["whether A is shared, nothing else"] = float(case.shared)
-        found.append(Observation(case, summed.mean - router.mean, features))
-    return found
+        features[_SHARED] = float(case.shared)
+        cost = summed.mean - router.mean
+        found.append(Observation(case, cost, features, plain.floor, ceiling))
+    return Observed(found, not_finite, missing)
 
 
 def leave_pairs_out(observed: Sequence[Observation], names: Sequence[str]) -> LeftOut:
@@ -149,18 +193,31 @@ def leave_pairs_out(observed: Sequence[Observation], names: Sequence[str]) -> Le
 def section(study: Study, results: Results) -> Section:
     """Tell how well geometry foretells interference."""
     found = Section("prediction", "Interference foretold from geometry")
-    observed = observations(study, results)
+    everything = observations(study, results)
+    observed = everything.cases
     config = study.config.prediction
+    pairs = {each.case.domains for each in observed}
     found.text = [
-        f"{len(observed)} pairs of adapters"
-        + (f", of {len(config.domains)} domains" if config else "")
-        + ", with a shared A and without. What is foretold: mean loss of the sum at weight 1 less "
-        "that of the oracle router, nats a token, on both domains. A line is fitted to all pairs "
-        "of domains but one, and foretells that one (with and without a shared A together). R2 "
-        "compares with the mean of the others: 0 is no better than that.",
+        f"{len(observed)} cases: {len(pairs)} different pairs of "
+        f"{len(config.domains) if config else 0} domains, each with a shared A and without; the "
+        "pairs share domains and adapters, so they are fewer independent points than they seem. "
+        f"{len(set(config.seeds)) if config else 0} seeds, the second for a different A only: no "
+        "interval here covers their chance. "
+        + (
+            f"{everything.not_finite} cases have no finite loss and are left out. "
+            if everything.not_finite
+            else "No case has a loss that is not finite. "
+        )
+        + "What is foretold is the interference of the sum at weight 1 as nats a token: its mean "
+        "loss less that of the oracle router, on both domains. A line is fitted to all pairs of "
+        "domains but one, and foretells that one (with and without a shared A together, so that "
+        "no pair of domains is on both sides). R2 compares with the mean of the others: 0 is no "
+        "better than that. Intervals of claims: domains are left out one by one, with all pairs "
+        "that touch them.",
     ]
-    if len({each.case.domains for each in observed}) < 3:
-        found.claims = [Claim(_CLAIM, None), Claim(_APART, None)]
+    if len(pairs) < 3:
+        verdict = Verdict.NOT_RUN if everything.missing else Verdict.OPEN
+        found.claims = [Claim(_CLAIM, verdict, plain=_PLAIN), Claim(_APART, verdict)]
         return found
     names = list(observed[0].features)
     subsets = {
@@ -197,9 +254,10 @@ def section(study: Study, results: Results) -> Section:
         Picture(
             "prediction",
             "Interference of every pair against the RMS cosine and against the activation-weighted "
-            "cosine, and as foretold (leave one pair out) by all features together.",
+            "cosine, and as foretold (leave one pair out) by all features together. Left, dotted: "
+            "floors (random deltas); dashed: mean ceilings (one domain trained twice).",
             lambda figure: _draw(figure, observed),
-            (10.0, 3.5),
+            (10.0, 4.0),
         )
     ]
     found.data = {
@@ -209,45 +267,97 @@ def section(study: Study, results: Results) -> Section:
             for each in observed
         ]
     }
-    found.claims = _claims(observed, names)
+    found.claims = _claims(everything, names)
     return found
 
 
 _CLAIM = (
-    "The RMS cosine alone foretells interference (leave-one-pair-out R2 at least 0.5, all pairs)."
+    "The RMS cosine alone foretells interference: leave-one-pair-out R2 at least 0.5 over all "
+    f"cases, and an error at least {_MARGIN:.0f} % below that of knowing only whether A is shared."
+)
+_PLAIN = Plain(
+    "the cosine of two adapters, which is known before merging, foretells how much their sum loses",
+    "The cosine of two adapters, which is known before merging, foretells how much their sum "
+    "loses, and better than knowing only whether they started from one A.",
+    "The cosine of two adapters does not foretell how much their sum loses, or no better than "
+    "knowing only whether they started from one A.",
 )
 _APART = (
     "Among pairs that are alike in sharing A or not, a cosine of any kind still ranks them (rank "
-    "correlation at least 0.6 both with the same and with different A)."
+    "correlation at least 0.6 both with the same and with different A; the best of the kinds is "
+    "taken, which favours the claim)."
 )
 
 
-def _claims(observed: Sequence[Observation], names: Sequence[str]) -> list[Claim]:
-    alone = leave_pairs_out(observed, ["RMS cosine"])
-    best: dict[str, float] = {}
-    for name in names:
-        if "cosine" not in name:
-            continue
-        ranked = []
-        for shared in (True, False):
-            alike = [each for each in observed if each.case.shared == shared]
-            if len(alike) > 2:
-                ranked.append(
-                    rank_correlation(
-                        [each.features[name] for each in alike], [each.cost for each in alike]
-                    )
-                )
-        if len(ranked) == 2:
-            best[name] = min(ranked)
+def _within(observed: Sequence[Observation], kept: frozenset[str]) -> list[Observation]:
+    return [each for each in observed if kept.issuperset(each.case.domains)]
+
+
+def _claims(everything: Observed, names: Sequence[str]) -> list[Claim]:
+    observed = everything.cases
+    domains = {domain for each in observed for domain in each.case.domains}
+
+    def r2(kept: frozenset[str]) -> float | None:
+        there = _within(observed, kept)
+        if len({each.case.domains for each in there}) < 3:
+            return None
+        return leave_pairs_out(there, [_COSINE]).r2
+
+    def error_ratio(kept: frozenset[str]) -> float | None:
+        there = _within(observed, kept)
+        if len({each.case.domains for each in there}) < 3:
+            return None
+        cosine, shared = (leave_pairs_out(there, [name]).error for name in (_COSINE, _SHARED))
+        return float(np.log(cosine / shared)) if cosine > 0 and shared > 0 else None
+
+    foretold = jackknife(domains, r2, "domains", (-np.inf, 1.0))
+    against = jackknife(domains, error_ratio, "domains")
+    better = against.through(percent) if against else None
+    alone, baseline = (leave_pairs_out(observed, [name]) for name in (_COSINE, _SHARED))
+    by_name = {name: _ranked(observed, name, frozenset(domains)) for name in names}
+    best = {
+        name: value for name, value in by_name.items() if "cosine" in name and value is not None
+    }
     top = max(best, key=lambda name: best[name]) if best else None
+    ranked = (
+        jackknife(domains, lambda kept: _ranked(observed, top, kept), "domains", (-1.0, 1.0))
+        if top
+        else None
+    )
+    verdicts = [
+        every([at_least(foretold, 0.5), at_most(better, -_MARGIN)]),
+        at_least(ranked, 0.6) if ranked else Verdict.OPEN,
+    ]
+    if everything.missing:
+        verdicts = [Verdict.NOT_RUN] * 2
     return [
-        Claim(_CLAIM, alone.r2 >= 0.5, f"R2 {alone.r2:.2f}, error {alone.error:.3f} nats"),
+        Claim(
+            _CLAIM,
+            verdicts[0],
+            f"R2 {interval_cell(foretold, 2)}; error {alone.error:.3f} nats by the cosine, "
+            f"{baseline.error:.3f} by whether A is shared: {change_cell(better)}",
+            _PLAIN,
+        ),
         Claim(
             _APART,
-            best[top] >= 0.6 if top else None,
-            f"best: {top}, at least {best[top]:.2f} in both" if top else "",
+            verdicts[1],
+            f"best: {top}, in the weaker of both {interval_cell(ranked, 2)}" if top else "",
         ),
     ]
+
+
+def _ranked(observed: Sequence[Observation], name: str, kept: frozenset[str]) -> float | None:
+    """Return the smaller rank correlation of cases with a shared A and of those without."""
+    found = []
+    for shared in (True, False):
+        alike = [each for each in _within(observed, kept) if each.case.shared == shared]
+        if len(alike) < LEAST_RANKED:
+            return None
+        found.append(
+            rank_correlation([each.features[name] for each in alike], [each.cost for each in alike])
+        )
+    # Where nothing varies, nothing is ranked.
+    return float(np.nan_to_num(found).min())
 
 
 def _draw(figure: Any, observed: Sequence[Observation]) -> None:
@@ -256,11 +366,16 @@ def _draw(figure: Any, observed: Sequence[Observation]) -> None:
     left_out = leave_pairs_out(observed, names)
     costs = [each.cost for each in observed]
     panels = [
-        ("RMS cosine", [each.features["RMS cosine"] for each in observed]),
+        (_COSINE, [each.features[_COSINE] for each in observed]),
         (activation, [each.features[activation] for each in observed]),
         ("foretold, nats a token", list(left_out.predicted)),
     ]
     grid = figure.subplots(1, 3, sharey=True)
+    of_kind = [[each for each in observed if each.case.shared == shared] for shared in (0, 1)]
+    apart, together = (
+        [mean_if_known(each.floor for each in kind), mean_if_known(each.ceiling for each in kind)]
+        for kind in of_kind
+    )
     for axes, (name, values) in zip(grid, panels, strict=True):
         for shared, color in ((True, ACCENT), (False, INK)):
             at = [i for i, each in enumerate(observed) if each.case.shared == shared]
@@ -276,4 +391,7 @@ def _draw(figure: Any, observed: Sequence[Observation]) -> None:
     ends = [min(costs), max(costs)]
     grid[2].plot(ends, ends, color="gray", lw=0.8)
     grid[0].set_ylabel("interference, nats a token")
-    legend(grid[0])
+    mark_bounds(grid[0], Bounds(apart[0], together[0], apart[1], together[1]))
+    figure.legend(
+        *grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=7
+    )

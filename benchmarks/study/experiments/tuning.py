@@ -49,7 +49,8 @@ def measure(study: Study, key: str, sources: Sources, workspace: Workspace) -> N
     spec = searches(study)[key]
     folder = workspace.cache / "tuning" / key
     space = Space(epochs=(1, config.max_epochs))
-    found = tune(options_of(study, spec, sources, folder), config.trials, space)
+    with workspace.cache_locked():
+        found = tune(options_of(study, spec, sources, folder), config.trials, space)
     workspace.findings.add(
         {
             "key": key,
@@ -62,18 +63,39 @@ def measure(study: Study, key: str, sources: Sources, workspace: Workspace) -> N
     )
 
 
+def missing_searches(study: Study, workspace: Workspace) -> list[str]:
+    """Return the searches that are to be applied and are not done, by their domains."""
+    config = study.config.tuning
+    if config is None or not config.apply:
+        return []
+    return [_name(spec) for key, spec in searches(study).items() if key not in workspace.findings]
+
+
 def tuned_study(study: Study, workspace: Workspace) -> Study:
-    """Return the study with what was found applied, if its config says so."""
+    """Return the study with what was found applied, if its config says so.
+
+    Raises:
+        ValueError: It says so, and a search is not done.
+    """
     config = study.config.tuning
     if config is None or not config.apply:
         return study
+    if missing := missing_searches(study, workspace):
+        raise ValueError(
+            f"{workspace.out}: tuning.apply is set and the search of {missing[0]} is not done; "
+            "finish it by `run --only tuning`"
+        )
     tuned: dict[tuple[str, ...], dict[str, Any]] = {}
     for key, spec in searches(study).items():
         record = workspace.findings.get(key)
-        if record is not None:
-            best = record["best"]["parameters"]
-            tuned[spec.domains] = {name: best[name] for name in _APPLIED if name in best}
+        assert record is not None
+        best = record["best"]["parameters"]
+        tuned[spec.domains] = {name: best[name] for name in _APPLIED}
     return Study(study.config, study.inputs, tuned)
+
+
+def _name(spec: AdapterSpec) -> str:
+    return "+".join(spec.domains)
 
 
 def section(study: Study, results: Results) -> Section:
@@ -84,7 +106,7 @@ def section(study: Study, results: Results) -> Section:
         return found
     untuned = Study(study.config, study.inputs)
     records = {
-        "+".join(spec.domains): record
+        _name(spec): record
         for key, spec in searches(untuned).items()
         if (record := results.finding(key))
     }
@@ -92,7 +114,8 @@ def section(study: Study, results: Results) -> Section:
         f"Optuna's TPE, {config.trials} trials a search, by the loss on "
         f"{study.config.training.eval_rows or 'all'} validation rows. "
         + (
-            "The adapters of this study are trained with what was found."
+            f"The adapters trained on {', '.join(records)} are trained with what was found, all "
+            "others with the config's options."
             if config.apply
             else "It is reported only: the adapters of this study are trained with the config's "
             "options, the same for all, so that they can be compared."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from benchmarks.report import Cell, Table
 from benchmarks.study.config import Dtype
-from benchmarks.study.document import Claim, Section
+from benchmarks.study.document import Claim, Plain, Section
 from benchmarks.study.evaluator import Local
 from benchmarks.study.inputs import Sources
 from benchmarks.study.results import Results
 from benchmarks.study.study import AdapterSpec, Needs, Study
+from benchmarks.study.verdict import Verdict, every, exactly
 from benchmarks.study.workspace import Workspace
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.digest import hash_bytes
@@ -77,6 +79,7 @@ def measure(study: Study, key: str, sources: Sources, workspace: Workspace) -> N
     workspace.findings.add(
         {
             "key": key,
+            "adapters": [folder.name for folder in folders],
             "dtype": dtype,
             "cycles": config.unlearning.cycles,
             "changed_by_adding": with_all != never,
@@ -143,9 +146,13 @@ def section(study: Study, results: Results) -> Section:
         f"{domains[1]} is added to {domains[0]} + {domains[2]} and taken out again. By fold, as "
         "the server does it: base + what is left. By subtraction, as PEFT's unmerge does it: the "
         "delta is taken from the weights that hold it. A jointly trained adapter has no such "
-        "operation: what it learned from one domain cannot be told from the rest.",
+        "operation: what it learned from one domain cannot be told from the rest. One arm "
+        f"({study.arms[0].name}), one seed: bits are counted, nothing is estimated. Where adding "
+        "does not change a single weight, rounding loses the block whole: the server serves such a "
+        "mix by correction, and removal by fold has nothing to show.",
     ]
-    records = [record for key in keys(study) if (record := results.finding(key))]
+    by_key = {key: results.finding(key) for key in keys(study)}
+    records = [record for record in by_key.values() if record]
     rows: list[list[Cell]] = []
     for record in records:
         first, last = record["subtraction"][0], record["subtraction"][-1]
@@ -153,6 +160,7 @@ def section(study: Study, results: Results) -> Section:
             [
                 record["dtype"],
                 record["cycles"],
+                "yes" if record["changed_by_adding"] else "no: served by correction",
                 "every bit" if record["refold_equals_never_added"] else "no",
                 "every bit" if record["empty_mix_equals_base"] else "no",
                 f"{100 * first['changed']:.1f} %",
@@ -168,6 +176,7 @@ def section(study: Study, results: Results) -> Section:
             [
                 "dtype",
                 "cycles",
+                "adding changed the weights",
                 "fold: as if never added",
                 "fold: empty mix is the base",
                 "subtraction: weights that differ after 1 cycle",
@@ -179,24 +188,53 @@ def section(study: Study, results: Results) -> Section:
             rows,
         )
     ]
-    low = [record for record in records if record["dtype"] == "bfloat16"]
-    found.claims = [
+    found.claims = _claims(study, by_key)
+    return found
+
+
+def _claims(study: Study, by_key: Mapping[str, dict[str, Any] | None]) -> list[Claim]:
+    dtypes = keys(study)
+    low = [record for key, record in by_key.items() if dtypes[key] == "bfloat16"]
+    return [
         Claim(
             "Removal by fold is exact: the weights are, bit for bit, those of a model that never "
             "had the block, and the empty mix is the base.",
-            all(
-                record["refold_equals_never_added"] and record["empty_mix_equals_base"]
-                for record in records
-            )
-            if records
-            else None,
-            ", ".join(record["dtype"] for record in records),
+            every(exact_removal(record) for record in by_key.values()),
+            ", ".join(
+                f"{record['dtype']}: "
+                + (
+                    "compared"
+                    if record["changed_by_adding"]
+                    else "nothing was folded, such a mix is served by correction"
+                )
+                for record in by_key.values()
+                if record
+            ),
+            Plain(
+                "a block that is taken out by folding what is left leaves no trace",
+                "A block that is taken out by folding what is left leaves no trace: every bit is "
+                "as if it had never been there.",
+                "A block that is taken out by folding what is left leaves a trace.",
+            ),
         ),
         Claim(
             "Subtraction in bfloat16 is not: at least 1 % of the adapted weights are not what they "
             "were.",
-            all(record["subtraction"][-1]["changed"] >= 0.01 for record in low) if low else None,
-            ", ".join(f"{100 * record['subtraction'][-1]['changed']:.1f} %" for record in low),
+            every(
+                exactly(record["subtraction"][-1]["changed"] >= 0.01 if record else None)
+                for record in low
+            ),
+            ", ".join(
+                f"{100 * record['subtraction'][-1]['changed']:.1f} %" for record in low if record
+            ),
         ),
     ]
-    return found
+
+
+def exact_removal(record: Mapping[str, Any] | None) -> Verdict:
+    """Judge one dtype; where adding changed nothing, equality afterwards says nothing."""
+    if record is None:
+        return Verdict.NOT_RUN
+    if not (record["refold_equals_never_added"] and record["empty_mix_equals_base"]):
+        return Verdict.FAILS
+    return Verdict.HOLDS if record["changed_by_adding"] else Verdict.OPEN

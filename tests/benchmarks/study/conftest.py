@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from benchmarks.study.config import Config, Data, Seeds
@@ -9,6 +10,19 @@ from benchmarks.study.inputs import DataFile, Inputs
 from benchmarks.study.study import Study
 
 MakeStudy = Callable[..., Study]
+
+_LITTLE = """
+name = "little"
+base = "{base}"
+domains = ["birds", "metals", "ports"]
+data.synthetic = 80
+data.files = {{ birds = "birds", metals = "metals", ports = "ports" }}
+training.max_length = 24
+training.rows = 8
+training.eval_rows = 2
+evaluation.test_rows = 2
+evaluation.resamples = 100
+"""
 
 
 @pytest.fixture
@@ -28,6 +42,7 @@ def make_study() -> MakeStudy:
         inputs = Inputs(
             base="none",
             base_digest="0",
+            setup_digest="0",
             parameters=1,
             modules={"h.0.mlp.c_proj": (8, 4)},
             files={name: DataFile(name, sha256 + name, rows) for name in names},
@@ -35,3 +50,15 @@ def make_study() -> MakeStudy:
         return Study(replace(config, **changed), inputs)  # type: ignore[arg-type]
 
     return make
+
+
+def write_little(tiny: Path, folder: Path) -> Path:
+    """Write the config of a study that takes seconds: the tiny base, made-up domains, few rows."""
+    path = folder / "little.toml"
+    path.write_text(_LITTLE.format(base=tiny))
+    return path
+
+
+@pytest.fixture
+def little(tiny: Path, tmp_path: Path) -> Path:
+    return write_little(tiny, tmp_path)

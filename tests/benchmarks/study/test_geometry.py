@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from benchmarks.study.floor import random_floor
 from benchmarks.study.geometry_stage import plain_products, weighted_products
 from benchmarks.study.results import PairGeometry
 from torch import Tensor
@@ -87,6 +88,38 @@ def test_summaries(pair: tuple[Adapter, Adapter]) -> None:
         float(first @ second / (first.norm() * second.norm()))
     )
     assert geometry.floor == pytest.approx(math.sqrt((1 / (24 * 40) + 2 / (32 * 16)) / 3))
+
+
+def test_the_weighted_rms_counts_modules_by_their_norms(pair: tuple[Adapter, Adapter]) -> None:
+    geometry = PairGeometry(plain_products(*pair), _SIZES)
+    squares = weights = 0.0
+    for module in _SIZES:
+        first, second = (_dense(adapter, module) for adapter in pair)
+        weight = float(first.norm() * second.norm())
+        squares += weight * float((first * second).sum() / (first.norm() * second.norm())) ** 2
+        weights += weight
+    assert geometry.weighted_rms == pytest.approx(math.sqrt(squares / weights))
+    assert geometry.weighted_rms != pytest.approx(geometry.rms, rel=1e-3)
+
+
+def test_deltas_of_one_random_a_lie_at_the_floor_of_a_shared_a() -> None:
+    """Dense deltas of random B over one A, which PEFT starts at Kaiming's uniform distribution."""
+    generator = torch.Generator().manual_seed(3)
+    pairs, rank, width, out = 1000, 4, 128, 24
+    a = torch.rand(pairs, rank, width, generator=generator) * 2 - 1
+    first, second = (torch.randn(pairs, out, rank, generator=generator) @ a for _ in range(2))
+    cosines = torch.cosine_similarity(first.flatten(1), second.flatten(1))
+    found = float(cosines.square().mean().sqrt())
+    assert found == pytest.approx(random_floor(width, out, rank), rel=0.06)
+    assert found > 4 * random_floor(width, out)
+
+
+def test_a_pair_with_a_shared_a_has_its_floor(pair: tuple[Adapter, Adapter]) -> None:
+    geometry = PairGeometry(plain_products(*pair), _SIZES, shared_rank=4)
+    assert geometry.floor == pytest.approx(math.sqrt((1 / (4 * 40) + 2 / (4 * 16)) / 3))
+    assert geometry.floor_by_type == pytest.approx(
+        {"attn.c_attn": 1 / math.sqrt(4 * 40), "mlp.c_proj": 1 / math.sqrt(4 * 16)}
+    )
 
 
 def test_random_deltas_lie_at_the_floor() -> None:

@@ -9,27 +9,12 @@ from pathlib import Path
 import pytest
 from benchmarks.study.__main__ import main
 
-_CONFIG = """
-name = "little"
-base = "{base}"
-domains = ["birds", "metals", "ports"]
-data.synthetic = 80
-data.files = {{ birds = "birds", metals = "metals", ports = "ports" }}
-training.max_length = 24
-training.rows = 16
-training.eval_rows = 4
-evaluation.test_rows = 4
-"""
-
 
 @pytest.mark.timeout(400)
-def test_a_killed_run_goes_on_to_the_same_results(tiny: Path, tmp_path: Path) -> None:
-    config = tmp_path / "little.toml"
-    config.write_text(_CONFIG.format(base=tiny))
-
+def test_a_killed_run_goes_on_to_the_same_results(little: Path, tmp_path: Path) -> None:
     def arguments(name: str) -> list[str]:
         places = [f"--out={tmp_path / name / 'out'}", f"--cache={tmp_path / name / 'cache'}"]
-        return ["run", f"--config={config}", "--only=compositions", *places]
+        return ["run", f"--config={little}", "--only=compositions", *places]
 
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.study", *arguments("killed")],

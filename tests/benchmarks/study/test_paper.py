@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from benchmarks.study import paper
 
@@ -58,3 +60,12 @@ def test_names_in_any_order() -> None:
     assert paper.find(["medicine+math", "finance"]) is paper.find(["math+medicine", "finance"])
     assert paper.find(["birds", "math"]) is None
     assert paper.cosines("birds", "math") is None
+
+
+def test_the_floors_of_the_papers_modules() -> None:
+    # 36 modules of three sizes, from d_in and d_out as GPT-2 Small has them.
+    apart = (1 / (768 * 2304) + 1 / (768 * 768) + 1 / (3072 * 768)) / 3
+    together = (1 / (4 * 2304) + 2 / (4 * 768)) / 3
+    assert paper.floor() == pytest.approx(math.sqrt(apart))
+    assert paper.floor() == pytest.approx(0.00095, abs=5e-6)
+    assert paper.floor(paper.RANK) == pytest.approx(math.sqrt(together))

@@ -72,3 +72,15 @@ def test_a_whole_file_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             write_whole(path, b"second")
     assert path.read_bytes() == b"first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_dropped_is_gone_from_the_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    records = Records(path)
+    for key in "abc":
+        records.add({"key": key, "of": ["x"] if key == "b" else []})
+    assert records.drop(lambda record: "x" in record["of"]) == 1
+    assert records.drop(lambda record: "x" in record["of"]) == 0
+    assert "b" not in records
+    records.add({"key": "d", "of": []})
+    assert [record["key"] for record in Records(path)] == ["a", "c", "d"]

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
 import pytest
 from benchmarks.study.config import (
     Blocks,
@@ -18,8 +22,11 @@ from benchmarks.study.config import (
 )
 from benchmarks.study.experiments import prediction
 from benchmarks.study.plan import wanted
-from benchmarks.study.study import Needs, Scoring, total
+from benchmarks.study.study import AdapterSpec, Needs, Scoring, Study, total
 from tests.benchmarks.study.conftest import MakeStudy
+
+from superpose_adapters.training_options import Options
+from superpose_adapters.training_schedule import Plan
 
 
 def test_the_paper_has_seven_adapters_and_seven_compositions(make_study: MakeStudy) -> None:
@@ -57,19 +64,73 @@ def test_arms_of_a_shared_a_share_it_and_others_do_not(make_study: MakeStudy) ->
         assert set(arm.beside.values()) <= shared
 
 
-def test_budgets(make_study: MakeStudy) -> None:
+def test_equal_domains_need_no_other_control_than_the_papers(make_study: MakeStudy) -> None:
     study = make_study()
     union = study.config.domains
     assert study.joint(union, 0).rows == 300
-    assert study.joint(union, 0, budget="steps").rows == pytest.approx(100, abs=1)
-    wide = study.joint(union, 0, rank=12)
+    assert study.joint(union, 0, budget="tokens") == study.joint(union, 0)
+    wide = study.joint(union, 0, rank=12, budget="steps")
+    assert wide.rank == 12
     assert wide.alpha / wide.rank == study.config.training.alpha / study.config.training.rank
+
+
+def _trainer_steps(spec: AdapterSpec) -> int:
+    """The steps that the trainer itself would take."""
+    options = Options(
+        base="none",
+        data=(Path("none"),),
+        name="none",
+        out=Path("none"),
+        epochs=spec.epochs,
+        batch_size=spec.batch_size,
+    )
+    return Plan.of(options, spec.rows).steps
+
+
+_TUNED = {
+    ("a",): {"epochs": 3, "batch_size": 8, "learning_rate": 1e-3, "dropout": 0.1},
+    ("b",): {"epochs": 5, "batch_size": 32, "learning_rate": 2e-3, "dropout": 0.0},
+    ("c",): {"epochs": 1, "batch_size": 16, "learning_rate": 3e-3, "dropout": 0.2},
+    ("a", "b", "c"): {"epochs": 2, "batch_size": 32, "learning_rate": 4e-4, "dropout": 0.3},
+    # Few epochs of large batches: as many steps need more epochs than any domain has.
+    ("a", "b"): {"epochs": 1, "batch_size": 64, "learning_rate": 4e-4, "dropout": 0.3},
+}
+
+
+@pytest.mark.parametrize("rank", [4, 8, 12])
+def test_controls_of_tuned_unequal_domains_are_matched(make_study: MakeStudy, rank: int) -> None:
+    blank = make_study()
+    files = {
+        name: replace(blank.inputs.files[name], rows={"train": rows, "validation": 9, "test": 9})
+        for name, rows in {"a": 1000, "b": 317, "c": 643, "d": 10}.items()
+    }
+    study = Study(blank.config, replace(blank.inputs, files=files), _TUNED)
+    for union in study.unions:
+        apart = [study.fundamental(domain, 0) for domain in union]
+        papers = study.joint(union, 0)
+        tokens, steps = (
+            study.joint(union, 0, rank=rank, budget=budget) for budget in ("tokens", "steps")
+        )
+        assert abs(_trainer_steps(steps) - fmean(_trainer_steps(each) for each in apart)) <= 1
+        visits = sum(each.epochs * each.rows for each in apart)
+        assert abs(tokens.epochs * tokens.rows - visits) <= tokens.batch_size
+        for (domain, rows), each in zip(tokens.portions, apart, strict=True):
+            assert domain in each.domains
+            assert abs(tokens.epochs * rows - each.epochs * each.rows) <= tokens.epochs
+        for control in (tokens, steps):
+            assert all(0 < rows <= files[domain].rows["train"] for domain, rows in control.portions)
+            assert control.rank == rank
+            assert control.alpha / rank == papers.alpha / papers.rank
+            for option in ("batch_size", "learning_rate", "dropout", "seed", "init_seed"):
+                assert getattr(control, option) == getattr(papers, option)
+        for spec in (*apart, tokens, steps):
+            assert spec.steps == _trainer_steps(spec)
 
 
 def test_rows_are_limited_by_the_config_and_the_file(make_study: MakeStudy) -> None:
     assert make_study(training=Training(rows=30)).rows("a") == 30
     assert make_study(training=Training(rows=3000)).rows("a") == 100
-    assert make_study(training=Training(rows=None)).rows("a", 0.5) == 50
+    assert make_study(training=Training(rows=None)).rows("a") == 100
 
 
 def test_keys_follow_from_what_determines_a_result(make_study: MakeStudy) -> None:
@@ -92,7 +153,36 @@ def test_keys_follow_from_what_determines_a_result(make_study: MakeStudy) -> Non
     measured = make_study(evaluation=Evaluation(dtype="bfloat16", test_rows=5))
     assert measured.adapter_key(spec) == key
     scoring = Scoring(total(spec), "a", study.template)
-    assert measured.scoring_key(scoring) != study.scoring_key(scoring)
+    pair = (spec, study.fundamental("b", 0))
+    by = {
+        name: make_study(evaluation=evaluation)
+        for name, evaluation in {
+            "plain": Evaluation(),
+            "dtype": Evaluation(dtype="bfloat16"),
+            "kernels": Evaluation(kernels=True),
+            "served": Evaluation(served=True),
+            "rows": Evaluation(test_rows=5, validation_rows=5),
+        }.items()
+    }
+    assert len({each.scoring_key(scoring) for each in by.values()}) == len(by)
+    # Inputs of modules are looked at in this process, whatever scores.
+    weighted = {name: each.pair_key(pair, activations=True) for name, each in by.items()}
+    assert weighted.pop("served") == weighted["plain"]
+    assert len(set(weighted.values())) == len(weighted)
+    assert len({each.pair_key(pair) for each in by.values()}) == 1
+
+
+def test_another_config_or_tokenizer_of_the_base_changes_every_key(make_study: MakeStudy) -> None:
+    study = make_study()
+    other = Study(study.config, replace(study.inputs, setup_digest="1"))
+    spec = study.fundamental("a", 0)
+    pair = (spec, study.fundamental("b", 0))
+    scoring = Scoring((), "a", study.template)
+    assert study.adapter_key(spec) != other.adapter_key(spec)
+    assert study.rows_key("a", "test", "") != other.rows_key("a", "test", "")
+    assert study.scoring_key(scoring) != other.scoring_key(scoring)
+    assert study.pair_key(pair) != other.pair_key(pair)
+    assert study.finding_key("x", []) != other.finding_key("x", [])
 
 
 def test_order_and_zero_weights_make_no_other_model(make_study: MakeStudy) -> None:
@@ -155,7 +245,7 @@ def test_bundled_plans(name: str, make_study: MakeStudy) -> None:
     files = dict.fromkeys(config.data.files, next(iter(blank.inputs.files.values())))
     study = make_study()
     study.config = config
-    study.inputs = type(blank.inputs)("none", "0", 1, blank.inputs.modules, files)
+    study.inputs = replace(blank.inputs, files=files)
     for experiment in wanted(config):
         needs = experiment.needs(study)
         assert needs.scorings or needs.pairs or needs.findings, experiment.name
