@@ -24,6 +24,7 @@ from benchmarks.report import Cell, Report, Table
 from benchmarks.rounds import Measure, Rounds, run_rounds
 from benchmarks.shapes import base_folder
 from superpose_adapters.bundled import MINI
+from superpose_adapters.scratch_memory import keep_scratch
 from superpose_adapters.stacked import train_many
 from superpose_adapters.train import train
 from superpose_adapters.training_options import Options as Training
@@ -179,6 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-rows", type=int, default=16, help="of every adapter, a step")
     parsed = parser.parse_args(arguments)
     options = read_options(parsed)
+    keep_scratch()
     with progress("stacked", options.seconds) as tell:
         report, rounds = measure(options, parsed.counts, parsed.steps, parsed.batch_rows, tell)
     return report.finish(options, lambda figure: draw(rounds, figure))

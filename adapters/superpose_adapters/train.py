@@ -27,6 +27,7 @@ from superpose_adapters.bundled import resolve_base
 from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.fast_bfloat16 import has_fast_bfloat16
 from superpose_adapters.scoring import EncodedText, Scope
+from superpose_adapters.scratch_memory import keep_scratch
 from superpose_adapters.training_cli import read_command
 from superpose_adapters.training_data import check_sources, read_data
 from superpose_adapters.training_loss import check_finite, evaluate_loss, figures_of, pad_right
@@ -283,6 +284,7 @@ def run(options: Options, trials: int | None) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, or 1 after one line on stderr (argparse exits with 2)."""
+    keep_scratch()
     # What is wrong for one process is wrong for all; one line says it.
     complain = sys.stderr if is_main_process() else None
     try:

@@ -21,6 +21,7 @@ from benchmarks.study.run import Runner
 from benchmarks.study.status import show_status
 from benchmarks.study.study import Study
 from benchmarks.study.workspace import Workspace, default_cache
+from superpose_adapters.scratch_memory import keep_scratch
 from superpose_adapters.training_options import base_label
 
 _RESULTS = Path(__file__).parent / "results"
@@ -82,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
+    keep_scratch()
     # Its bars, one a load, would tear ours.
     disable_progress_bar()
     config = read_config(options.config)

@@ -15,6 +15,7 @@ from benchmarks.study import checks
 from superpose_adapters.mix import MAX_ABS_WEIGHT, check_domain
 from superpose_adapters.qa import TEMPLATE, check_template
 from superpose_adapters.scoring import Scope
+from superpose_adapters.stacked import MAX_STACK
 from superpose_adapters.training_options import Schedule
 
 T = TypeVar("T")
@@ -49,6 +50,8 @@ class Training:
     Attributes:
         rows: Training rows a domain; None: all.
         eval_rows: Validation and test rows that the trainer itself looks at.
+        stack: Adapters that are trained at a time. More are faster until a step has some 1,000
+            tokens; beyond, what a large base makes of them leaves the processor's cache.
     """
 
     rank: int = 4
@@ -64,6 +67,7 @@ class Training:
     eval_rows: int | None = 32
     template: str = TEMPLATE
     loss_scope: Scope = "all"
+    stack: int = MAX_STACK
 
     def __post_init__(self) -> None:
         """Refuse what no adapter can be trained with."""
@@ -74,6 +78,7 @@ class Training:
                 "training.batch_size": self.batch_size,
                 "training.rows": self.rows,
                 "training.eval_rows": self.eval_rows,
+                "training.stack": self.stack,
             },
         )
         # The first token has no loss.

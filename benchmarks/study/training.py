@@ -15,7 +15,7 @@ from benchmarks.study.steps import Advance, steps
 from benchmarks.study.study import AdapterSpec, Study
 from benchmarks.study.workspace import Workspace
 from superpose_adapters.loader import CONFIG_NAME, TENSORS_NAME, files_digest
-from superpose_adapters.stacked import MAX_STACK, train_many
+from superpose_adapters.stacked import train_many
 from superpose_adapters.training_options import Options
 
 # Of a tensor, as the paper's Table 1 shows them.
@@ -99,11 +99,12 @@ def _train(
     work = {spec: training_tokens(spec, tokens) for spec in missing}
     # Those of a stack should end together.
     missing.sort(key=lambda spec: (spec.batch_size, spec.rank, work[spec]))
+    size = study.config.training.stack
     with steps(f"train for {experiment}", sum(work.values())) as advance:
         for batch_size in dict.fromkeys(spec.batch_size for spec in missing):
             alike = [spec for spec in missing if spec.batch_size == batch_size]
-            for start in range(0, len(alike), MAX_STACK):
-                stack = {spec: work[spec] for spec in alike[start : start + MAX_STACK]}
+            for start in range(0, len(alike), size):
+                stack = {spec: work[spec] for spec in alike[start : start + size]}
                 amount = sum(stack.values())
                 keys = {spec: study.adapter_key(spec) for spec in stack}
                 told = _Told(stack, advance)
@@ -115,6 +116,7 @@ def _train(
                             options_of(study, spec, sources, workspace.adapter(key))
                             for spec, key in keys.items()
                         ],
+                        max_stack=size,
                         tell=told,
                     )
                 told.finish()
