@@ -174,7 +174,7 @@ def _cosines_by_type(
 
 def _layers(study: Study, results: Results) -> list[Table]:
     """Return Tables 2 and 5 layer by layer: the first pair, and the level-2 sums."""
-    compositions = [c for c in study.compositions(study.arms[0]) if len(c.summed) == 2]
+    compositions = _sums_of_two(study, study.arms[0])
     pair, level2 = compositions[:1], compositions[3:]
     tables = []
     for title, chosen in (("Table 2", pair), ("Table 5", level2)):
@@ -379,26 +379,36 @@ def _figure1(figure: Any, study: Study, results: Results) -> None:
 def _heat_maps(
     figure: Any, study: Study, results: Results, kinds: Sequence[tuple[str, Sequence[Arm]]]
 ) -> None:
-    names = [c.name for c in study.compositions(study.arms[0]) if len(c.summed) == 2]
+    names = [c.name for c in _sums_of_two(study, study.arms[0])]
     grid = figure.subplots(len(kinds), len(names), squeeze=False)
+    maps = [
+        [results.pair((c.summed[0], c.summed[1])) for c in _sums_of_two(study, arms[0])]
+        for _, arms in kinds
+    ]
+    known = [abs(v) for row in maps for each in row if each for v in each.cosines.values()]
+    limit = max(known, default=1.0)
     image = None
-    for row, (kind, arms) in zip(grid, kinds, strict=True):
-        two = [c for c in study.compositions(arms[0]) if len(c.summed) == 2]
-        for axes, composition in zip(row, two, strict=True):
-            geometry = results.pair((composition.summed[0], composition.summed[1]))
+    for row, (kind, _), found in zip(grid, kinds, maps, strict=True):
+        for axes, name, geometry in zip(row, names, found, strict=True):
             if geometry is None:
                 axes.set_axis_off()
                 continue
             values, types = layer_table(geometry.cosines)
-            image = axes.imshow(values, cmap="RdBu_r", vmin=-0.5, vmax=0.5, aspect="auto")
+            image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
             axes.set_xticks(range(len(types)), [t.replace(".", "\n", 1) for t in types], fontsize=5)
             axes.tick_params(axis="y", labelsize=6)
             whole_numbers(axes.yaxis)
-            axes.set_title(f"{composition.name}\n{kind}", fontsize=7)
+            # In two lines, for names of three domains are wider than a map.
+            axes.set_title(name.replace(" + ", "\n+ ") + f"\n{kind}", fontsize=7)
     for row in grid:
         row[0].set_ylabel("layer", fontsize=7)
     if image is not None:
         figure.colorbar(image, ax=grid, shrink=0.8, label="cosine")
+
+
+def _sums_of_two(study: Study, arm: Arm) -> list[Composition]:
+    """Return the sums of two adapters: three pairs, and three of a level-2 adapter with another."""
+    return [c for c in study.compositions(arm) if len(c.summed) == 2]
 
 
 def layer_table(cosines: Mapping[str, float]) -> tuple[list[list[float]], list[str]]:

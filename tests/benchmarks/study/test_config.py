@@ -61,6 +61,7 @@ _OVERLAP = "overlap.source = 'a'\noverlap.target = 'b'\n"
         ("training.batch_size = 0", "training.batch_size is 0"),
         ("training.rows = 0", "training.rows is 0"),
         ("training.eval_rows = 0", "training.eval_rows is 0"),
+        ("training.stack = 0", "training.stack is 0"),
         ("training.max_length = 1", "training.max_length is 1; it must be at least 2"),
         ("training.alpha = 0", "training.alpha is 0"),
         ("training.epochs = -1", "training.epochs is -1"),
