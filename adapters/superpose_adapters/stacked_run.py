@@ -20,7 +20,7 @@ from superpose_adapters.stacked_member import Member
 from superpose_adapters.training_data import Rows
 from superpose_adapters.training_loss import evaluate_loss, figures_of, pad_right
 from superpose_adapters.training_options import base_label
-from superpose_adapters.training_record import versions, write_adapter
+from superpose_adapters.training_record import versions, write_adapter, writing
 from superpose_adapters.training_schedule import EVALUATION_BATCH
 
 PREFIX = "base_model.model."
@@ -138,11 +138,8 @@ class Stack:
             "adamw": [adamw.parameters, adamw.mask, adamw.first, adamw.second],
         }
         temporary = self._work / "checkpoint.tmp"
-        try:
+        with writing(temporary):
             torch.save(state, temporary)
-        except RuntimeError as error:
-            # What torch makes of a write that fails, for instance on a full disk.
-            raise OSError(f"{temporary}: cannot be written; is the disk full? ({error})") from error
         temporary.replace(self._work / _CHECKPOINT)
 
     def _scaling(self, members: Sequence[Member]) -> torch.Tensor:

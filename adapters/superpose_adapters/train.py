@@ -39,7 +39,12 @@ from superpose_adapters.training_model import (
     load_base,
 )
 from superpose_adapters.training_options import Options, base_label
-from superpose_adapters.training_record import versions, write_adapter, write_file
+from superpose_adapters.training_record import (
+    versions,
+    write_adapter,
+    write_file,
+    writing,
+)
 from superpose_adapters.training_schedule import EVALUATION_BATCH, Plan, trainer_schedule
 
 
@@ -54,6 +59,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         self._validation = validation
         self._pad = pad
         self._scope: Scope = scope
+
+    def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+        with writing(Path(self.args.output_dir)):
+            super()._save_checkpoint(*arguments, **options)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return and log `eval_loss` and `eval_perplexity` of the validation rows."""

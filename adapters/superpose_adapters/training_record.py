@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import peft
 import torch
 import transformers
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -45,14 +47,18 @@ def write_adapter(
         label: What the config calls the base.
         record: For training.json.
         out: The folder; nothing may be there.
+
+    Raises:
+        OSError: It could not be written; nothing is left.
     """
 
     def fill(folder: Path) -> None:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            folder / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
+        with writing(out):
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+                folder / "adapter_model.safetensors",
+                metadata={"format": "pt"},
+            )
         config.base_model_name_or_path = label
         config.inference_mode = True
         config.save_pretrained(folder)
@@ -67,6 +73,20 @@ def write_adapter(
         (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
     write_folder(out, fill)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise OSError that names `path` and says what may be wrong where nothing can be written.
+
+    A write that fails names no file; safetensors has an exception of its own for it, and
+    torch.save raises RuntimeError.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+        raise OSError(f"{path}: cannot be written; is the disk full? ({reason})") from error
 
 
 def write_folder(out: Path, fill: Callable[[Path], None]) -> None:

@@ -14,6 +14,8 @@ from superpose_adapters.training_options import Options, Schedule
 
 EVALUATIONS = 8
 EVALUATION_BATCH = 32
+# The learning rate rises in the first of so many parts of a run.
+WARMUP_PARTS = 20
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Plan:
         if steps is None:
             steps = math.ceil(math.ceil(rows / options.batch_size) * options.epochs)
         every = max(1, math.ceil(steps / EVALUATIONS))
-        return cls(steps, steps // 20, every, max(1, every // 4))
+        return cls(steps, steps // WARMUP_PARTS, every, max(1, every // 4))
 
 
 def trainer_schedule(schedule: Schedule) -> str:

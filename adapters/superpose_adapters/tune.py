@@ -18,11 +18,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from superpose_adapters.digest import canonical_digest
+from superpose_adapters.bundled import resolve_base
+from superpose_adapters.digest import canonical_digest, checkpoint_digest
+from superpose_adapters.qa import file_sha256
 from superpose_adapters.train import process_count, train
+from superpose_adapters.training_data import check_sources, is_hub_id
 from superpose_adapters.training_options import Options
 from superpose_adapters.training_record import write_file, write_folder
 from superpose_adapters.tune_plots import draw_history, draw_importances
+
+# Settings at random before TPE has something to go by; Optuna's own 10 suit longer searches.
+RANDOM_TRIALS = 5
 
 Tell = Callable[[str], None]
 
@@ -75,6 +81,7 @@ def tune(
 
     Raises:
         ValueError: bad input, another search's folder, or no setting with a finite loss.
+        OSError: the disk is full or cannot be written.
     """
     if trials < 1:
         raise ValueError(f"--tune must be at least 1, got {trials}")
@@ -84,11 +91,21 @@ def tune(
         raise ValueError("--tune searches the number of epochs: leave --max-steps away")
     if not all(importlib.util.find_spec(name) for name in ("optuna", "matplotlib")):
         raise ValueError("--tune needs optuna and matplotlib: pip install 'superpose[train]'")
+    check_sources(options)
     search = _Search(options, space or Space(), tell or _to_stderr)
-    search.claim()
-    while len(search.measured()) < trials:
-        search.try_next()
-    return search.finish()
+    # Optuna takes a second to import.
+    from optuna.exceptions import StorageInternalError
+
+    try:
+        search.claim()
+        while len(search.measured()) < trials:
+            search.try_next()
+        return search.finish()
+    except StorageInternalError as error:
+        cause = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise OSError(
+            f"{options.out}.tune: cannot be written; is the disk full? ({cause})"
+        ) from error
 
 
 def _to_stderr(line: str) -> None:
@@ -111,7 +128,15 @@ class _Search:
             del fields[searched]
         fields["data"] = [str(source) for source in self._options.data]
         del fields["out"]
-        identity = {"options": fields, "space": asdict(self._space)}
+        identity = {
+            "options": fields,
+            "space": asdict(self._space),
+            "base_digest": checkpoint_digest(resolve_base(self._options.base)),
+            "files": [
+                None if is_hub_id(source) else file_sha256(Path(source))
+                for source in self._options.data
+            ],
+        }
         plain: dict[str, Any] = json.loads(json.dumps(identity))
         return plain
 
@@ -127,8 +152,8 @@ class _Search:
         if record.exists():
             if json.loads(record.read_text("utf-8")) != self._identity():
                 raise ValueError(
-                    f"{self._folder} holds a search with other options; repeat that command, "
-                    "name another --out, or delete the folder"
+                    f"{self._folder} holds a search with other options, data or base; repeat that "
+                    "command, name another --out, or delete the folder"
                 )
         elif self._options.out.exists():
             raise ValueError(f"{self._options.out} exists; name another --out or delete it")
@@ -163,7 +188,7 @@ class _Search:
         # A sampler of its own for each setting: it depends on the measured trials alone, not on
         # how many processes it took to measure them.
         seed = int(canonical_digest([self._options.seed, index])[:8], 16)
-        self._study.sampler = optuna.samplers.TPESampler(seed=seed)
+        self._study.sampler = optuna.samplers.TPESampler(n_startup_trials=RANDOM_TRIALS, seed=seed)
         trial = self._study.ask()
         setting = self._space.suggest(trial)
         trial.set_user_attr("index", index)

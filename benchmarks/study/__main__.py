@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.serverprocess import ServerFailed
 from benchmarks.study.config import Config, bundled_configs, read_config
-from benchmarks.study.experiments.tuning import tuned_study
+from benchmarks.study.experiments.tuning import missing_searches, tuned_study
 from benchmarks.study.inputs import Inputs, Sources, read_inputs
 from benchmarks.study.plan import TUNING, wanted
 from benchmarks.study.publish import publish
@@ -23,6 +23,7 @@ from benchmarks.study.study import Study
 from benchmarks.study.workspace import Workspace, default_cache
 from superpose_adapters.scratch_memory import keep_scratch
 from superpose_adapters.training_options import base_label
+from superpose_client.errors import CallError
 
 _RESULTS = Path(__file__).parent / "results"
 
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         return _main(options)
-    except (ValueError, OSError, ServerFailed) as error:
+    except (ValueError, OSError, ServerFailed, CallError) as error:
         print(f"study: {' '.join(str(error).split())}", file=sys.stderr)
     except KeyboardInterrupt:
         print("study: interrupted; repeat the command to go on", file=sys.stderr)
@@ -145,7 +146,10 @@ def _report(config: Config, workspace: Workspace) -> int:
     inputs: Inputs | None = read_inputs(workspace.inputs_path)
     if inputs is None:
         raise ValueError(f"{workspace.out}: nothing was run; use `run` first")
-    study = tuned_study(Study(config, inputs), workspace)
+    study = Study(config, inputs)
+    if not missing_searches(study, workspace):
+        study = tuned_study(study, workspace)
+    # Else nothing is known of what was to be trained with what they find, and the report says so.
     print(publish(study, workspace))
     return 0
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from benchmarks.report import Cell, Table
 from benchmarks.study import paper
+from benchmarks.study.choices import choices
 from benchmarks.study.document import Claim, Section
 from benchmarks.study.glossary import glossary
 from benchmarks.study.plan import EXPERIMENTS, TUNING, needed_keys, needs_of, wanted
 from benchmarks.study.run import to_do
 from benchmarks.study.steps import duration
-from benchmarks.study.study import Study
+from benchmarks.study.study import AdapterSpec, Study
 from benchmarks.study.verdict import Verdict
 from benchmarks.study.workspace import Workspace
 
@@ -25,6 +27,8 @@ LATER = (
     "subspace angles as predictors",
 )
 _PAPER_CONFIG = "paper"
+# In what `Machine.caption` says.
+_COMMIT = re.compile(r"commit (\w+(?: \(changed\))?)")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Front:
         lead: What this is, in sentences.
         summary: What came out, in plain sentences that follow from the claims.
         words: (word, meaning) of what the report takes for granted.
+        choices: What the paper leaves open and was done here, a line each.
         not_run: One line for each thing that is not in it.
         claims: Every claim with its verdict.
         machines: Where stages ran, with versions and commit.
@@ -45,6 +50,7 @@ class Front:
     lead: list[str]
     summary: list[str]
     words: list[tuple[str, str]]
+    choices: list[str]
     not_run: list[str]
     claims: Table
     errors: list[str]
@@ -65,8 +71,8 @@ def front(study: Study, sections: Sequence[Section], workspace: Workspace) -> Fr
             f"Base {study.inputs.base} ({study.inputs.parameters / 1e6:.1f} million parameters, "
             f"digest {study.inputs.base_digest[:12]}); domains "
             + ", ".join(
-                f"{domain} ({each.name}, {each.rows['train']:,} training rows, sha256 "
-                f"{each.sha256[:12]})"
+                f"{domain} ({each.name}, {study.rows(domain):,} training rows of "
+                f"{each.rows['train']:,}, sha256 {each.sha256[:12]})"
                 for domain, each in study.inputs.files.items()
             )
             + "."
@@ -79,6 +85,7 @@ def front(study: Study, sections: Sequence[Section], workspace: Workspace) -> Fr
         ],
         summary=summary([claim for claim, _ in claims]),
         words=glossary(config),
+        choices=choices(study, workspace.adapters.get(study.adapter_key(_first(study)))),
         not_run=not_run(study, workspace),
         claims=Table(
             "What holds, what does not, and what is not decided",
@@ -90,6 +97,11 @@ def front(study: Study, sections: Sequence[Section], workspace: Workspace) -> Fr
         machines=list(dict.fromkeys(str(each["machine"]) for each in stages)),
         options=json.dumps(asdict(config), indent=1),
     )
+
+
+def _first(study: Study) -> AdapterSpec:
+    """Return the first adapter that the study trains."""
+    return next(iter(study.arms[0].fundamental.values()))
 
 
 def summary(claims: Sequence[Claim]) -> list[str]:
@@ -164,8 +176,12 @@ def not_run(study: Study, workspace: Workspace) -> list[str]:
 def _times(stages: Sequence[Mapping[str, object]]) -> Table:
     """Return wall time and memory of the stages, by experiment; speed of those that ended well."""
     rows: dict[tuple[str, str], list[float]] = {}
+    commits: dict[tuple[str, str], dict[str, None]] = {}
     for each in stages:
         row = rows.setdefault((str(each["experiment"]), str(each["stage"])), [0.0, 0.0, 0.0, 0.0])
+        of = (str(each["experiment"]), str(each["stage"]))
+        if found := _COMMIT.search(str(each["machine"])):
+            commits.setdefault(of, {})[found[1]] = None
         seconds = float(str(each["seconds"]))
         row[0] += seconds
         row[1] += float(str(each.get("tokens", 0)))
@@ -179,12 +195,21 @@ def _times(stages: Sequence[Mapping[str, object]]) -> Table:
             f"{tokens / 1e3:,.0f} k" if tokens else None,
             f"{tokens / ended:,.0f}" if tokens and ended else None,
             f"{peak:,.0f}",
+            ", ".join(commits.get((experiment, stage), ())),
         ]
         for (experiment, stage), (seconds, tokens, peak, ended) in rows.items()
     ]
-    cells.append(["all", "", duration(sum(row[0] for row in rows.values())), None, None, None])
+    cells.append(["all", "", duration(sum(row[0] for row in rows.values())), *[None] * 4])
     return Table(
         "Wall time",
-        ["experiment", "stage", "time", "tokens", "tokens/s", "peak memory of the process, MiB"],
+        [
+            "experiment",
+            "stage",
+            "time",
+            "tokens",
+            "tokens/s",
+            "peak memory of the process, MiB",
+            "commit",
+        ],
         cells,
     )

@@ -59,6 +59,7 @@ def markdown(front: Front, sections: Sequence[Section]) -> str:
     parts += ["## Summary", *map(_text, front.summary), _table(front.claims)]
     parts += ["## What was not run", _list(front.not_run)]
     parts += ["## Words", "\n".join(f"- **{_text(w)}**: {_text(m)}" for w, m in front.words)]
+    parts += ["## What the paper leaves open", _list(front.choices)]
     for section in sections:
         parts += [f"## {_text(section.title)}", *map(_text, section.text)]
         parts += [_table(table) for table in section.tables if table.rows]
@@ -76,6 +77,7 @@ def html(front: Front, sections: Sequence[Section], pictures: Mapping[str, bytes
     """Return the report as one page; `pictures` holds PNG by name."""
     links = [
         ("words", "Words"),
+        ("choices", "What the paper leaves open"),
         *((s.name, s.title) for s in sections),
         ("paper", "Errors in the paper"),
         ("run", "How it was run"),
@@ -96,6 +98,8 @@ def html(front: Front, sections: Sequence[Section], pictures: Mapping[str, bytes
         "<dl>"
         + "".join(f"<dt>{escape(w)}</dt><dd>{escape(m)}</dd>" for w, m in front.words)
         + "</dl>",
+        '<h2 id="choices">What the paper leaves open</h2>',
+        _html_list(front.choices),
     ]
     for section in sections:
         parts.append(f'<h2 id="{section.name}">{escape(section.title)}</h2>')

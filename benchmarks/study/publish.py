@@ -58,7 +58,8 @@ def _json(study: Study, first: Front, sections: Sequence[Section]) -> bytes:
         "name": study.config.name,
         "config": asdict(study.config),
         "inputs": asdict(study.inputs),
-        "machine": describe().as_json(),
+        "machines": first.machines,
+        "report_made_on": describe().as_json(),
         "not_run": first.not_run,
         "sections": [
             {

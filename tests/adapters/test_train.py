@@ -1,12 +1,14 @@
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
+import re
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -14,14 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
 from tests.makers import load_peft, save_base, tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from superpose_adapters import train as trainer_module
-from superpose_adapters import training_record
 from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.qa import file_sha256, part_of, read_rows, split_rows
 from superpose_adapters.scoring import encode_qa
@@ -35,7 +36,19 @@ from superpose_adapters.training_model import (
     orthogonal_block,
 )
 from superpose_adapters.training_options import Options, base_label
+from superpose_adapters.training_record import write_adapter
 from superpose_adapters.training_schedule import Plan, learning_rates
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let no file grow beyond `size` bytes: to a writer it is a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -460,24 +473,25 @@ def test_the_bases_own_dropout_is_off(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_no_result(
-    base: Path,
-    data: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    base: Path, data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(tensors: Any, path: Path, **_: Any) -> None:
-        path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-    monkeypatch.setattr(training_record, "save_file", full)
+    """A checkpoint that cannot be written whole; the same command goes on when there is room."""
     out = tmp_path / "out"
-    assert main(command(base, data[0], out, "--max-steps", "1")) == 1
-    assert "No space left on device" in last_line(capsys)
-    # What was trained is kept for the same command.
+    with files_of_at_most(4000):
+        assert main(command(base, data[0], out, "--max-steps", "2")) == 1
+    assert re.fullmatch(
+        rf"superpose-train: {out}.work: cannot be written; is the disk full\? \(.+\)",
+        last_line(capsys),
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
-    monkeypatch.undo()
-    assert main(command(base, data[0], out, "--max-steps", "1")) == 0
+    assert main(command(base, data[0], out, "--max-steps", "2")) == 0
+
+
+def test_a_result_that_does_not_fit_on_the_disk_is_not_there(tmp_path: Path) -> None:
+    tensors = {"base_model.model.c.lora_A.weight": torch.zeros(4, 1000)}
+    with files_of_at_most(4000), pytest.raises(OSError, match="out: cannot be written"):
+        write_adapter(tensors, LoraConfig(r=4), "tiny", {}, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_processes_train_what_one_does(base: Path, tmp_path: Path) -> None:

@@ -143,6 +143,17 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been(
         tune(options(base, data, out, seed=1), 6, SPACE)
 
 
+def test_a_search_does_not_go_on_with_other_data_of_the_same_name(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(data.read_bytes())
+    tune(options(base, rows, tmp_path / "out"), 1, SPACE)
+    rows.write_bytes(data.read_bytes() + data.read_bytes().splitlines(keepends=True)[0])
+    with pytest.raises(ValueError, match="holds a search with other options, data or base"):
+        tune(options(base, rows, tmp_path / "out"), 2, SPACE)
+
+
 def test_a_setting_that_diverges_counts_and_is_not_the_best(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

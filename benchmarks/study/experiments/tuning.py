@@ -13,7 +13,7 @@ from benchmarks.study.study import AdapterSpec, Needs, Study
 from benchmarks.study.ticks import legend, whole_numbers
 from benchmarks.study.training import options_of
 from benchmarks.study.workspace import Workspace
-from superpose_adapters.tune import Space, tune
+from superpose_adapters.tune import RANDOM_TRIALS, Space, tune
 
 _APPLIED = ("epochs", "batch_size", "learning_rate", "dropout")
 
@@ -111,7 +111,8 @@ def section(study: Study, results: Results) -> Section:
         if (record := results.finding(key))
     }
     found.text = [
-        f"Optuna's TPE, {config.trials} trials a search, by the loss on "
+        f"Optuna's TPE, {config.trials} trials a search, the first {RANDOM_TRIALS} of them at "
+        "random, by the loss on "
         f"{study.config.training.eval_rows or 'all'} validation rows. "
         + (
             f"The adapters trained on {', '.join(records)} are trained with what was found, all "
