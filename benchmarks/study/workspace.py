@@ -106,6 +106,8 @@ class Workspace:
             keys: Of what it makes.
             amounts: How much that is.
         """
+        # Now: the checkout may be another one when the stage ends.
+        machine = _caption()
         began, clock = datetime.now(UTC), time.monotonic()
         complete = False
         try:
@@ -120,7 +122,7 @@ class Workspace:
                 "seconds": round(time.monotonic() - clock, 2),
                 "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
                 **(amounts if complete else {}),
-                "machine": _caption(),
+                "machine": machine,
                 "keys": list(keys),
             }
             with (self.out / "stages.jsonl").open("a") as file:
