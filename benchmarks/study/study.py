@@ -279,6 +279,13 @@ class Study:
             return control
         return replace(control, epochs=steps / math.ceil(control.rows / control.batch_size))
 
+    def separate(self, seed: int) -> dict[str, AdapterSpec]:
+        """Return the three domains' adapters of a seed, each from an A of its own."""
+        return {
+            domain: self.fundamental(domain, seed, 1000 * (seed + 1) + i)
+            for i, domain in enumerate(self.config.domains)
+        }
+
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """The pairs of the three domains."""
@@ -314,10 +321,7 @@ class Study:
                     beside[pair] = self.joint(pair, after)
                 arms.append(Arm(f"different A, rotated {seed}", False, seed, own, joint, beside))
         for seed in self.config.seeds.separate:
-            own = {
-                domain: self.fundamental(domain, seed, 1000 * (seed + 1) + i)
-                for i, domain in enumerate(domains)
-            }
+            own = self.separate(seed)
             joint = {union: self.joint(union, seeds[0]) for union in self.unions}
             arms.append(Arm(f"different A, seed {seed}", False, seed, own, joint, joint))
         return arms

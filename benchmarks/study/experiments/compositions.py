@@ -26,6 +26,7 @@ from benchmarks.study.results import PairGeometry, Results
 from benchmarks.study.statistics import (
     LEAST_RANKED,
     Interval,
+    Line,
     Losses,
     fit_line,
     jackknife,
@@ -76,7 +77,9 @@ def section(study: Study, results: Results) -> Section:
         + ". "
         + " ".join(covered(count) for count in dict.fromkeys(len(arms) for _, arms in kinds)),
         "Floors beside cosines are those of random deltas; the paper's depend on whether its "
-        "adapters shared an A, and both are given.",
+        "adapters shared an A, and both are given. The cosine of three adapters is the mean over "
+        "their pairs. Table 1 has no values of the paper beside it: tensors of another seed cannot "
+        "be compared.",
     ]
     found.tables = [
         _tensors(study, results),
@@ -84,8 +87,11 @@ def section(study: Study, results: Results) -> Section:
         *_layers(study, results),
         _changes("Table 3: pairs", study, results, kinds, pairs=True),
         _changes("Table 4: triples", study, results, kinds, pairs=False),
+        _fitted_lines(study, results),
+        _single_adapters(study, results),
         _matrix(study, results),
     ]
+    found.data = {"pairs, (RMS cosine, change in per cent)": pair_points(study, results)}
     found.pictures = [
         Picture("figure1", _FIGURE1, lambda figure: _figure1(figure, study, results), (9.5, 4.8)),
         Picture(
@@ -331,6 +337,65 @@ def pair_points(study: Study, results: Results) -> dict[str, dict[str, list[tupl
     return points
 
 
+def _fitted_lines(study: Study, results: Results) -> Table:
+    """Return the lines of Figure 1: as printed, as its points give it, and ours."""
+    slope, intercept = paper.printed_line()
+    refitted = paper.line()
+    rows: list[list[Cell]] = [
+        ["paper, as printed", len(paper.pairs()), slope, intercept, None],
+        [
+            "paper, from its points",
+            len(paper.pairs()),
+            refitted.slope,
+            refitted.intercept,
+            refitted.r2,
+        ],
+    ]
+    for kind, points in _points_by_kind(study, results).items():
+        fitted = _line_of(points)
+        if fitted:
+            rows.append([f"ours, {kind}", len(points), fitted.slope, fitted.intercept, fitted.r2])
+    return Table(
+        "Figure 1: lines through pairs, change in % against RMS cosine",
+        ["whose", "points", "slope", "intercept", "R2"],
+        rows,
+    )
+
+
+def _points_by_kind(study: Study, results: Results) -> dict[str, list[tuple[float, float]]]:
+    return {
+        kind: [point for each in by_arm.values() for point in each]
+        for kind, by_arm in pair_points(study, results).items()
+    }
+
+
+def _line_of(points: Sequence[tuple[float, float]]) -> Line | None:
+    """Return the line through points; through two it would say nothing."""
+    return fit_line(*zip(*points, strict=True)) if len(points) > 2 else None
+
+
+def _single_adapters(study: Study, results: Results) -> Table:
+    """Return what each fundamental adapter of every shared A does on each domain."""
+    arms = [arm for arm in study.arms if arm.shared]
+    domains = study.config.domains
+    rows: list[list[Cell]] = []
+    for own in domains:
+        cells: list[Cell] = [own]
+        for domain in domains:
+            base = results.loss((), domain)
+            after = [results.loss(total(arm.fundamental[own]), domain) for arm in arms]
+            cells += [
+                perplexity_cell(after),
+                change_cell(results.change((base, each) for each in after)),
+            ]
+        rows.append(cells)
+    return Table(
+        f"Single adapters against the base ({len(arms)} arms of shared A)",
+        ["adapter", *(c for d in domains for c in (f"perplexity on {d}", "against the base"))],
+        rows,
+    )
+
+
 def _figure1(figure: Any, study: Study, results: Results) -> None:
     left, right = figure.subplots(1, 2)
     xs = [row.rms for row in paper.pairs() if row.rms is not None]
@@ -354,16 +419,15 @@ def _figure1(figure: Any, study: Study, results: Results) -> None:
     )
     left.set(title="paper", xlabel="RMS cosine", ylabel="change of perplexity, %")
     legend(left)
-    for (kind, by_arm), color in zip(
-        pair_points(study, results).items(), (ACCENT, INK), strict=True
+    for (kind, points), color in zip(
+        _points_by_kind(study, results).items(), (ACCENT, INK), strict=True
     ):
-        points = [point for each in by_arm.values() for point in each]
         if not points:
             continue
         x, y = zip(*points, strict=True)
         right.scatter(x, y, color=color, s=22, label=kind, zorder=3)
-        fitted = fit_line(x, y)
-        if fitted and len(points) > 2:
+        fitted = _line_of(points)
+        if fitted:
             # Many points, for a line is none on a logarithmic axis.
             ends = list(np.linspace(min(x), max(x)))
             label = f"{fitted.slope:.0f} x {fitted.intercept:+.0f}, R2 {fitted.r2:.2f}"
@@ -454,7 +518,8 @@ def _claims(study: Study, results: Results) -> list[Claim]:
         ),
         Claim(
             "The sum of three costs more than each sum of two: its change is above theirs, seed by "
-            "seed (shared A).",
+            "seed (shared A; in the evidence the ratio of sum to joint adapter for three domains "
+            "over that for two).",
             every(at_least(each, 0) for each in excess),
             _listed([f"three against {name}" for name in names[:3]], excess),
             Plain(

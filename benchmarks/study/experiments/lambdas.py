@@ -123,6 +123,9 @@ def section(study: Study, results: Results) -> Section:
             rows,
         )
     ]
+    if arms:
+        found.tables.append(_sweep_table(study, results, arms))
+    found.data = {"test perplexity": _sweeps(study, results, arms)}
     config = study.config.lambdas
     if config and config.pair_grid and arms:
         found.tables.append(_pair_table(study, results, arms[0]))
@@ -173,6 +176,51 @@ def _global_row(
         change_cell(results.change(zip(joint, at_best, strict=True))),
         change_cell(results.change(zip(router, at_best, strict=True))),
     ]
+
+
+def _sweep_table(study: Study, results: Results, arms: list[Arm]) -> Table:
+    """Return what the curves show."""
+    shared = [arm for arm in arms if arm.shared]
+    rows: list[list[Cell]] = []
+    for union in study.unions:
+        by_arm = [global_terms(study, arm, union) for arm in shared]
+        rows.append(
+            [
+                " + ".join(union),
+                *(
+                    perplexity_cell(
+                        results.union(terms[weight], study.scored(union)) for terms in by_arm
+                    )
+                    for weight in weights(study)
+                ),
+            ]
+        )
+    return Table(
+        f"Perplexity at each weight ({len(shared)} arms of shared A)",
+        ["sum", *(f"{weight:g}" for weight in weights(study))],
+        rows,
+    )
+
+
+def _sweeps(
+    study: Study, results: Results, arms: list[Arm]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return {arm: {sum: {weights: test perplexity}}}, a weight for each adapter of a pair too."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for arm in arms:
+        for union in study.unions:
+            candidates: dict[tuple[float, ...], Terms] = {
+                (weight,) * len(union): terms
+                for weight, terms in global_terms(study, arm, union).items()
+            }
+            if arm is arms[0] and len(union) == 2:
+                candidates.update(pair_terms(study, arm, (union[0], union[1])).items())
+            found.setdefault(arm.name, {})[" + ".join(union)] = {
+                ", ".join(f"{weight:g}" for weight in each): losses.perplexity
+                for each, terms in candidates.items()
+                if (losses := results.union(terms, study.scored(union)))
+            }
+    return found
 
 
 def _pair_table(study: Study, results: Results, arm: Arm) -> Table:

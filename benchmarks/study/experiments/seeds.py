@@ -26,12 +26,14 @@ _TWIN = 100
 
 
 def grid(study: Study) -> dict[tuple[str, int], AdapterSpec]:
-    """Return {(domain, seed): adapter} of all shared seeds."""
-    return {
-        (domain, seed): study.fundamental(domain, seed)
+    """Return {(domain, seed of its A): adapter}, of all shared seeds and of separate A's."""
+    specs = [
+        study.fundamental(domain, seed)
         for domain in study.config.domains
         for seed in study.config.seeds.shared
-    }
+    ]
+    specs += [s for seed in study.config.seeds.separate for s in study.separate(seed).values()]
+    return {(spec.domains[0], spec.init_seed): spec for spec in specs}
 
 
 def twin(study: Study, domain: str, seed: int) -> AdapterSpec:
@@ -190,18 +192,26 @@ def mark_bounds(axes: Any, bounds: Bounds, *, across: bool = False) -> None:
 def section(study: Study, results: Results) -> Section:
     """Tell what of the cosine comes from the domain, and what from the A."""
     found = Section("seeds", "Cosines: seeds and domains")
-    count = len(study.config.seeds.shared)
+    count, separate = len(study.config.seeds.shared), study.config.seeds.separate
     found.text = [
         f"{len(study.config.domains)} domains x {count} seeds; a seed fixes the first A, the "
-        "sample of rows and their order. A cosine says something about two domains only by where "
+        "sample of rows and their order. "
+        + (
+            f"Besides, {len(separate)} x {len(study.config.domains)} adapters, each from an A of "
+            "its own. "
+            if separate
+            else ""
+        )
+        + "A cosine says something about two domains only by where "
         "it lies between floor and ceiling. The floor is the RMS cosine of random deltas: "
         "1/sqrt(in x out) if each has its own A, about 1/sqrt(rank x out) if both have one A that "
         "training has not moved. The ceiling is what two trainings on one domain reach. "
         + _repeated_rows(study),
-        f"Pairs share adapters, so the unit of the intervals is the seed (n = {count}; of twins "
-        f"{len(study.config.seeds.twins)}): they are left out one by one, each with all pairs "
-        "that touch it, with Student's t. Pairs across two seeds have no interval below three "
-        "seeds.",
+        "Pairs share adapters, so the unit of the intervals is the seed of the A (n = "
+        f"{count + len(separate) * len(study.config.domains)}; of pairs from one A {count}, of "
+        f"twins {len(study.config.seeds.twins)}): they are left out one by one, each with all "
+        "pairs that touch it, with Student's t. Pairs across two seeds have no interval below "
+        "three seeds.",
     ]
     rows: list[list[Cell]] = []
     bounds = cosine_bounds(study, results)
@@ -316,15 +326,41 @@ def _by_type(study: Study, results: Results) -> Table:
     rows: list[list[Cell]] = []
     for group in groups(study):
         found = known(results, group.pairs)
+        weighted = weighted_by_type(found)
         rows += [
-            [group.name, name, value, found[0].floor_by_type[name], f"{100 * share:.0f} %"]
+            [
+                group.name,
+                name,
+                value,
+                found[0].floor_by_type[name],
+                f"{100 * share:.0f} %",
+                weighted[name],
+            ]
             for name, (value, share) in type_shares(found).items()
         ]
     return Table(
         "RMS cosine by module type",
-        ["two adapters of", "module type", "RMS cosine", "floor", "share of the sum of squares"],
+        [
+            "two adapters of",
+            "module type",
+            "RMS cosine",
+            "floor",
+            "share of the sum of squares",
+            "RMS, weighted by norms",
+        ],
         rows,
     )
+
+
+def weighted_by_type(found: Iterable[PairGeometry]) -> dict[str, float]:
+    """Return {module type: RMS}, every module of every pair by the product of its two norms."""
+    sums: dict[str, tuple[float, float]] = {}
+    for geometry in found:
+        for module, cosine in geometry.cosines.items():
+            weight = math.prod(geometry.products[module][1:])
+            squares, weights = sums.get(module_type(module), (0.0, 0.0))
+            sums[module_type(module)] = (squares + weight * cosine**2, weights + weight)
+    return {name: math.sqrt(squares / weights) for name, (squares, weights) in sums.items()}
 
 
 def type_shares(found: Iterable[PairGeometry]) -> dict[str, tuple[float, float]]:
