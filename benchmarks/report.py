@@ -127,14 +127,20 @@ class Report:
         return 0 if self.ok else 1
 
 
+# Smaller ones would be mostly zeros.
+_TINY = 1e-5
+
+
 def show(cell: Cell) -> str:
-    """Return a cell as text: three digits that matter."""
+    """Return a cell as text: three digits that matter, tiny numbers as a power of ten."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return "-"
     if not isinstance(cell, float):
         return str(cell)
     if cell == 0:
         return "0"
+    if abs(cell) < _TINY:
+        return f"{cell:.2e}"
     places = max(0, 2 - math.floor(math.log10(abs(cell)))) if math.isfinite(cell) else 0
     return f"{cell:.{places}f}"
 

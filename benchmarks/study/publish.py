@@ -110,11 +110,13 @@ def _write_parquet(study: Study, workspace: Workspace, path: Path) -> None:
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     for record in workspace.losses:
         rows = workspace.rows.get(record["rows"])
-        if record["key"] not in needed or rows is None or "nats" not in record:
+        if record["key"] not in needed or rows is None:
             continue
         tokens = rows["tokens"] if rows["part"] == "test" else [sum(rows["tokens"])]
         model = " + ".join(f"{weight:g} x {names.get(key, key)}" for key, weight in record["mix"])
-        for at, (nats, count) in enumerate(zip(record["nats"], tokens, strict=True)):
+        # A model without a finite loss has rows without nats.
+        found = record.get("nats", [None] * len(tokens))
+        for at, (nats, count) in enumerate(zip(found, tokens, strict=True)):
             columns["key"].append(record["key"])
             columns["model"].append(model or "base")
             columns["mix"].append(json.dumps(record["mix"]))

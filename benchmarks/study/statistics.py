@@ -336,6 +336,6 @@ def leave_one_out(features: Any, target: Sequence[float], groups: Sequence[objec
         predicted[out] = x[out] @ fitted
         plain[out] = y[~out].mean()
     error, baseline = ((y - predicted) ** 2).mean(), ((y - plain) ** 2).mean()
-    return LeftOut(
-        predicted, float(np.sqrt(error)), float(1 - error / baseline) if baseline else 0.0
-    )
+    # What does no better than the mean differs from 0 by rounding.
+    r2 = round(float(1 - error / baseline), 12) if baseline else 0.0
+    return LeftOut(predicted, float(np.sqrt(error)), r2)

@@ -20,8 +20,7 @@ from benchmarks.study.verdict import Verdict, every, exactly
 from benchmarks.study.workspace import Workspace
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.digest import hash_bytes
-from superpose_adapters.mix import BoundMix
-from superpose_adapters.scoring import EncodedText
+from superpose_adapters.scoring import EncodedText, Scope
 
 
 def adapters(study: Study) -> tuple[AdapterSpec, ...]:
@@ -60,10 +59,11 @@ def measure(study: Study, key: str, sources: Sources, workspace: Workspace) -> N
     rest = local.bind([(folder, 1.0) for folder in (folders[0], *folders[2:])])
     base = local.bind([])
     rows = sources.texts(config.domains[0], "test", study.template)
+    scope = config.training.loss_scope
 
     before = _bits(local)
     local.fold(rest)
-    never, never_nats = _bits(local), _nats(local, rest, rows)
+    never, never_nats = _bits(local), sum(local.score(rest, rows, scope))
     for _ in range(config.unlearning.cycles):
         local.fold(everything)
         with_all = _bits(local)
@@ -75,7 +75,7 @@ def measure(study: Study, key: str, sources: Sources, workspace: Workspace) -> N
 
     local.fold(rest)
     subtracted = _subtract(local, local.adapter(folders[1]), config.unlearning.cycles)
-    nats = _nats(local, rest, rows)
+    nats = sum(local.score(rest, rows, scope))
     workspace.findings.add(
         {
             "key": key,
@@ -86,8 +86,8 @@ def measure(study: Study, key: str, sources: Sources, workspace: Workspace) -> N
             "refold_equals_never_added": refolded == never,
             "empty_mix_equals_base": returned == before,
             "subtraction": subtracted,
-            "perplexity_never_added": _perplexity(never_nats, rows),
-            "perplexity_subtracted": _perplexity(nats, rows),
+            "perplexity_never_added": _perplexity(never_nats, rows, scope),
+            "perplexity_subtracted": _perplexity(nats, rows, scope),
         }
     )
 
@@ -96,12 +96,8 @@ def _bits(local: Local) -> dict[str, str]:
     return {name: hash_bytes(each) for name, each in local.model.module.named_parameters()}
 
 
-def _nats(local: Local, mix: BoundMix, rows: list[EncodedText]) -> float:
-    return sum(local.score(mix, rows, "all"))
-
-
-def _perplexity(nats: float, rows: list[EncodedText]) -> float:
-    tokens = sum(len(row.ids) - 1 for row in rows)
+def _perplexity(nats: float, rows: list[EncodedText], scope: Scope) -> float:
+    tokens = sum(len(row.ids) - row.first_scored(scope) for row in rows)
     return float(torch.tensor(nats / tokens, dtype=torch.float64).exp())
 
 

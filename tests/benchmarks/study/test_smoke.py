@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import torch
 from benchmarks.study import run, training
 from benchmarks.study.__main__ import main
 from benchmarks.study.config import read_config
+from benchmarks.study.evaluator import Local
 from benchmarks.study.experiments import controls, orthogonal, seeds
-from benchmarks.study.inputs import read_inputs
+from benchmarks.study.inputs import Sources, read_inputs
 from benchmarks.study.results import Results
 from benchmarks.study.study import Study, total
 from benchmarks.study.workspace import Workspace
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -83,7 +86,6 @@ def test_each_adapter_is_the_best_on_its_own_domain(results: Results) -> None:
 
 def test_a_sum_is_its_concatenated_adapter(results: Results, done: Workspace) -> None:
     """The sum of deltas is one adapter of concatenated factors, as cat = sum says."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     from superpose_adapters.bundled import mini_base
@@ -109,6 +111,35 @@ def test_a_sum_is_its_concatenated_adapter(results: Results, done: Workspace) ->
         assert isinstance(apart, torch.Tensor)
         together = b_cat.double() @ a_cat.double()
         assert float((together - apart).norm() / apart.norm()) < 1e-6
+
+
+def test_the_losses_of_a_sum_are_those_of_its_concatenated_adapter(
+    results: Results, done: Workspace, tmp_path: Path
+) -> None:
+    """One PEFT adapter of rank 3 r, its factors those of three adapters side by side."""
+    study = results.study
+    folders = [done.adapter(study.adapter_key(spec)) for spec in study.arms[0].fundamental.values()]
+    each = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    config = json.loads((folders[0] / "adapter_config.json").read_text())
+    scaling, rank = config["lora_alpha"] / config["r"], 3 * config["r"]
+    whole = {
+        name: torch.cat([tensors[name] for tensors in each], dim=0)
+        if ".lora_A." in name
+        else scaling * torch.cat([tensors[name] for tensors in each], dim=1)
+        for name in each[0]
+    }
+    folder = tmp_path / "concatenated"
+    folder.mkdir()
+    save_file(whole, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config | {"r": rank, "lora_alpha": rank})
+    )
+    sources = Sources(study.config, "mini", None, tmp_path / "made")
+    rows = sources.texts("birds", "test", study.template)
+    local = Local(sources.base, study.config.evaluation)
+    summed = local.row_nats([(each, 1.0) for each in folders], rows, "all")
+    assert local.row_nats([(folder, 1.0)], rows, "all") == pytest.approx(summed, rel=1e-5)
+    assert local.row_nats([(folders[0], 1.0)], rows, "all") != pytest.approx(summed, rel=1e-2)
 
 
 def test_removal_is_exact_and_subtraction_is_not(done: Workspace) -> None:
