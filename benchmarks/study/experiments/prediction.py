@@ -220,8 +220,8 @@ def section(study: Study, results: Results) -> Section:
         verdict = Verdict.NOT_RUN if everything.missing else Verdict.OPEN
         found.claims = [
             Claim(_CLAIM, verdict, plain=_PLAIN),
-            Claim(_BY_SIZE, verdict, plain=_BY_SIZE_PLAIN),
             Claim(_APART, verdict),
+            Claim(_BY_SIZE, verdict, plain=_BY_SIZE_PLAIN),
         ]
         return found
     names = list(observed[0].features)
@@ -359,12 +359,12 @@ def _claims(everything: Observed, names: Sequence[str]) -> list[Claim]:
         cosine = size = apart = Verdict.NOT_RUN
     return [
         Claim(_CLAIM, cosine, cosine_shown, _PLAIN),
-        Claim(_BY_SIZE, size, size_shown, _BY_SIZE_PLAIN),
         Claim(
             _APART,
             apart,
             f"best: {top}, in the weaker of both {interval_cell(ranked, 2)}" if top else "",
         ),
+        Claim(_BY_SIZE, size, size_shown, _BY_SIZE_PLAIN),
     ]
 
 

@@ -55,17 +55,19 @@ class Made:
         self,
         pairs: Iterable[Pair],
         cosine: Callable[[Pair, str], float],
+        norm: Callable[[Pair], float] = lambda _: 1.0,
         *,
         activations: bool = False,
     ) -> None:
-        """Write how deltas of norm 1 lie to each other, module by module."""
+        """Write how deltas lie to each other, module by module; both have one norm."""
         for pair in pairs:
+            size = norm(pair)
             self.workspace.geometry.add(
                 {
                     "key": self.study.pair_key(pair, activations=activations),
                     "pair": [],
                     "products": {
-                        module: [cosine(pair, module), 1.0, 1.0]
+                        module: [cosine(pair, module) * size**2, size, size]
                         for module in self.study.inputs.modules
                     },
                 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -63,6 +64,7 @@ def _is_sum(scoring: Scoring) -> bool:
 
 Loss = Callable[[Scoring], float | None]
 Cosine = Callable[[Pair, str], float]
+Norm = Callable[[Pair], float]
 
 
 def _flat(_: Scoring) -> float:
@@ -71,6 +73,10 @@ def _flat(_: Scoring) -> float:
 
 def _tenth(*_: object) -> float:
     return 0.1
+
+
+def _one(_: Pair) -> float:
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ class World:
     expected: Verdict
     loss: Loss = _flat
     cosine: Cosine = _tenth
+    norm: Norm = _one
 
 
 # Compositions: what sums cost over joint adapters, in nats.
@@ -192,6 +199,19 @@ def _own_templates(smaller: float, spread: float = 0.0) -> Cosine:
     return cosine
 
 
+def _own_interference(lower: float, spread: float = 0.0) -> Loss:
+    """Sums of adapters with templates of their own lose less, by so many nats."""
+
+    def loss(scoring: Scoring) -> float:
+        if not _is_sum(scoring):
+            return 1.0
+        if not scoring.template[0].isdigit():
+            return 1.5
+        return 1.5 - lower + _jitter(_seed(scoring), spread)
+
+    return loss
+
+
 def _shares(growth: float, spread: float = 0.0) -> Cosine:
     """The cosine grows e-fold by `growth` from share 0 to 1."""
 
@@ -258,6 +278,11 @@ def _scattered(of: Scoring | Pair) -> float:
     return zlib.crc32(text.encode()) / 2**32
 
 
+def _sized(pair: Pair, noise: float) -> float:
+    """Norms whose product has the logarithm that the sum costs, but for noise."""
+    return math.exp(_noisy(pair, "", noise) / 2)
+
+
 def _noisy(pair: Pair, module: str, noise: float) -> float:
     return _foretold(True)[1](pair, module) + noise * _scattered(pair)
 
@@ -299,6 +324,9 @@ _WORLDS = [
     World(templates, 0, HOLDS, cosine=_own_templates(0.5)),
     World(templates, 0, FAILS, cosine=_own_templates(0.1)),
     World(templates, 0, OPEN, cosine=_own_templates(0.3, 0.2)),
+    World(templates, 1, HOLDS, _own_interference(0.3)),
+    World(templates, 1, FAILS, _own_interference(0.0)),
+    World(templates, 1, OPEN, _own_interference(0.1, 0.1)),
     World(orthogonal, 0, HOLDS, cosine=lambda *_: 1e-9),
     World(orthogonal, 0, FAILS, cosine=lambda *_: 1e-3),
     World(orthogonal, 1, HOLDS, _sums(0.1, 0.3)),
@@ -324,6 +352,11 @@ _WORLDS = [
     World(prediction, 1, HOLDS, *_foretold(True)),
     World(prediction, 1, FAILS, _foretold(True)[0], lambda p, m: 0.99 - _foretold(True)[1](p, m)),
     World(prediction, 1, OPEN, _foretold(True)[0], lambda p, m: _noisy(p, m, 0.3)),
+    World(prediction, 2, HOLDS, _foretold(True)[0], norm=lambda p: _sized(p, 0.0)),
+    # Norms that say what the cosines say are no better than these.
+    World(prediction, 2, FAILS, *_foretold(True), norm=lambda p: _sized(p, 0.0)),
+    World(prediction, 2, FAILS, _foretold(True)[0]),
+    World(prediction, 2, OPEN, _foretold(True)[0], norm=lambda p: _sized(p, 0.35)),
 ]
 
 
@@ -357,7 +390,7 @@ def study(make_study: MakeStudy) -> Study:
 def _fill(made: Made, world: World) -> None:
     needs = world.experiment.needs(made.study)
     made.losses(needs.scorings, world.loss)
-    made.cosines(needs.pairs, world.cosine)
+    made.cosines(needs.pairs, world.cosine, world.norm)
 
 
 @pytest.mark.parametrize("world", _WORLDS, ids=_world_name)
@@ -387,7 +420,7 @@ def test_a_claim_needs_everything_it_rests_on(world: World, study: Study, tmp_pa
         return all(spec.init_seed % 100 != last for spec in specs)
 
     made.losses(filter(there, needs.scorings), world.loss)
-    made.cosines(filter(there, needs.pairs), world.cosine)
+    made.cosines(filter(there, needs.pairs), world.cosine, world.norm)
     claim = world.experiment.section(study, made.results).claims[world.claim]
     assert claim.verdict is NOT_RUN
 
@@ -396,7 +429,7 @@ def test_one_seed_decides_nothing_about_cosines(make_study: MakeStudy, tmp_path:
     study = make_study(templates=Templates({"a": "1 {q} {a}", "b": "2 {q} {a}", "c": "3 {q} {a}"}))
     made = Made(study, tmp_path)
     _fill(made, World(templates, 0, OPEN, cosine=_own_templates(0.9)))
-    (claim,) = templates.section(study, made.results).claims
+    claim, _ = templates.section(study, made.results).claims
     assert claim.verdict is OPEN
     assert "no interval, n = 1" in claim.evidence
 
