@@ -157,6 +157,12 @@ class Seeds:
         checks.seeds("seeds.shared", self.shared)
         checks.seeds("seeds.separate", self.separate, least=0)
         checks.seeds("seeds.twins", self.twins, least=0)
+        if len(self.separate) > len(self.shared):
+            raise ValueError(
+                f"seeds.separate has {len(self.separate)} seeds and seeds.shared "
+                f"{len(self.shared)}: each separate one is compared with another shared one's "
+                "joint adapters; name no more than these"
+            )
 
 
 @dataclass(frozen=True)

@@ -320,9 +320,10 @@ class Study:
                     after = seeds[(seeds.index(turned[rest]) + 1) % len(seeds)]
                     beside[pair] = self.joint(pair, after)
                 arms.append(Arm(f"different A, rotated {seed}", False, seed, own, joint, beside))
-        for seed in self.config.seeds.separate:
+        for at, seed in enumerate(self.config.seeds.separate):
             own = self.separate(seed)
-            joint = {union: self.joint(union, seeds[0]) for union in self.unions}
+            # Arms share no adapter, so that they are independent.
+            joint = {union: self.joint(union, seeds[at]) for union in self.unions}
             arms.append(Arm(f"different A, seed {seed}", False, seed, own, joint, joint))
         return arms
 

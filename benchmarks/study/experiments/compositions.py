@@ -96,7 +96,8 @@ def section(study: Study, results: Results) -> Section:
         Picture("figure1", _FIGURE1, lambda figure: _figure1(figure, study, results), (9.5, 4.8)),
         Picture(
             "layers",
-            "Cosine of two deltas, layer by layer (Tables 2 and 5), first arm of each kind.",
+            "Cosine of two deltas, layer by layer (Tables 2 and 5), first arm of each kind. Same A "
+            "and different A have colour scales of their own.",
             lambda figure: _heat_maps(figure, study, results, kinds),
             (9.5, 2.6 * len(kinds) + 1.2),
         ),
@@ -445,29 +446,25 @@ def _heat_maps(
 ) -> None:
     names = [c.name for c in _sums_of_two(study, study.arms[0])]
     grid = figure.subplots(len(kinds), len(names), squeeze=False)
-    maps = [
-        [results.pair((c.summed[0], c.summed[1])) for c in _sums_of_two(study, arms[0])]
-        for _, arms in kinds
-    ]
-    known = [abs(v) for row in maps for each in row if each for v in each.cosines.values()]
-    limit = max(known, default=1.0)
-    image = None
-    for row, (kind, _), found in zip(grid, kinds, maps, strict=True):
+    for row, (kind, arms) in zip(grid, kinds, strict=True):
+        found = [results.pair((c.summed[0], c.summed[1])) for c in _sums_of_two(study, arms[0])]
+        # Each kind has a scale of its own: from different A cosines are many times smaller.
+        limit = max((abs(v) for each in found if each for v in each.cosines.values()), default=1.0)
+        image = None
         for axes, name, geometry in zip(row, names, found, strict=True):
             if geometry is None:
                 axes.set_axis_off()
                 continue
             values, types = layer_table(geometry.cosines)
             image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-            axes.set_xticks(range(len(types)), [t.replace(".", "\n", 1) for t in types], fontsize=5)
+            axes.set_xticks(range(len(types)), types, fontsize=5, rotation=90)
             axes.tick_params(axis="y", labelsize=6)
             whole_numbers(axes.yaxis)
             # In two lines, for names of three domains are wider than a map.
             axes.set_title(name.replace(" + ", "\n+ ") + f"\n{kind}", fontsize=7)
-    for row in grid:
         row[0].set_ylabel("layer", fontsize=7)
-    if image is not None:
-        figure.colorbar(image, ax=grid, shrink=0.8, label="cosine")
+        if image is not None:
+            figure.colorbar(image, ax=list(row), label="cosine")
 
 
 def _sums_of_two(study: Study, arm: Arm) -> list[Composition]:
