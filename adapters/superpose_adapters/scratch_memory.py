@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 
 # glibc's mallopt parameters, from malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_LARGEST_KEPT = 1 << 30
+# Of a block. Before 2.35 glibc takes no more than 32 MiB.
+_LARGEST_KEPT = (1 << 30, 1 << 25)
 
 
 def keep_scratch() -> None:
@@ -18,7 +20,9 @@ def keep_scratch() -> None:
     cores). The process then stays as large as its largest step. Elsewhere than on glibc it does
     nothing.
     """
+    if sys.platform != "linux":
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
-        mallopt(_M_TRIM_THRESHOLD, _LARGEST_KEPT)
+    # A threshold for giving back alone would fix the one for mapping at its small default.
+    if mallopt is not None and any(mallopt(_M_MMAP_THRESHOLD, size) for size in _LARGEST_KEPT):
+        mallopt(_M_TRIM_THRESHOLD, _LARGEST_KEPT[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,14 +52,10 @@ def write_adapter(
     Raises:
         OSError: It could not be written; nothing is left.
     """
+    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def fill(folder: Path) -> None:
-        with writing(out):
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                folder / "adapter_model.safetensors",
-                metadata={"format": "pt"},
-            )
+        save_file(on_host, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.base_model_name_or_path = label
         config.inference_mode = True
         config.save_pretrained(folder)
@@ -75,18 +72,28 @@ def write_adapter(
     write_folder(out, fill)
 
 
+# How torch.save says that it cannot write.
+_TORCH_WRITER = re.compile("PytorchStreamWriter|file write failed|unexpected pos|iostream error")
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise OSError that names `path` and says what may be wrong where nothing can be written.
+    """Raise OSError that names `path` where a write fails.
 
-    A write that fails names no file; safetensors has an exception of its own for it, and
-    torch.save raises RuntimeError.
+    A write to a full disk raises an OSError that names no file, in safetensors an exception of its
+    own, in torch.save a RuntimeError. What else goes wrong passes as it is.
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
-        raise OSError(f"{path}: cannot be written; is the disk full? ({reason})") from error
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(f"{path}: cannot be written: {error.strerror}") from error
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _TORCH_WRITER.search(str(error)):
+            raise
+        first_line = str(error).strip().partition("\n")[0]
+        raise OSError(f"{path}: cannot be written; is the disk full? ({first_line})") from error
 
 
 def write_folder(out: Path, fill: Callable[[Path], None]) -> None:
@@ -94,8 +101,9 @@ def write_folder(out: Path, fill: Callable[[Path], None]) -> None:
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
-        fill(temporary)
-        temporary.rename(out)
+        with writing(out):
+            fill(temporary)
+            temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -104,8 +112,9 @@ def write_file(path: Path, text: str) -> None:
     """Write a text file beside `path`, then rename it into place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, "utf-8")
-        temporary.replace(path)
+        with writing(path):
+            temporary.write_text(text, "utf-8")
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

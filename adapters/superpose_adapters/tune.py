@@ -95,17 +95,16 @@ def tune(
     search = _Search(options, space or Space(), tell or _to_stderr)
     # Optuna takes a second to import.
     from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         search.claim()
         while len(search.measured()) < trials:
             search.try_next()
         return search.finish()
-    except StorageInternalError as error:
+    except (StorageInternalError, SQLAlchemyError) as error:
         cause = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise OSError(
-            f"{options.out}.tune: cannot be written; is the disk full? ({cause})"
-        ) from error
+        raise OSError(f"{search.storage}: cannot be read or written: {cause}") from error
 
 
 def _to_stderr(line: str) -> None:
@@ -120,6 +119,11 @@ class _Search:
         self._space = space
         self._tell = tell
         self._folder = options.out.with_name(options.out.name + ".tune")
+
+    @property
+    def storage(self) -> Path:
+        """Where the study lies."""
+        return self._folder / "study.sqlite3"
 
     def _identity(self) -> dict[str, Any]:
         """Return what all trials have in common, as JSON has it."""
@@ -164,7 +168,7 @@ class _Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(
             study_name="search",
-            storage=f"sqlite:///{self._folder / 'study.sqlite3'}",
+            storage=f"sqlite:///{self.storage}",
             direction="minimize",
             load_if_exists=True,
         )

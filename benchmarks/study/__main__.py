@@ -149,7 +149,7 @@ def _report(config: Config, workspace: Workspace) -> int:
     study = Study(config, inputs)
     if not missing_searches(study, workspace):
         study = tuned_study(study, workspace)
-    # Else nothing is known of what was to be trained with what they find, and the report says so.
+    # Else the report tells of the searches alone.
     print(publish(study, workspace))
     return 0
 

@@ -10,15 +10,16 @@ import numpy as np
 from benchmarks.report import show
 from benchmarks.study.statistics import Interval, Losses
 
-_HUGE = 1e5
+# A larger change, in per cent, is no number to compute with; a larger perplexity no one to read.
+HUGE_PERCENT = 1e5
 
 
 def change_cell(interval: Interval | None) -> str | None:
     """Return a change in per cent with its interval, and what the interval leaves out."""
     if interval is None:
         return None
-    if interval.value > _HUGE:
-        return f"above +{_HUGE:,.0f} %{_note(interval)}"
+    if interval.value > HUGE_PERCENT:
+        return f"above +{HUGE_PERCENT:,.0f} %{_note(interval)}"
     ends = f" [{interval.low:+.1f}, {interval.high:+.1f}]" if interval.bounded else ""
     return f"{interval.value:+.1f} %{ends}{_note(interval)}"
 
@@ -54,7 +55,7 @@ def perplexity_cell(losses: Iterable[Losses | None]) -> float | str | None:
     if len(finite) < len(known):
         return f"not finite ({len(known) - len(finite)} of {len(asked)} seeds)"
     value = math.exp(float(np.mean([each.mean for each in known])))
-    shown = f"{value:.1e}" if value > _HUGE else value
+    shown = f"{value:.1e}" if value > HUGE_PERCENT else value
     return _counted(shown, len(known), len(asked), "seeds")
 
 

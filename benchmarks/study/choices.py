@@ -17,24 +17,36 @@ def choices(study: Study, trained: Mapping[str, Any] | None) -> list[str]:
         study: Says what was asked for.
         trained: What the trainer said of the first adapter, if it was trained.
     """
-    training, evaluation = study.config.training, study.config.evaluation
-    sizes = [
-        f"{domain} {study.rows(domain):,} of {each.rows['train']:,} rows"
+    training, evaluation, tuning = (
+        study.config.training,
+        study.config.evaluation,
+        study.config.tuning,
+    )
+    searched = tuning is not None and tuning.apply
+    sizes = ", ".join(
+        f"{domain} all {study.rows(domain):,}"
+        if study.rows(domain) == each.rows["train"]
+        else f"{domain} {study.rows(domain):,} of {each.rows['train']:,}, drawn by the seed"
         for domain, each in study.inputs.files.items()
-    ]
+    )
+    found = "as the search found (see Tuning)"
     lines = [
-        f"Training rows, drawn anew for every seed: {', '.join(sizes)}; epochs "
-        f"{training.epochs:g}, batches of {training.batch_size}. A joint adapter sees all rows of "
-        "its domains.",
+        f"Training rows: {sizes}. A joint adapter is trained on the rows that its seed draws from "
+        "each of its domains. Epochs and rows a batch: "
+        + (found if searched else f"{training.epochs:g} and {training.batch_size}")
+        + ".",
         f"A row is the template {training.template!r} and the end-of-text token, cut on the right "
         f"at {training.max_length} tokens; one row an example, pads masked. The loss is "
         + ("on all tokens but the first" if training.loss_scope == "all" else "on the answer only")
         + ", its mean is over tokens and not over rows.",
         f"AdamW (betas {BETAS[0]:g} and {BETAS[1]:g}, epsilon {EPSILON:g}, no weight decay), "
-        f"learning rate {training.learning_rate:g} after {100 / WARMUP_PARTS:g} % of the steps, "
-        f"then {training.schedule}; gradients cut at norm {MAX_GRADIENT_NORM:g}; dropout "
-        f"{training.dropout:g}. Of {EVALUATIONS} looks at "
-        f"{training.eval_rows or 'all'} validation rows a domain the best is the adapter.",
+        "learning rate "
+        + (found if searched else f"{training.learning_rate:g}")
+        + f" after {100 / WARMUP_PARTS:g} % of the steps, then {training.schedule}; gradients cut "
+        f"at norm {MAX_GRADIENT_NORM:g}; dropout "
+        + (found if searched else f"{training.dropout:g}")
+        + f". Of {EVALUATIONS} looks at {training.eval_rows or 'all'} validation rows a domain the "
+        "best is the adapter.",
         f"Scored: {evaluation.test_rows or 'all'} test rows a domain, the same for every model; "
         f"weights are chosen on {evaluation.validation_rows or 'all'} validation rows. A pair or "
         "triple is scored on the rows of its domains together, and each domain apart.",

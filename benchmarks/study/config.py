@@ -157,11 +157,16 @@ class Seeds:
         checks.seeds("seeds.shared", self.shared)
         checks.seeds("seeds.separate", self.separate, least=0)
         checks.seeds("seeds.twins", self.twins, least=0)
-        if len(self.separate) > len(self.shared):
+        if again := set(self.separate) & set(self.shared):
+            raise ValueError(
+                f"seeds.separate and seeds.shared both name {min(again)}: the same rows in the "
+                "same order; name others"
+            )
+        if len(self.separate) > len(self.shared) or (self.separate and len(self.shared) > 2):
             raise ValueError(
                 f"seeds.separate has {len(self.separate)} seeds and seeds.shared "
-                f"{len(self.shared)}: each separate one is compared with another shared one's "
-                "joint adapters; name no more than these"
+                f"{len(self.shared)}: each separate one takes another shared one's joint adapters, "
+                "and three shared seeds or more give arms of different A by themselves"
             )
 
 

@@ -12,7 +12,7 @@ from benchmarks.study import paper
 from benchmarks.study.choices import choices
 from benchmarks.study.document import Claim, Section
 from benchmarks.study.glossary import glossary
-from benchmarks.study.plan import EXPERIMENTS, TUNING, needed_keys, needs_of, wanted
+from benchmarks.study.plan import EXPERIMENTS, TUNING, needed_keys, needs_of, reportable, wanted
 from benchmarks.study.run import to_do
 from benchmarks.study.steps import duration
 from benchmarks.study.study import AdapterSpec, Study
@@ -63,7 +63,7 @@ def front(study: Study, sections: Sequence[Section], workspace: Workspace) -> Fr
     """Put the first page together."""
     config = study.config
     claims = [(claim, section) for section in sections for claim in section.claims]
-    stages = workspace.stages(needed_keys(study))
+    stages = workspace.stages(needed_keys(study, reportable(study, workspace)))
     return Front(
         title=f"{TITLE}: {config.name}",
         lead=[
@@ -142,8 +142,13 @@ def not_run(study: Study, workspace: Workspace) -> list[str]:
             "takes GPT-2's weights from the Hub and was not run. So absolute perplexities are not "
             "to be compared with the paper's."
         )
-    asked = wanted(config)
-    for experiment in asked:
+    asked, reported = wanted(config), reportable(study, workspace)
+    if len(reported) < len(asked):
+        lines.append(
+            "Everything but tuning: adapters are trained with what the searches find, and these "
+            "are not done."
+        )
+    for experiment in reported:
         needs = needs_of(experiment, study)
         todo = to_do(study, needs, workspace)
         if not todo:

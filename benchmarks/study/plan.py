@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from benchmarks.study.config import Config
 from benchmarks.study.experiment import Experiment
 from benchmarks.study.experiments import (
@@ -18,6 +20,7 @@ from benchmarks.study.experiments import (
     unlearning,
 )
 from benchmarks.study.study import Needs, Study
+from benchmarks.study.workspace import Workspace
 
 TUNING = Experiment(
     "tuning",
@@ -109,19 +112,30 @@ def wanted(config: Config) -> list[Experiment]:
     return [each for each in order if each.wanted(config)]
 
 
+def reportable(study: Study, workspace: Workspace) -> list[Experiment]:
+    """Return the experiments of which a report can tell: all that the config asks for.
+
+    But where adapters are trained with what searches find, nobody knows before these are done what
+    the other experiments need; what lies there is of another config.
+    """
+    if tuning.missing_searches(Study(study.config, study.inputs), workspace):
+        return [TUNING]
+    return wanted(study.config)
+
+
 def needs_of(experiment: Experiment, study: Study) -> Needs:
     """Return what an experiment needs; what tuning needs is asked of the study before it."""
     asked = Study(study.config, study.inputs) if experiment is TUNING else study
     return experiment.needs(asked)
 
 
-def needed_keys(study: Study) -> set[str]:
-    """Return the keys of all that a study needs: of adapters, rows, losses, cosines, findings.
+def needed_keys(study: Study, experiments: Iterable[Experiment]) -> set[str]:
+    """Return the keys of all that experiments need: adapters, rows, losses, cosines, findings.
 
     A folder of results may hold more, of an earlier config or base.
     """
     keys: set[str] = set()
-    for experiment in wanted(study.config):
+    for experiment in experiments:
         needs = needs_of(experiment, study)
         keys |= {study.adapter_key(spec) for spec in needs.adapters()}
         keys |= {study.rows_key(s.domain, s.part, s.template) for s in needs.scorings}

@@ -14,7 +14,7 @@ from benchmarks.machine import describe
 from benchmarks.study.document import Picture, Section
 from benchmarks.study.front import Front, front
 from benchmarks.study.page import html, markdown
-from benchmarks.study.plan import needed_keys, needs_of, wanted
+from benchmarks.study.plan import needed_keys, needs_of, reportable
 from benchmarks.study.records import write_whole
 from benchmarks.study.results import Results
 from benchmarks.study.study import Study
@@ -27,7 +27,7 @@ _COLUMNS = ("key", "model", "mix", "domain", "part", "template", "row", "nats", 
 def publish(study: Study, workspace: Workspace) -> str:
     """Write the report from what is there, and return where it is."""
     results = Results(study, workspace)
-    sections = [experiment.section(study, results) for experiment in wanted(study.config)]
+    sections = [experiment.section(study, results) for experiment in reportable(study, workspace)]
     first = front(study, sections, workspace)
     pictures = {each.name: render(each) for section in sections for each in section.pictures}
     out = workspace.out
@@ -101,12 +101,13 @@ def _write_parquet(study: Study, workspace: Workspace, path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
+    experiments = reportable(study, workspace)
     names = {
         study.adapter_key(spec): spec.name
-        for experiment in wanted(study.config)
+        for experiment in experiments
         for spec in needs_of(experiment, study).adapters()
     }
-    needed = needed_keys(study)
+    needed = needed_keys(study, experiments)
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     for record in workspace.losses:
         rows = workspace.rows.get(record["rows"])

@@ -137,7 +137,8 @@ class Results:
             nats = WORST_LOSS * tokens
         else:
             nats = np.asarray(record["nats"], dtype=np.float64)
-        return clustered(rows["key"], nats, tokens, groups)
+        # Named without the template: the same rows in two templates are resampled alike.
+        return clustered(f"{rows['domain']} {rows['part']}", nats, tokens, groups)
 
     def union(
         self, terms: Terms, scored: Iterable[tuple[str, str]], part: Part = "test"

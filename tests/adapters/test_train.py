@@ -4,11 +4,9 @@ import json
 import math
 import os
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
+from tests.full_disk import files_of_at_most
 from tests.makers import load_peft, save_base, tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,19 +35,8 @@ from superpose_adapters.training_model import (
     orthogonal_block,
 )
 from superpose_adapters.training_options import Options, base_label
-from superpose_adapters.training_record import write_adapter
+from superpose_adapters.training_record import write_adapter, write_file, writing
 from superpose_adapters.training_schedule import Plan, learning_rates
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Let no file grow beyond `size` bytes: to a writer it is a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -489,9 +477,45 @@ def test_a_full_disk_leaves_no_result(
 
 def test_a_result_that_does_not_fit_on_the_disk_is_not_there(tmp_path: Path) -> None:
     tensors = {"base_model.model.c.lora_A.weight": torch.zeros(4, 1000)}
-    with files_of_at_most(4000), pytest.raises(OSError, match="out: cannot be written"):
-        write_adapter(tensors, LoraConfig(r=4), "tiny", {}, tmp_path / "out")
+    # Its tensors, and then its config, are too large.
+    for size, rows in ((4000, 4), (20, 0)):
+        with files_of_at_most(size), pytest.raises(OSError, match="out: cannot be written"):
+            write_adapter(
+                {n: t[:rows] for n, t in tensors.items()}, LoraConfig(), "", {}, tmp_path / "out"
+            )
+    with files_of_at_most(20), pytest.raises(OSError, match=r"run.json: cannot be written: File"):
+        write_file(tmp_path / "run.json", 21 * "x")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_result_that_could_not_be_written_is_written_by_the_same_command(
+    base: Path,
+    data: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The disk is full when all is trained: the last checkpoint is gone on from."""
+
+    def full(*arguments: Any) -> None:
+        with files_of_at_most(2000):
+            write_adapter(*arguments)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "write_adapter", full)
+        assert main(command(base, data[0], out, "--max-steps", "2")) == 1
+    assert f"{out}: cannot be written" in last_line(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
+    assert main(command(base, data[0], out, "--max-steps", "2")) == 0
+    assert json.loads((out / "training.json").read_text("utf-8"))["resumed"] is True
+
+
+def test_what_is_no_failed_write_is_not_called_one(tmp_path: Path) -> None:
+    for error in (RuntimeError("CUDA error: out of memory"), FileNotFoundError(2, "no", "gone")):
+        with pytest.raises(type(error)) as caught, writing(tmp_path):
+            raise error
+        assert caught.value is error
 
 
 def test_two_processes_train_what_one_does(base: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.full_disk import files_of_at_most
 from tests.makers import load_peft, save_base, tiny_gpt2
 
 from superpose_adapters import tune as tune_module
@@ -141,6 +142,12 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been(
     assert json.loads((out / "tuning.json").read_text("utf-8")) == more
     with pytest.raises(ValueError, match="holds a search with other options"):
         tune(options(base, data, out, seed=1), 6, SPACE)
+
+
+def test_a_search_on_a_full_disk_names_its_file(base: Path, data: Path, tmp_path: Path) -> None:
+    with files_of_at_most(4000), pytest.raises(OSError, match=r"study.sqlite3: cannot be"):
+        tune(options(base, data, tmp_path / "out"), 1, SPACE)
+    assert tune(options(base, data, tmp_path / "out"), 1, SPACE)["best"]["number"] == 1
 
 
 def test_a_search_does_not_go_on_with_other_data_of_the_same_name(

@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.report import Cell, Table
 from benchmarks.study import paper
 from benchmarks.study.cells import (
+    HUGE_PERCENT,
     change_cell,
     covered,
     interval_cell,
@@ -364,8 +365,9 @@ def _fitted_lines(study: Study, results: Results) -> Table:
 
 
 def _points_by_kind(study: Study, results: Results) -> dict[str, list[tuple[float, float]]]:
+    """Return the points that have a place: those of sums with a finite loss."""
     return {
-        kind: [point for each in by_arm.values() for point in each]
+        kind: [(x, y) for each in by_arm.values() for x, y in each if y < HUGE_PERCENT]
         for kind, by_arm in pair_points(study, results).items()
     }
 

@@ -218,7 +218,7 @@ def _sweeps(
             found.setdefault(arm.name, {})[" + ".join(union)] = {
                 ", ".join(f"{weight:g}" for weight in each): losses.perplexity
                 for each, terms in candidates.items()
-                if (losses := results.union(terms, study.scored(union)))
+                if (losses := results.union(terms, study.scored(union))) and losses.finite
             }
     return found
 

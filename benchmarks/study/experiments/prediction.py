@@ -294,10 +294,10 @@ _BY_SIZE = (
 )
 _BY_SIZE_PLAIN = Plain(
     "the sizes of two deltas, whatever their directions, foretell how much their sum loses",
-    "The sizes of two deltas foretell how much their sum loses far better than the cosine between "
-    "them.",
-    "The sizes of two deltas do not foretell how much their sum loses, or not much better than the "
-    "cosine between them.",
+    "The sizes of two deltas foretell how much their sum loses, and clearly better than the cosine "
+    "between them.",
+    "The sizes of two deltas do not foretell how much their sum loses, or not clearly better than "
+    "the cosine between them.",
 )
 _APART = (
     "Among pairs that are alike in sharing A or not, a cosine of any kind still ranks them (rank "

@@ -111,12 +111,14 @@ def section(study: Study, results: Results) -> Section:
         if (record := results.finding(key))
     }
     found.text = [
-        f"Optuna's TPE, {config.trials} trials a search, the first {RANDOM_TRIALS} of them at "
-        "random, by the loss on "
+        f"Optuna's TPE, {config.trials} trials a search, the first "
+        f"{min(RANDOM_TRIALS, config.trials)} of them at random, by the loss on "
         f"{study.config.training.eval_rows or 'all'} validation rows. "
+        f"{len(records)} of {len(searches(untuned))} searches are done. "
         + (
-            f"The adapters trained on {', '.join(records)} are trained with what was found, all "
-            "others with the config's options."
+            f"The adapters trained on {', '.join(map(_name, searches(untuned).values()))} are "
+            "trained with what is found, all others with the config's options; nothing is trained "
+            "before every search is done."
             if config.apply
             else "It is reported only: the adapters of this study are trained with the config's "
             "options, the same for all, so that they can be compared."

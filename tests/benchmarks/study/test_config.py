@@ -80,6 +80,11 @@ _OVERLAP = "overlap.source = 'a'\noverlap.target = 'b'\n"
         ("seeds.shared = [-1]", "seeds.shared has -1; it must lie between 0 and"),
         ("seeds.separate = [2, 2]", "seeds.separate names 2 twice"),
         ("seeds.separate = [2, 3]", "seeds.separate has 2 seeds and seeds.shared 1"),
+        ("seeds.separate = [0]", "seeds.separate and seeds.shared both name 0"),
+        (
+            "seeds.shared = [0, 1, 2]\nseeds.separate = [3]",
+            "seeds.separate has 1 seeds and seeds.shared 3",
+        ),
         ("seeds.twins = [0, 0]", "seeds.twins names 0 twice"),
         ("controls.ranks = [0]", "controls.ranks is 0"),
         ("controls.ranks = [8, 8]", "controls.ranks names 8 twice"),

@@ -11,7 +11,7 @@ from benchmarks.study.__main__ import main
 from benchmarks.study.config import Config, read_config
 from benchmarks.study.evaluator import Local
 from benchmarks.study.inputs import Inputs, Sources, read_inputs
-from benchmarks.study.plan import needed_keys
+from benchmarks.study.plan import needed_keys, wanted
 from benchmarks.study.records import Record
 from benchmarks.study.study import Study
 from benchmarks.study.workspace import Workspace
@@ -73,7 +73,9 @@ def test_a_server_scores_all_anew_and_agrees(little: Path, folder: Path) -> None
     table = pyarrow.parquet.read_table(folder / "out" / "losses.parquet")
     assert set(table.column("key").to_pylist()) == {record["key"] for record in served}
     config = read_config(str(little))
-    assert not {record["key"] for record in served} & needed_keys(Study(config, inputs))
+    assert not {record["key"] for record in served} & needed_keys(
+        Study(config, inputs), wanted(config)
+    )
 
 
 def _evaluated(config: Config, workspace: Workspace, records: list[Record]) -> list[list[float]]:

@@ -22,6 +22,9 @@ from benchmarks.study.results import Results
 from benchmarks.study.study import Study, total
 from benchmarks.study.workspace import Workspace
 from safetensors.torch import load_file, save_file
+from tests.makers import load_peft
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -86,8 +89,6 @@ def test_each_adapter_is_the_best_on_its_own_domain(results: Results) -> None:
 
 def test_a_sum_is_its_concatenated_adapter(results: Results, done: Workspace) -> None:
     """The sum of deltas is one adapter of concatenated factors, as cat = sum says."""
-    from transformers import AutoModelForCausalLM
-
     from superpose_adapters.bundled import mini_base
     from superpose_adapters.fold import concatenate_factors
     from superpose_adapters.layout import read_layout
@@ -116,7 +117,7 @@ def test_a_sum_is_its_concatenated_adapter(results: Results, done: Workspace) ->
 def test_the_losses_of_a_sum_are_those_of_its_concatenated_adapter(
     results: Results, done: Workspace, tmp_path: Path
 ) -> None:
-    """One PEFT adapter of rank 3 r, its factors those of three adapters side by side."""
+    """One adapter of rank 3 r, the factors of three side by side, read and run by PEFT."""
     study = results.study
     folders = [done.adapter(study.adapter_key(spec)) for spec in study.arms[0].fundamental.values()]
     each = [load_file(folder / "adapter_model.safetensors") for folder in folders]
@@ -138,7 +139,15 @@ def test_the_losses_of_a_sum_are_those_of_its_concatenated_adapter(
     rows = sources.texts("birds", "test", study.template)
     local = Local(sources.base, study.config.evaluation)
     summed = local.row_nats([(each, 1.0) for each in folders], rows, "all")
-    assert local.row_nats([(folder, 1.0)], rows, "all") == pytest.approx(summed, rel=1e-5)
+    model = load_peft(AutoModelForCausalLM.from_pretrained(sources.base), folder)
+    ids = [torch.tensor(row.ids) for row in rows]
+    with torch.no_grad():
+        logits = [model(input_ids=each.unsqueeze(0)).logits[0] for each in ids]
+    expected = [
+        cross_entropy(each[:-1], row[1:], reduction="sum").item()
+        for each, row in zip(logits, ids, strict=True)
+    ]
+    assert summed == pytest.approx(expected, rel=1e-4)
     assert local.row_nats([(folders[0], 1.0)], rows, "all") != pytest.approx(summed, rel=1e-2)
 
 

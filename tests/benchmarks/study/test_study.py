@@ -49,9 +49,11 @@ def test_the_paper_has_seven_adapters_and_seven_compositions(make_study: MakeStu
 
 
 def test_arms_of_a_shared_a_share_it_and_others_do_not(make_study: MakeStudy) -> None:
-    study = make_study(Seeds(shared=(0, 1, 2, 3, 4), separate=(7,)))
-    assert [arm.shared for arm in study.arms] == [True] * 5 + [False] * 6
-    for arm in study.arms:
+    study = make_study(Seeds(shared=(0, 1, 2, 3, 4)))
+    assert [arm.shared for arm in study.arms] == [True] * 5 + [False] * 5
+    apart = make_study(Seeds(shared=(0, 1), separate=(7, 8)))
+    assert [arm.shared for arm in apart.arms] == [True] * 2 + [False] * 2
+    for arm in (*study.arms, *apart.arms):
         firsts = {spec.init_seed for spec in arm.fundamental.values()}
         assert len(firsts) == (1 if arm.shared else 3)
         for composition in study.compositions(arm):
@@ -59,9 +61,13 @@ def test_arms_of_a_shared_a_share_it_and_others_do_not(make_study: MakeStudy) ->
             assert len(of_sum) == (1 if arm.shared else len(composition.summed))
     # Rotated arms take nothing but adapters that the others have.
     shared = {s for arm in study.arms[:5] for s in (*arm.fundamental.values(), *arm.joint.values())}
-    for arm in study.arms[5:10]:
+    for arm in study.arms[5:]:
         assert set(arm.fundamental.values()) <= shared
         assert set(arm.beside.values()) <= shared
+    # Intervals take arms of a kind for independent.
+    for arms in (study.arms[:5], study.arms[5:], apart.arms[:2], apart.arms[2:]):
+        joint = [spec for arm in arms for spec in arm.joint.values()]
+        assert len(set(joint)) == len(joint)
 
 
 def test_equal_domains_need_no_other_control_than_the_papers(make_study: MakeStudy) -> None:

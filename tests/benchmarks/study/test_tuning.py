@@ -35,7 +35,8 @@ def test_an_unfinished_search_is_not_passed_over(make_study: MakeStudy, tmp_path
         expected = plain if domain == "c" else replace(plain, **_FOUND)  # type: ignore[arg-type]
         assert tuned.fundamental(domain, 0) == expected
     (text,) = section(tuned, Results(tuned, workspace)).text
-    assert "trained on a, b are trained with what was found, all others" in text
+    assert "2 of 2 searches are done" in text
+    assert "trained on a, b are trained with what is found, all others" in text
 
 
 def test_a_search_that_is_not_applied_may_be_missing(make_study: MakeStudy, tmp_path: Path) -> None:
@@ -55,3 +56,9 @@ def test_a_run_before_its_tuning_is_refused_and_status_says_so(
     told = capsys.readouterr().err.splitlines()[-1]
     assert "the search of birds is not done; finish it by `run --only tuning`" in told
     assert not (tmp_path / "out" / "adapters.jsonl").exists()
+    # A report can be made, and tells of the searches alone.
+    assert main(["report", *places]) == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "0 of 3 searches are done" in report
+    assert "Everything but tuning" in report
+    assert "Tables 2 and 5" not in report
