@@ -72,6 +72,11 @@ def _counted(shown: float | str, known: int, asked: int, what: str) -> float | s
     return shown if known == asked else f"{show(shown)} ({known} of {asked} {what})"
 
 
+def arms_of(count: int) -> str:
+    """Return how many arms, one a seed."""
+    return f"{count} arm{'' if count == 1 else 's'}"
+
+
 def covered(seeds: int) -> str:
     """Return what intervals of changes cover, for a reader of a section of so many seeds."""
     if seeds == 1:

@@ -13,6 +13,7 @@ from benchmarks.report import Cell, Table
 from benchmarks.study import paper
 from benchmarks.study.cells import (
     HUGE_PERCENT,
+    arms_of,
     change_cell,
     covered,
     interval_cell,
@@ -74,7 +75,7 @@ def section(study: Study, results: Results) -> Section:
         "perplexity of the sum over that of the joint adapter trained on the same domains' rows, "
         "on the test rows of all its domains together; in brackets the 95 % interval. The paper "
         "does not say whether its adapters started from one A, so both are shown: "
-        + "; ".join(f"{name}, {len(arms)} arms, one a seed" for name, arms in kinds)
+        + "; ".join(f"{name}, {arms_of(len(arms))}, one a seed" for name, arms in kinds)
         + ". "
         + " ".join(covered(count) for count in dict.fromkeys(len(arms) for _, arms in kinds)),
         "Floors beside cosines are those of random deltas; the paper's depend on whether its "
@@ -393,7 +394,7 @@ def _single_adapters(study: Study, results: Results) -> Table:
             ]
         rows.append(cells)
     return Table(
-        f"Single adapters against the base ({len(arms)} arms of shared A)",
+        f"Single adapters against the base ({arms_of(len(arms))} of shared A)",
         ["adapter", *(c for d in domains for c in (f"perplexity on {d}", "against the base"))],
         rows,
     )

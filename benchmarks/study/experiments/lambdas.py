@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any, TypeVar
 
 from benchmarks.report import Cell, Table
-from benchmarks.study.cells import change_cell, covered, perplexity_cell
+from benchmarks.study.cells import arms_of, change_cell, covered, perplexity_cell
 from benchmarks.study.document import Claim, Picture, Plain, Section
 from benchmarks.study.palette import SERIES
 from benchmarks.study.results import Results
@@ -196,7 +196,7 @@ def _sweep_table(study: Study, results: Results, arms: list[Arm]) -> Table:
             ]
         )
     return Table(
-        f"Perplexity at each weight ({len(shared)} arms of shared A)",
+        f"Perplexity at each weight ({arms_of(len(shared))} of shared A)",
         ["sum", *(f"{weight:g}" for weight in weights(study))],
         rows,
     )
