@@ -138,7 +138,7 @@ class Results:
         else:
             nats = np.asarray(record["nats"], dtype=np.float64)
         # Named without the template: the same rows in two templates are resampled alike.
-        return clustered(f"{rows['domain']} {rows['part']}", nats, tokens, groups)
+        return clustered(f"{domain} {part}", nats, tokens, groups)
 
     def union(
         self, terms: Terms, scored: Iterable[tuple[str, str]], part: Part = "test"
