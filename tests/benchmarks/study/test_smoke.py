@@ -139,7 +139,8 @@ def test_the_losses_of_a_sum_are_those_of_its_concatenated_adapter(
     rows = sources.texts("birds", "test", study.template)
     local = Local(sources.base, study.config.evaluation)
     summed = local.row_nats([(each, 1.0) for each in folders], rows, "all")
-    model = load_peft(AutoModelForCausalLM.from_pretrained(sources.base), folder)
+    base = AutoModelForCausalLM.from_pretrained(sources.base, dtype=torch.float32)
+    model = load_peft(base, folder)
     ids = [torch.tensor(row.ids) for row in rows]
     with torch.no_grad():
         logits = [model(input_ids=each.unsqueeze(0)).logits[0] for each in ids]
