@@ -147,11 +147,13 @@ class PeerProcess:
         command += ["--dtype", settings.dtype, "--device", settings.device]
         command += ["--threads", str(settings.threads)]
         command += ["--rows", str(settings.rows), "--length", str(settings.length)]
+        # This interpreter's packages may lie where only its own path leads; another's do not.
+        path = [] if self.variant.own_environment else sys.path
         environment = os.environ | {
             "OMP_NUM_THREADS": str(settings.threads),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *path]),
         }
         self.errors = self.opened.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         self.process = subprocess.Popen(

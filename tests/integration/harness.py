@@ -38,6 +38,8 @@ from superpose_server.weights import PreparedMix, ResidentWeights
 
 T = TypeVar("T")
 
+# TEST_DEVICE=cuda runs these tests on a GPU, with captured decode steps.
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 # No test should come near; on a machine that is this slow it fails with words.
 PATIENCE = 60.0
 
@@ -252,9 +254,9 @@ def start(
             "state_dir": state_dir,
             "listen": "127.0.0.1:0",
             "metrics_listen": "127.0.0.1:0",
-            "device": "cpu",
+            "device": DEVICE,
             "dtype": "float32",
-            "compile": "off",
+            "compile": "off" if DEVICE == "cpu" else "auto",
             **config,
         }
     )
@@ -379,7 +381,7 @@ class ServerProcess:
                 [
                     *(sys.executable, "-m", "superpose_server", f"--base={base}"),
                     *(f"--state-dir={state_dir}", "--listen=127.0.0.1:0"),
-                    *("--metrics-listen=127.0.0.1:0", "--device=cpu", "--dtype=float32"),
+                    *("--metrics-listen=127.0.0.1:0", f"--device={DEVICE}", "--dtype=float32"),
                     *("--compile=off", *flags),
                 ],
                 stdout=subprocess.PIPE,

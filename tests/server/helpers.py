@@ -224,12 +224,16 @@ class Bench:
         slots: int = 4,
         max_queue: int = 8,
         kernels: bool = False,
+        graphs: bool = False,
+        on_host: bool = False,
         prefill_tokens: int = 128,
     ) -> None:
-        self.model = open_model(folder, dtype, device, max_batch=slots, kernels=kernels)
+        self.model = open_model(
+            folder, dtype, device, max_batch=slots, kernels=kernels, graphs=graphs
+        )
         self.layout = self.model.layout
         self.pristine = load_reference(folder, dtype)
-        self.weights = open_weights(self.model)
+        self.weights = open_weights(self.model, on_host=on_host)
         self.scheduler = Scheduler(slots, max_queue)
         self.observer = Recorder()
         self.engine = Engine(
