@@ -17,13 +17,13 @@ from benchmarks.options import Options
 from benchmarks.target import Streamed, Weights
 from superpose_adapters.mix import BoundMix, Mix
 from superpose_server.config import ServerConfig
+from superpose_server.control.actions import Operator
+from superpose_server.engine.sampling import SamplingParams
+from superpose_server.engine.sequence import Chunk
+from superpose_server.engine.sequence import Sequence as Row
 from superpose_server.errors import ServerError
-from superpose_server.operator import Operator
 from superpose_server.runtime import Runtime
-from superpose_server.sampling import SamplingParams
-from superpose_server.sequence import Chunk
-from superpose_server.sequence import Sequence as Row
-from superpose_server.weights import PreparedMix
+from superpose_server.weights.resident import PreparedMix
 
 T = TypeVar("T")
 

@@ -25,7 +25,7 @@ from benchmarks.report import Cell, Report, Table
 from benchmarks.rounds import Measure, Rounds, run_rounds
 from benchmarks.shapes import Group, adapter_folder, base_folder, prompts
 from benchmarks.target import Weights
-from superpose_server.registry import Registered, Registry
+from superpose_server.control.registry import Registered, Registry
 
 PROMPT_TOKENS = 32
 # Room for the prompt, the measured steps, and what early rows make while others are prefilled.

@@ -24,10 +24,10 @@ from benchmarks.report import Cell, Report, Table
 from benchmarks.rounds import Measure, Rounds, run_rounds
 from benchmarks.shapes import base_folder
 from superpose_adapters.bundled import MINI
-from superpose_adapters.scratch_memory import keep_scratch
-from superpose_adapters.stacked import train_many
-from superpose_adapters.train import train
-from superpose_adapters.training_options import Options as Training
+from superpose_train.options import Options as Training
+from superpose_train.scratch_memory import keep_scratch
+from superpose_train.stacked.stack import train_many
+from superpose_train.train import train
 
 ALONE = "one by one"
 _LENGTH = 64

@@ -25,7 +25,8 @@ from typing import Any
 from superpose_adapters.adapter import Adapter, AdapterError
 from superpose_adapters.digest import canonical_json
 from superpose_adapters.layout import Layout
-from superpose_adapters.loader import (
+from superpose_adapters.mix import check_domain
+from superpose_adapters.peft.folder import (
     CONFIG_NAME,
     DEFAULT_LIMITS,
     TENSORS_NAME,
@@ -33,7 +34,6 @@ from superpose_adapters.loader import (
     files_digest,
     parse_adapter,
 )
-from superpose_adapters.mix import check_domain
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 

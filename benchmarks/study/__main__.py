@@ -21,9 +21,9 @@ from benchmarks.study.run import Runner
 from benchmarks.study.status import show_status
 from benchmarks.study.study import Study
 from benchmarks.study.workspace import Workspace, default_cache
-from superpose_adapters.scratch_memory import keep_scratch
-from superpose_adapters.training_options import base_label
 from superpose_client.errors import CallError
+from superpose_train.options import base_label
+from superpose_train.scratch_memory import keep_scratch
 
 _RESULTS = Path(__file__).parent / "results"
 

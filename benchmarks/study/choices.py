@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.study.study import Study
-from superpose_adapters.stacked_factors import BETAS, EPSILON, MAX_GRADIENT_NORM
-from superpose_adapters.training_schedule import EVALUATIONS, WARMUP_PARTS
+from superpose_train.schedule import EVALUATIONS, WARMUP_PARTS
+from superpose_train.stacked.factors import BETAS, EPSILON, MAX_GRADIENT_NORM
 
 
 def choices(study: Study, trained: Mapping[str, Any] | None) -> list[str]:

@@ -15,8 +15,8 @@ from benchmarks.study import checks
 from superpose_adapters.mix import MAX_ABS_WEIGHT, check_domain
 from superpose_adapters.qa import TEMPLATE, check_template
 from superpose_adapters.scoring import Scope
-from superpose_adapters.stacked import MAX_STACK
-from superpose_adapters.training_options import Schedule
+from superpose_train.options import Schedule
+from superpose_train.stacked.stack import MAX_STACK
 
 T = TypeVar("T")
 

@@ -13,16 +13,16 @@ import torch
 from benchmarks.serverprocess import ServerProcess
 from benchmarks.study.config import Evaluation
 from superpose_adapters.adapter import Adapter
-from superpose_adapters.loader import read_adapter
 from superpose_adapters.mix import BoundEntry, BoundMix
+from superpose_adapters.peft.folder import read_adapter
 from superpose_adapters.scoring import EncodedText, Scope
 from superpose_client import Client
 from superpose_client.errors import CallError
-from superpose_server.corrections import Corrections
+from superpose_server.engine.score import ScoreRow, score_slices
 from superpose_server.errors import FailedPrecondition
-from superpose_server.model import Model
-from superpose_server.score import ScoreRow, score_slices
-from superpose_server.weights import ResidentWeights
+from superpose_server.model.model import Model
+from superpose_server.weights.corrections import Corrections
+from superpose_server.weights.resident import ResidentWeights
 
 # Adapters in memory: enough for the largest sum, and for those that follow each other in a plan.
 _KEPT_ADAPTERS = 48

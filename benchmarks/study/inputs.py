@@ -31,7 +31,7 @@ from superpose_adapters.qa import (
     split_rows,
 )
 from superpose_adapters.scoring import EncodedText, encode_qa
-from superpose_adapters.training_options import base_label
+from superpose_train.options import base_label
 
 # Which rows are scored follows from this and the file alone, whatever the adapters' seeds.
 _SAMPLE_SEED = 0

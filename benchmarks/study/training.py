@@ -14,9 +14,9 @@ from benchmarks.study.inputs import Sources
 from benchmarks.study.steps import Advance, steps
 from benchmarks.study.study import AdapterSpec, Study
 from benchmarks.study.workspace import Workspace
-from superpose_adapters.loader import CONFIG_NAME, TENSORS_NAME, files_digest
-from superpose_adapters.stacked import train_many
-from superpose_adapters.training_options import Options
+from superpose_adapters.peft.folder import CONFIG_NAME, TENSORS_NAME, files_digest
+from superpose_train.options import Options
+from superpose_train.stacked.stack import train_many
 
 # Of a tensor, as the paper's Table 1 shows them.
 _SAMPLE_VALUES = 5

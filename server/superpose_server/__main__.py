@@ -16,8 +16,8 @@ from superpose_server.config import ServerConfig, parse_config
 
 async def _serve(config: ServerConfig) -> None:
     # Imported here, so that --help and usage errors do not wait for torch.
+    from superpose_server.door.server import Server, check_addresses
     from superpose_server.runtime import Runtime
-    from superpose_server.server import Server, check_addresses
 
     ending = asyncio.Event()
     loop = asyncio.get_running_loop()

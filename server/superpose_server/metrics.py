@@ -7,9 +7,9 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from superpose_adapters.mix import BoundMix
-from superpose_server.default_mix import MixState
-from superpose_server.observer import EngineObserver
-from superpose_server.sequence import FinishReason, Sequence
+from superpose_server.control.default_mix import MixState
+from superpose_server.engine.observer import EngineObserver
+from superpose_server.engine.sequence import FinishReason, Sequence
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _FOLD_SECONDS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)

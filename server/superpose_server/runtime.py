@@ -17,27 +17,27 @@ import torch
 from superpose_adapters.adapter import Adapter, AdapterError
 from superpose_adapters.bundled import mini_adapters, resolve_base
 from superpose_adapters.fast_bfloat16 import has_fast_bfloat16
-from superpose_adapters.loader import CONFIG_NAME, DEFAULT_LIMITS, read_adapter
-from superpose_adapters.loader import Limits as AdapterLimits
 from superpose_adapters.mix import BoundEntry, BoundMix
+from superpose_adapters.peft.folder import CONFIG_NAME, DEFAULT_LIMITS, read_adapter
+from superpose_adapters.peft.folder import Limits as AdapterLimits
 from superpose_adapters.store import AdapterStore, StoreError
 from superpose_server.config import ServerConfig
-from superpose_server.default_mix import DefaultMix, MixState
-from superpose_server.engine import Engine
+from superpose_server.control.actions import Operator
+from superpose_server.control.default_mix import DefaultMix, MixState
+from superpose_server.control.journal import Journal, JournalDamaged, JournalEntry
+from superpose_server.control.registry import Registered, Registry, Source
+from superpose_server.engine.engine import Engine
+from superpose_server.engine.job import JobResult
+from superpose_server.engine.observer import EngineObserver
+from superpose_server.engine.residency import Residency
+from superpose_server.engine.scheduler import RETRY_AFTER_SECONDS, Scheduler
+from superpose_server.engine.tokenizer import Tokenizer
 from superpose_server.errors import DataLoss, QueueFull, ServerError, ShuttingDown
-from superpose_server.job import JobResult
-from superpose_server.journal import Journal, JournalDamaged, JournalEntry
-from superpose_server.memory import MIB
 from superpose_server.metrics import Metrics
-from superpose_server.model import Model
-from superpose_server.observer import EngineObserver
-from superpose_server.operator import Operator
-from superpose_server.registry import Registered, Registry, Source
-from superpose_server.residency import Residency
-from superpose_server.scheduler import RETRY_AFTER_SECONDS, Scheduler
-from superpose_server.threads import compute_with
-from superpose_server.tokenizer import Tokenizer
-from superpose_server.weights import ResidentWeights, Verification
+from superpose_server.model.memory import MIB
+from superpose_server.model.model import Model
+from superpose_server.model.threads import compute_with
+from superpose_server.weights.resident import ResidentWeights, Verification
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)

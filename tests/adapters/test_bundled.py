@@ -20,7 +20,7 @@ from superpose_adapters.bundled import (
 from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.qa import part_of, read_rows, split_key
 from superpose_adapters.scoring import encode_qa
-from superpose_adapters.training_loss import evaluate_loss
+from superpose_train.loss import evaluate_loss
 
 MEGABYTE = 10**6
 

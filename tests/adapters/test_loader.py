@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from superpose_adapters.adapter import Adapter, AdapterError
 from superpose_adapters.layout import Layout, read_layout
-from superpose_adapters.loader import (
+from superpose_adapters.peft.folder import (
     CONFIG_NAME,
     TENSORS_NAME,
     Limits,

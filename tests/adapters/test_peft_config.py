@@ -16,15 +16,15 @@ from tests.makers import peft_model, tiny_gpt2, tiny_llama
 
 from superpose_adapters.adapter import AdapterError
 from superpose_adapters.layout import ModuleLayout, read_layout
-from superpose_adapters.pattern import Budget, Pattern, PatternError
-from superpose_adapters.peft_config import (
+from superpose_adapters.peft.config import (
     IGNORED,
     REFUSED,
     UNDERSTOOD,
     PeftConfig,
     parse_config,
 )
-from superpose_adapters.targets import select_modules
+from superpose_adapters.peft.pattern import Budget, Pattern, PatternError
+from superpose_adapters.peft.targets import select_modules
 
 GPT2 = read_layout(tiny_gpt2())
 LLAMA = read_layout(tiny_llama())

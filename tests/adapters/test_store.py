@@ -26,7 +26,7 @@ from safetensors.torch import save
 
 from superpose_adapters.adapter import AdapterError
 from superpose_adapters.layout import ModuleLayout
-from superpose_adapters.loader import CONFIG_NAME, TENSORS_NAME, parse_adapter
+from superpose_adapters.peft.folder import CONFIG_NAME, TENSORS_NAME, parse_adapter
 from superpose_adapters.store import AdapterStore, StoreError
 
 LAYOUT = {"m": ModuleLayout(3, 2, transposed=False)}

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.layout import read_layout
-from superpose_adapters.loader import DEFAULT_LIMITS, read_adapter
+from superpose_adapters.peft.folder import DEFAULT_LIMITS, read_adapter
 
 
 def load(folder: Path) -> Any:

@@ -30,11 +30,11 @@ from superpose_adapters.digest import hash_bytes
 from superpose_adapters.mix import BoundMix
 from superpose_client import Client
 from superpose_server.config import ServerConfig
-from superpose_server.observer import EngineObserver
+from superpose_server.door.server import Server
+from superpose_server.engine.observer import EngineObserver
+from superpose_server.engine.sequence import FinishReason, Sequence
 from superpose_server.runtime import Limits, Runtime
-from superpose_server.sequence import FinishReason, Sequence
-from superpose_server.server import Server
-from superpose_server.weights import PreparedMix, ResidentWeights
+from superpose_server.weights.resident import PreparedMix, ResidentWeights
 
 T = TypeVar("T")
 

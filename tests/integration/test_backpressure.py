@@ -14,7 +14,7 @@ from tests.integration.harness import PATIENCE, PROMPT, Served, Step
 
 from superpose_proto.v1 import inference_pb2 as pb
 from superpose_proto.v1.inference_pb2_grpc import InferenceServiceStub
-from superpose_server.sequence import FinishReason, Sequence
+from superpose_server.engine.sequence import FinishReason, Sequence
 
 TOKENS = 900
 # So small that a stream which is not read stops its sender after a few responses.

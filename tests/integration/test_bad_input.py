@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from tests.integration.harness import PROMPT, Family, LoopThread, Served, start
 from tests.makers import EOS_ID, VOCABULARY, make_adapter
 
-from superpose_adapters.loader import Limits as AdapterLimits
+from superpose_adapters.peft.folder import Limits as AdapterLimits
 from superpose_client import (
     AdapterFiles,
     AlreadyExistsError,

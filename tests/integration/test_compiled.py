@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from superpose_adapters.bundled import mini_adapters, resolve_base
 from superpose_adapters.layout import read_layout
-from superpose_adapters.loader import read_adapter
+from superpose_adapters.peft.folder import read_adapter
 
 TEXT = "The sum of two deltas"
 

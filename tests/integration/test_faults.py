@@ -13,8 +13,8 @@ import pytest
 from tests.integration.harness import PROMPT, Family, Fingerprint, Served
 
 from superpose_client import Client, FailedPreconditionError, InternalError
-from superpose_server.batch import Span
-from superpose_server.parameter_format import PackedFormat, PlainFormat
+from superpose_server.model.batch import Span
+from superpose_server.weights.parameter_format import PackedFormat, PlainFormat
 
 SET: Callable[[Client], Any] = lambda client: client.set({"b": 1.0, "c": -0.5})  # noqa: E731
 OLD_MIX = {"a": 1.0}

@@ -21,7 +21,7 @@ from tests.integration.harness import (
     start,
 )
 
-from superpose_adapters.loader import read_adapter
+from superpose_adapters.peft.folder import read_adapter
 from superpose_client import (
     AlreadyExistsError,
     DeadlineExceededError,
@@ -36,10 +36,10 @@ from superpose_client import (
 )
 from superpose_client.client import Stream
 from superpose_proto.v1.mix_pb2 import WatchMixRequest, WatchMixResponse
+from superpose_server.control.registry import Registered, Source
+from superpose_server.door.mix_service import MixService
+from superpose_server.engine.sequence import FinishReason
 from superpose_server.errors import WatchBehind
-from superpose_server.registry import Registered, Source
-from superpose_server.sequence import FinishReason
-from superpose_server.service.mix import MixService
 
 SERVICES = [
     "superpose.v1.InferenceService",
@@ -171,7 +171,7 @@ def test_a_watcher_that_falls_too_far_behind_is_ended(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a socket, whose buffers would take all that a test can send."""
-    monkeypatch.setattr("superpose_server.service.mix._MAX_BEHIND", 2)
+    monkeypatch.setattr("superpose_server.door.mix_service._MAX_BEHIND", 2)
     watch = MixService(served.runtime).WatchMix(WatchMixRequest(), None)
 
     async def following() -> WatchMixResponse:

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from superpose_client import Client, DataLossError
 from superpose_client.cli import app
+from superpose_server.control.actions import Operator
 from superpose_server.errors import DataLoss
-from superpose_server.operator import Operator
 
 ADAPTED = "transformer.h.0.attn.c_attn.weight"
 

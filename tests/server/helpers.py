@@ -19,16 +19,16 @@ from transformers import AutoModelForCausalLM
 from superpose_adapters.adapter import Adapter, Factors
 from superpose_adapters.layout import Layout
 from superpose_adapters.mix import BoundEntry, BoundMix
-from superpose_server.batch import Span
-from superpose_server.corrections import Correction, Corrections
-from superpose_server.engine import Engine
-from superpose_server.model import Model
-from superpose_server.observer import EngineObserver
-from superpose_server.sampling import SamplingParams
-from superpose_server.scheduler import Scheduler
-from superpose_server.sequence import Chunk, FinishReason, Sequence
-from superpose_server.tokenizer import Tokenizer
-from superpose_server.weights import ResidentWeights
+from superpose_server.engine.engine import Engine
+from superpose_server.engine.observer import EngineObserver
+from superpose_server.engine.sampling import SamplingParams
+from superpose_server.engine.scheduler import Scheduler
+from superpose_server.engine.sequence import Chunk, FinishReason, Sequence
+from superpose_server.engine.tokenizer import Tokenizer
+from superpose_server.model.batch import Span
+from superpose_server.model.model import Model
+from superpose_server.weights.corrections import Correction, Corrections
+from superpose_server.weights.resident import ResidentWeights
 
 GREEDY = SamplingParams(max_new_tokens=8, temperature=0.0, ignore_eos=True)
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import gelu
 from transformers.activations import ACT2FN
 
-from superpose_server.activation import SigmoidGELU, replace_activations
+from superpose_server.model.activation import SigmoidGELU, replace_activations
 
 
 def test_it_is_gelu_s_tanh_formula() -> None:

@@ -29,8 +29,8 @@ from tests.server.helpers import (
 from torch import Tensor
 
 from superpose_adapters.adapter import Adapter
-from superpose_adapters.loader import read_adapter
 from superpose_adapters.mix import BoundMix
+from superpose_adapters.peft.folder import read_adapter
 
 BOUND = 1.5
 IDS = torch.randint(0, 256, (4, 48), generator=torch.Generator().manual_seed(3))

@@ -11,9 +11,9 @@ import pytest
 import torch
 from tests.server.helpers import open_model
 
-from superpose_server import model as model_module
-from superpose_server.kernels import build
-from superpose_server.kernels.build import CompilerError, load_kernels
+from superpose_server.model import model as model_module
+from superpose_server.model.kernels import build
+from superpose_server.model.kernels.build import CompilerError, load_kernels
 
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler"

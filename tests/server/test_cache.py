@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from superpose_server.batch import Batch, Span
-from superpose_server.cache import SlotCache
+from superpose_server.model.batch import Batch, Span
+from superpose_server.model.cache import SlotCache
 
 HEADS, WIDTH = 2, 3
 CPU = torch.device("cpu")

@@ -25,9 +25,9 @@ from tests.server.helpers import (
 from torch import Tensor
 
 from superpose_adapters.mix import BoundMix
-from superpose_server.batch import Span
-from superpose_server.model import Model
-from superpose_server.score import ScoreRow
+from superpose_server.engine.score import ScoreRow
+from superpose_server.model.batch import Span
+from superpose_server.model.model import Model
 
 pytestmark = [
     pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler"),

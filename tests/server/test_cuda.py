@@ -21,8 +21,8 @@ from tests.server.helpers import (
 
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.digest import hash_bytes
-from superpose_server.batch import Span
-from superpose_server.score import ScoreRow
+from superpose_server.engine.score import ScoreRow
+from superpose_server.model.batch import Span
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -30,8 +30,15 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 PROMPT = [72, 101, 108]
 
 
-def captured(folder: Path, dtype: torch.dtype = torch.float32, **options: int) -> Bench:
-    return Bench(folder, dtype=dtype, device="cuda", kernels=True, graphs=True, **options)
+def captured(folder: Path, dtype: torch.dtype = torch.float32, prefill_tokens: int = 128) -> Bench:
+    return Bench(
+        folder,
+        dtype=dtype,
+        device="cuda",
+        kernels=True,
+        graphs=True,
+        prefill_tokens=prefill_tokens,
+    )
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["uncaptured", "captured"])

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from superpose_server.door.delivery import Delivery, Inbox
+from superpose_server.engine.sequence import Chunk, FinishReason
 from superpose_server.errors import ShuttingDown
-from superpose_server.sequence import Chunk, FinishReason
-from superpose_server.service.delivery import Delivery, Inbox
 
 STREAMS = 32
 LAST = Chunk("!", (9,), (-0.5,), FinishReason.LENGTH)

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.mix import BoundMix
-from superpose_server.batch import Span
-from superpose_server.corrections import DenseTerm, KernelTerm
+from superpose_server.engine.sampling import SamplingParams
+from superpose_server.engine.score import ScoreRow
+from superpose_server.engine.sequence import Chunk, FinishReason
 from superpose_server.errors import FailedPrecondition, Internal, QueueFull, ShuttingDown
-from superpose_server.packed import PackedLinear
-from superpose_server.parameter_format import PackedFormat, PlainFormat
-from superpose_server.sampling import SamplingParams
-from superpose_server.score import ScoreRow
-from superpose_server.sequence import Chunk, FinishReason
+from superpose_server.model.batch import Span
+from superpose_server.model.packed import PackedLinear
+from superpose_server.weights.corrections import DenseTerm, KernelTerm
+from superpose_server.weights.parameter_format import PackedFormat, PlainFormat
 
 PROMPTS = [[72, 101, 108], [65], [10, 20, 30, 40, 50, 60, 70], [200, 3]]
 

@@ -18,10 +18,10 @@ from tests.server.helpers import (
 )
 from torch import Tensor
 
-from superpose_server.batch import Batch, Span
-from superpose_server.graphs import DecodeGraphs, Step
-from superpose_server.model import Model
-from superpose_server.score import ScoreRow
+from superpose_server.engine.score import ScoreRow
+from superpose_server.model.batch import Batch, Span
+from superpose_server.model.graphs import DecodeGraphs, Step
+from superpose_server.model.model import Model
 
 ROWS, LENGTH = 5, 300
 ROW_BUCKETS, LENGTH_BUCKETS = (1, 2, 4, 5), (128, 256, 300)

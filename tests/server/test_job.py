@@ -4,7 +4,7 @@ from collections.abc import Generator
 
 import pytest
 
-from superpose_server.job import Job
+from superpose_server.engine.job import Job
 
 
 class Slices:
@@ -97,7 +97,7 @@ def test_a_result_that_comes_after_a_cancel_is_dropped() -> None:
 
 def test_the_longest_slice_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 10.0, 13.0, 20.0, 22.0, 30.0, 30.5])
-    monkeypatch.setattr("superpose_server.job.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("superpose_server.engine.job.time.perf_counter", lambda: next(clock))
     job = Job(Slices()())
     while job.run_slice():
         pass

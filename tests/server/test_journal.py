@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from superpose_server.journal import Journal, JournalDamaged, JournalEntry, Record
+from superpose_server.control.journal import Journal, JournalDamaged, JournalEntry, Record
 
 OLD = Record(7, "b" * 64, "c" * 64, (JournalEntry("math", "d" * 64, -0.75),))
 NEW = Record(8, "b" * 64, "e" * 64, ())

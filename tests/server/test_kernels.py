@@ -14,11 +14,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from superpose_adapters.adapter import Adapter, Factors
 from superpose_adapters.mix import BoundEntry, BoundMix
-from superpose_server.batch import Span
-from superpose_server.corrections import Corrections
-from superpose_server.kernels.build import load_kernels
-from superpose_server.packed import PANEL, PackedLinear, pack
-from superpose_server.parameter_format import PackedFormat
+from superpose_server.model.batch import Span
+from superpose_server.model.kernels.build import load_kernels
+from superpose_server.model.packed import PANEL, PackedLinear, pack
+from superpose_server.weights.corrections import Corrections
+from superpose_server.weights.parameter_format import PackedFormat
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler"

@@ -8,8 +8,8 @@ from tests.server.helpers import GREEDY, Bench, random_adapter
 
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.mix import BoundEntry, BoundMix
-from superpose_server.default_mix import MixState
-from superpose_server.engine import Engine
+from superpose_server.control.default_mix import MixState
+from superpose_server.engine.engine import Engine
 from superpose_server.metrics import Metrics
 
 

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.layout import read_layout
-from superpose_server import memory
-from superpose_server import model as model_module
-from superpose_server.kernels.build import load_kernels
-from superpose_server.memory import MIB, give_back, lasting_copy, lasting_zeros
-from superpose_server.model import Model
-from superpose_server.packed import PackedLinear, pack_modules
-from superpose_server.weights import ResidentWeights, Verification
+from superpose_server.model import memory
+from superpose_server.model import model as model_module
+from superpose_server.model.kernels.build import load_kernels
+from superpose_server.model.memory import MIB, give_back, lasting_copy, lasting_zeros
+from superpose_server.model.model import Model
+from superpose_server.model.packed import PackedLinear, pack_modules
+from superpose_server.weights.resident import ResidentWeights, Verification
 
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler"

@@ -24,10 +24,10 @@ from tests.server.helpers import (
 from torch import Tensor, nn
 
 from superpose_adapters.adapter import Adapter
-from superpose_adapters.loader import read_adapter
 from superpose_adapters.mix import BoundMix
-from superpose_server.model import Model
-from superpose_server.weights import ResidentWeights
+from superpose_adapters.peft.folder import read_adapter
+from superpose_server.model.model import Model
+from superpose_server.weights.resident import ResidentWeights
 
 RTOL, ATOL = 1e-4, 2e-5
 IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))

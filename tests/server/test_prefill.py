@@ -12,8 +12,8 @@ import pytest
 from tests.server.helpers import GREEDY, Bench, random_adapter
 from torch import Tensor
 
-from superpose_server.batch import Span
-from superpose_server.model import Model
+from superpose_server.model.batch import Span
+from superpose_server.model.model import Model
 
 LONG = [(7 * i + i * i) % 250 for i in range(45)]
 

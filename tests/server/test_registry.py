@@ -4,8 +4,8 @@ import pytest
 
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.mix import BoundMix, Mix
+from superpose_server.control.registry import Registered, Registry, Source
 from superpose_server.errors import InvalidArgument, NotFound
-from superpose_server.registry import Registered, Registry, Source
 
 ONE, TWO = Adapter("1" * 64, {}), Adapter("2" * 64, {})
 

@@ -16,9 +16,9 @@ from tests.server.helpers import GREEDY, Bench, Client, bound, random_adapter
 
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.mix import BoundMix
+from superpose_server.engine.residency import Residency, StepCost
 from superpose_server.errors import FailedPrecondition, Internal
-from superpose_server.residency import Residency, StepCost
-from superpose_server.weights import PreparedMix
+from superpose_server.weights.resident import PreparedMix
 
 A, B, C, D = (bound((Adapter(digest * 64, {}), 1.0)) for digest in "abcd")
 BASE = bound()

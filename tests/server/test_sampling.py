@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from superpose_server.engine.sampling import SamplingParams, sample
 from superpose_server.errors import InvalidArgument
-from superpose_server.sampling import SamplingParams, sample
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, 2.0, -3.0, 0.25])
 DRAWS = 4000

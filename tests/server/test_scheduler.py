@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from superpose_server.engine.scheduler import Scheduler
 from superpose_server.errors import QueueFull, ShuttingDown
-from superpose_server.scheduler import Scheduler
 
 
 class Row:

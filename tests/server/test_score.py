@@ -16,10 +16,10 @@ from tests.server.helpers import GREEDY, Bench, random_adapter
 from torch import Tensor
 
 from superpose_adapters.mix import BoundMix
-from superpose_server.batch import Span
+from superpose_server.engine.score import ScoreRow
 from superpose_server.errors import FailedPrecondition
-from superpose_server.model import Model
-from superpose_server.score import ScoreRow
+from superpose_server.model.batch import Span
+from superpose_server.model.model import Model
 
 CONTEXT = 64
 

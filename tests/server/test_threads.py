@@ -14,9 +14,9 @@ from tests.server.helpers import bound, random_adapter
 
 from superpose_adapters.mix import BoundMix
 from superpose_server.config import ServerConfig
-from superpose_server.observer import EngineObserver
+from superpose_server.engine.observer import EngineObserver
+from superpose_server.model.threads import compute_with
 from superpose_server.runtime import Runtime
-from superpose_server.threads import compute_with
 
 pytestmark = pytest.mark.filterwarnings(
     # torch's compiler still imports what torch deprecates.

@@ -10,10 +10,10 @@ from tests.makers import EOS_ID
 from tests.server.helpers import Client, bound
 from transformers import PreTrainedTokenizerFast
 
+from superpose_server.engine.sampling import SamplingParams
+from superpose_server.engine.sequence import FinishReason, Sequence
+from superpose_server.engine.tokenizer import Detokenizer, Tokenizer
 from superpose_server.errors import InvalidArgument
-from superpose_server.sampling import SamplingParams
-from superpose_server.sequence import FinishReason, Sequence
-from superpose_server.tokenizer import Detokenizer, Tokenizer
 
 WORDS = "naïve 👩🏽‍🚀 日本語 done"
 

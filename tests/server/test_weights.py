@@ -27,10 +27,10 @@ from superpose_adapters.adapter import Adapter, Factors
 from superpose_adapters.layout import Layout, read_layout
 from superpose_adapters.mix import BoundEntry, BoundMix
 from superpose_server.errors import FailedPrecondition, Internal
-from superpose_server.kernels.build import load_kernels
-from superpose_server.packed import pack_modules
-from superpose_server.parameter_format import PackedFormat, Pair, PlainFormat
-from superpose_server.weights import PreparedMix, ResidentWeights, Verification
+from superpose_server.model.kernels.build import load_kernels
+from superpose_server.model.packed import pack_modules
+from superpose_server.weights.parameter_format import PackedFormat, Pair, PlainFormat
+from superpose_server.weights.resident import PreparedMix, ResidentWeights, Verification
 
 T = TypeVar("T")
 

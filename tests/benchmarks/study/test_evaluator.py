@@ -10,7 +10,7 @@ from benchmarks.study.evaluator import Evaluator, Local, NotFinite, Served
 from transformers import AutoModelForCausalLM
 
 from superpose_adapters.layout import read_layout
-from superpose_adapters.loader import read_adapter
+from superpose_adapters.peft.folder import read_adapter
 from superpose_adapters.scoring import EncodedText, loss_of, token_log_probabilities
 from superpose_server.errors import FailedPrecondition
 

@@ -92,7 +92,7 @@ def test_a_sum_is_its_concatenated_adapter(results: Results, done: Workspace) ->
     from superpose_adapters.bundled import mini_base
     from superpose_adapters.fold import concatenate_factors
     from superpose_adapters.layout import read_layout
-    from superpose_adapters.loader import read_adapter
+    from superpose_adapters.peft.folder import read_adapter
 
     layout = read_layout(AutoModelForCausalLM.from_pretrained(mini_base()))
     arm = results.study.arms[0]

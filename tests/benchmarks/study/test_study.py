@@ -25,8 +25,8 @@ from benchmarks.study.plan import wanted
 from benchmarks.study.study import AdapterSpec, Needs, Scoring, Study, total
 from tests.benchmarks.study.conftest import MakeStudy
 
-from superpose_adapters.training_options import Options
-from superpose_adapters.training_schedule import Plan
+from superpose_train.options import Options
+from superpose_train.schedule import Plan
 
 
 def test_the_paper_has_seven_adapters_and_seven_compositions(make_study: MakeStudy) -> None:

@@ -15,7 +15,7 @@ from tests.benchmarks.study.conftest import MakeStudy
 from transformers import AutoModelForCausalLM
 
 from superpose_adapters.layout import read_layout
-from superpose_adapters.loader import read_adapter
+from superpose_adapters.peft.folder import read_adapter
 
 _TOLD = {
     "parameters": {},

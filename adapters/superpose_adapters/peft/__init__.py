@@ -1,0 +1,1 @@
+"""Reading PEFT folders: the one door from untrusted files to an adapter."""

@@ -1,0 +1,278 @@
+"""The one door by which an adapter comes in: untrusted bytes to a checked `Adapter`.
+
+The order of the checks is part of their safety: sizes before contents, the config before the
+tensors, the header before the data, and every tensor accounted for before one is decoded, because
+the commonest bug with adapters is one whose tensors are silently not used.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from superpose_adapters.adapter import Adapter, AdapterError, Factors
+from superpose_adapters.digest import adapter_digest
+from superpose_adapters.layout import Layout
+from superpose_adapters.mix import check_domain
+from superpose_adapters.peft.config import parse_config
+from superpose_adapters.peft.targets import select_modules
+from superpose_adapters.tensorfile import TensorEntry, TensorFileError, read_header
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+
+_KEY_PREFIX = "base_model.model."
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle")
+# Far above any real header (two keys of about 100 bytes a module), far below a decoded bomb.
+_MAX_HEADER_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Caps on an adapter.
+
+    Attributes:
+        max_rank: Largest rank of a module.
+        max_bytes: Largest tensor file.
+        max_config_bytes: Largest config file. PEFT writes about 1 KiB, and some 50 bytes more for
+            each entry of rank_pattern.
+    """
+
+    max_rank: int = 256
+    max_bytes: int = 256 << 20
+    max_config_bytes: int = 256 << 10
+
+    def __post_init__(self) -> None:
+        """Check the caps.
+
+        Raises:
+            ValueError: A cap below 1.
+        """
+        for name in ("max_rank", "max_bytes", "max_config_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: use a number above 0")
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def read_adapter(
+    folder: Path, layout: Layout, limits: Limits = DEFAULT_LIMITS, *, root: Path | None = None
+) -> Adapter:
+    """Read the PEFT folder `folder`, whose name must be fit for a domain.
+
+    Args:
+        folder: Holds adapter_config.json and adapter_model.safetensors; other files are not read.
+        layout: The base's modules.
+        limits: Caps on rank and sizes.
+        root: Nothing outside this directory is read, links resolved; default the folder's parent.
+
+    Raises:
+        AdapterError: It is refused; `reason` says why.
+    """
+    try:
+        check_domain(folder.name)
+    except ValueError as error:
+        raise AdapterError("NAME_INVALID", str(error)) from error
+    home = _resolve(root if root is not None else folder.parent, None)
+    inside = _resolve(folder, home)
+    if not inside.is_dir():
+        raise AdapterError("FILE_MISSING", f"{folder}: not a directory: name a PEFT folder")
+    config = _read_file(inside / CONFIG_NAME, home, limits.max_config_bytes)
+    if not os.path.lexists(inside / TENSORS_NAME):
+        for path in sorted(inside.iterdir()):
+            if path.suffix in _PICKLE_SUFFIXES and path.name.startswith("adapter_model"):
+                raise _pickle(path.name)
+    tensors = _read_file(inside / TENSORS_NAME, home, limits.max_bytes)
+    return parse_adapter(config, tensors, layout, limits)
+
+
+def parse_adapter(
+    config: bytes, tensors: bytes, layout: Layout, limits: Limits = DEFAULT_LIMITS
+) -> Adapter:
+    """Check the contents of adapter_config.json and adapter_model.safetensors against a base.
+
+    The result holds float32 copies that share no memory with `tensors`.
+
+    Raises:
+        AdapterError: It is refused; `reason` says why.
+    """
+    _check_size(CONFIG_NAME, len(config), limits.max_config_bytes)
+    _check_size(TENSORS_NAME, len(tensors), limits.max_bytes)
+    parsed = parse_config(config)
+    selected = select_modules(parsed, layout)
+    entries = _entries(tensors)
+    _check_keys(entries, selected)
+    for module, (rank, _) in selected.items():
+        _check_module(module, rank, entries, layout, limits)
+    stored = {key: _decode(tensors, entry) for key, entry in entries.items()}
+    for key, tensor in stored.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(
+                "NOT_FINITE", f"tensor {key} holds NaN or infinity: the training diverged"
+            )
+    modules = {
+        module: Factors(
+            a=stored[_key(module, "A")].float(),
+            b=stored[_key(module, "B")].float().T.contiguous().T,
+            scaling=parsed.scaling(rank, alpha),
+        )
+        for module, (rank, alpha) in selected.items()
+    }
+    if not any(f.scaling != 0 and f.a.any() and f.b.any() for f in modules.values()):
+        raise AdapterError(
+            "ZERO_EFFECT",
+            "every delta is zero (all of lora_A or lora_B, or alpha): the adapter was saved before "
+            "it was trained, or its tensors were lost",
+        )
+    return Adapter(
+        digest=adapter_digest(stored, parsed.effect),
+        modules=modules,
+        config=parsed.summary,
+        nbytes=len(tensors),
+    )
+
+
+def files_digest(config: bytes, tensors: bytes) -> str:
+    """Return the adapter digest of two files that were accepted before, without a base.
+
+    Raises:
+        AdapterError: They are no longer an adapter's files.
+    """
+    entries = _entries(tensors)
+    for entry in entries.values():
+        _check_dtype(entry)
+    stored = {key: _decode(tensors, entry) for key, entry in entries.items()}
+    return adapter_digest(stored, parse_config(config).effect)
+
+
+def _key(module: str, factor: str) -> str:
+    """Return PEFT's key of a factor. It names no adapter: `.default.` is dropped on saving."""
+    return f"{_KEY_PREFIX}{module}.lora_{factor}.weight"
+
+
+def _pickle(name: str) -> AdapterError:
+    return AdapterError(
+        "PICKLE_REFUSED", f"{name}: pickle files are refused; save with safe_serialization=True"
+    )
+
+
+def _check_size(name: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise AdapterError(
+            "TOO_LARGE",
+            f"{name} is larger than the limit of {limit} bytes: train a smaller rank or raise the "
+            "server's limit",
+        )
+
+
+def _resolve(path: Path, home: Path | None) -> Path:
+    """Return `path` without links, if it is inside `home`."""
+    try:
+        resolved = path.resolve(strict=True)
+    except FileNotFoundError as error:
+        raise AdapterError(
+            "FILE_MISSING",
+            f"{path}: no such file: a PEFT folder holds {CONFIG_NAME} and {TENSORS_NAME}",
+        ) from error
+    except (OSError, RuntimeError) as error:  # a loop of links, no permission
+        raise AdapterError("FILE_MISSING", f"{path}: cannot be reached ({error})") from error
+    if home is not None and not resolved.is_relative_to(home):
+        raise AdapterError("PATH_ESCAPE", f"{path}: leads outside {home}: copy the files into it")
+    return resolved
+
+
+def _read_file(path: Path, home: Path, limit: int) -> bytes:
+    resolved = _resolve(path, home)
+    try:
+        # Resolved above, so a link here was put in its place since; a pipe must not block.
+        descriptor = os.open(resolved, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise AdapterError(
+            "FILE_MISSING", f"{path}: cannot be opened ({error.strerror})"
+        ) from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise AdapterError("FILE_CORRUPT", f"{path}: not a regular file: copy it again")
+        _check_size(path.name, status.st_size, limit)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(limit + 1)  # the file may have grown since
+    finally:
+        os.close(descriptor)
+    _check_size(path.name, len(data), limit)
+    return data
+
+
+def _entries(tensors: bytes) -> dict[str, TensorEntry]:
+    try:
+        header = read_header(io.BytesIO(tensors), len(tensors), _MAX_HEADER_BYTES)
+    except TensorFileError as error:
+        if tensors.startswith(b"PK\x03\x04") or tensors[:1] == b"\x80":
+            raise _pickle(TENSORS_NAME) from error
+        raise AdapterError(
+            "FILE_CORRUPT", f"{TENSORS_NAME} {error}: save or copy it again"
+        ) from error
+    return {entry.name: entry for entry in header}
+
+
+def _check_keys(entries: Mapping[str, TensorEntry], selected: Mapping[str, object]) -> None:
+    expected = {_key(module, factor) for module in selected for factor in "AB"}
+    surplus = sorted(set(entries) - expected)
+    if surplus:
+        named = ", ".join(name[:200] for name in surplus[:3])
+        raise AdapterError(
+            "TENSOR_SURPLUS",
+            f"{len(surplus)} tensors that the config or the base has no use for ({named}): "
+            "the delta would be incomplete; save with peft's save_pretrained for this base",
+        )
+    missing = sorted(expected - set(entries))
+    if missing:
+        raise AdapterError(
+            "TENSOR_MISSING",
+            f"{len(missing)} tensors are missing that target_modules call for "
+            f"({', '.join(missing[:3])}): save with peft's save_pretrained for this base",
+        )
+
+
+def _check_dtype(entry: TensorEntry) -> None:
+    if entry.dtype not in _DTYPES:
+        raise AdapterError(
+            "DTYPE_UNSUPPORTED",
+            f"tensor {entry.name} has dtype {entry.dtype}: save it as {', '.join(_DTYPES)}",
+        )
+
+
+def _check_module(
+    module: str, rank: int, entries: Mapping[str, TensorEntry], layout: Layout, limits: Limits
+) -> None:
+    if rank > limits.max_rank:
+        raise AdapterError(
+            "RANK_TOO_HIGH",
+            f"module {module} has rank {rank}: the limit is {limits.max_rank}",
+        )
+    size = layout[module]
+    shapes = {"A": (rank, size.in_features), "B": (size.out_features, rank)}
+    for factor, shape in shapes.items():
+        entry = entries[_key(module, factor)]
+        _check_dtype(entry)
+        if entry.shape != shape:
+            raise AdapterError(
+                "SHAPE_MISMATCH",
+                f"tensor {entry.name} has shape {entry.shape} where base and config call for "
+                f"{shape}: was the adapter trained on another base?",
+            )
+
+
+def _decode(tensors: bytes, entry: TensorEntry) -> Tensor:
+    """Return one tensor in the file's dtype, in memory of its own."""
+    data = bytearray(memoryview(tensors)[entry.start : entry.start + entry.nbytes])
+    return torch.frombuffer(data, dtype=_DTYPES[entry.dtype]).reshape(entry.shape)

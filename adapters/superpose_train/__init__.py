@@ -1,0 +1,1 @@
+"""The offline trainer; the server never imports it."""

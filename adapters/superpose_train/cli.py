@@ -1,0 +1,148 @@
+"""The command line of `superpose-train`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from superpose_adapters.scoring import Scope
+from superpose_train.options import Options, Schedule
+
+
+def _numbers(text: str) -> int | tuple[int, ...]:
+    """Read "500" as a number and "500,1500" as a tuple."""
+    numbers = tuple(int(part) for part in text.split(","))
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _block(text: str) -> tuple[int, int]:
+    block, blocks = text.split("/")
+    return int(block), int(blocks)
+
+
+def _template(text: str) -> str:
+    # A shell makes it hard to type a line break.
+    return text.replace("\\n", "\n")
+
+
+_numbers.__name__ = "number or numbers"  # argparse: "invalid number or numbers value"
+_block.__name__ = "I/N"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        prog="superpose-train",
+        description="Train a LoRA adapter on question-answer rows.",
+        epilog="Rows are split 80:10:10 by a hash of the question with its numbers masked. "
+        "An interrupted run goes on when the same command is repeated. docs/training.md has more.",
+    )
+    add = parser.add_argument
+    add("--base", required=True, help="mini, a transformers folder, or a Hub id")
+    add(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="SOURCE",
+        help="trained on jointly: JSONL or JSONL.gz files, or Hub datasets as owner/name[:config]",
+    )
+    add("--question-column", default=Options.question_column, help="default %(default)s")
+    add("--answer-column", default=Options.answer_column, help="default %(default)s")
+    add("--name", required=True, help="the domain's name")
+    add("--out", required=True, type=Path, help="PEFT folder to create")
+    add("--rank", type=int, default=Options.rank, help="default %(default)s")
+    add("--alpha", type=float, default=Options.alpha, help="default %(default)s")
+    add(
+        "--target-modules",
+        default="",
+        metavar="NAME,...",
+        help="default by architecture: GPT-2 c_attn,c_proj; Llama all its projections",
+    )
+    add(
+        "--max-length",
+        type=int,
+        default=Options.max_length,
+        help="tokens a row, cut on the right; default %(default)s",
+    )
+    add(
+        "--template",
+        type=_template,
+        default=Options.template,
+        help=r"text of a row, ends in {a}; \n is a line break; default Question: {q}\nAnswer: {a}",
+    )
+    add(
+        "--loss-scope",
+        choices=get_args(Scope),
+        default=Options.loss_scope,
+        help="tokens that are trained on and measured; default %(default)s",
+    )
+    add("--epochs", type=float, default=Options.epochs, help="default %(default)s")
+    add("--max-steps", type=int, help="steps in all, in place of --epochs")
+    add(
+        "--batch-size",
+        type=int,
+        default=Options.batch_size,
+        help="rows a step, of all processes together; default %(default)s",
+    )
+    add("--learning-rate", type=float, default=Options.learning_rate, help="default %(default)s")
+    add(
+        "--schedule",
+        choices=get_args(Schedule),
+        default=Options.schedule,
+        help="of the learning rate, after a warm-up of 5 %% of the steps; default %(default)s",
+    )
+    add("--dropout", type=float, default=Options.dropout, help="default %(default)s")
+    add(
+        "--seed",
+        type=int,
+        default=Options.seed,
+        help="order of the rows, dropout, samples; default %(default)s",
+    )
+    add("--init-seed", type=int, help="the adapter's first factors; default --seed")
+    add(
+        "--frozen-a-block",
+        type=_block,
+        metavar="I/N",
+        help="train B alone; A is block I of N disjoint blocks of orthogonal rows",
+    )
+    add(
+        "--max-rows",
+        type=_numbers,
+        metavar="N[,N...]",
+        help="training rows, sampled: one number for each source or one for all; default all",
+    )
+    add("--max-eval-rows", type=int, help="validation and test rows a source; default all")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default=Options.device,
+        help="default %(default)s",
+    )
+    add(
+        "--tune",
+        type=int,
+        metavar="N",
+        help="search dropout, batch size, epochs and learning rate with N trials in all; "
+        "their own flags are then not used",
+    )
+    return parser
+
+
+def read_command(arguments: Sequence[str] | None) -> tuple[Options, int | None]:
+    """Return the options and the number of tuning trials, None to train once.
+
+    Raises:
+        ValueError: values that no run can use.
+        SystemExit: a command line that argparse refuses.
+    """
+    fields = vars(build_parser().parse_args(arguments))
+    trials: int | None = fields.pop("tune")
+    if trials is not None and trials < 1:
+        raise ValueError(f"--tune must be at least 1, got {trials}")
+    fields["data"] = tuple(fields["data"])
+    fields["target_modules"] = tuple(
+        name for part in fields["target_modules"].split(",") if (name := part.strip())
+    )
+    return Options(**fields), trials

@@ -1,0 +1,1 @@
+"""How the bundled base and its adapters were made; not installed."""

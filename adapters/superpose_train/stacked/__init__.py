@@ -1,0 +1,1 @@
+"""Many adapters at once over one frozen base."""

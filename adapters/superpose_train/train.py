@@ -1,0 +1,324 @@
+"""`superpose-train`: train one LoRA adapter on question-answer rows, offline.
+
+PEFT makes the adapter, transformers.Trainer runs it. The result is a PEFT folder with a record,
+`training.json`, and appears under `--out` only when it is complete. Until then everything lies in
+`OUT.work`; the same command takes an interrupted run up again and ends with the same adapter.
+
+Under `accelerate launch` or torchrun every process trains on its share of each batch; the first
+one alone claims the work folder, writes and prints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from superpose_adapters.bundled import resolve_base
+from superpose_adapters.digest import checkpoint_digest
+from superpose_adapters.fast_bfloat16 import has_fast_bfloat16
+from superpose_adapters.scoring import EncodedText, Scope
+from superpose_train.cli import read_command
+from superpose_train.data import check_sources, read_data
+from superpose_train.loss import check_finite, evaluate_loss, figures_of, pad_right
+from superpose_train.model import (
+    attach_adapter,
+    check_context,
+    choose_targets,
+    library_warnings_ignored,
+    load_base,
+)
+from superpose_train.options import Options, base_label
+from superpose_train.record import (
+    versions,
+    write_adapter,
+    write_file,
+    writing,
+)
+from superpose_train.schedule import EVALUATION_BATCH, Plan, trainer_schedule
+from superpose_train.scratch_memory import keep_scratch
+
+
+class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
+    """Trainer whose validation loss is the project's own: a mean over tokens, not over batches."""
+
+    def __init__(
+        self, *, validation: list[EncodedText], pad: int, scope: Scope = "all", **options: Any
+    ) -> None:
+        """Take the validation rows beside Trainer's own arguments; `pad` is any token id."""
+        super().__init__(eval_dataset=validation, **options)
+        self._validation = validation
+        self._pad = pad
+        self._scope: Scope = scope
+
+    def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
+        with writing(Path(self.args.output_dir)):
+            super()._save_checkpoint(*arguments, **options)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Return and log `eval_loss` and `eval_perplexity` of the validation rows."""
+        # Every process measures all rows: they are few, and all must choose the same checkpoint.
+        loss = evaluate_loss(self.model, self._validation, self._pad, EVALUATION_BATCH, self._scope)
+        metrics = {"eval_loss": loss.mean, "eval_perplexity": loss.perplexity}
+        check_finite(loss.mean, "validation loss", self.state.global_step)
+        self.log(dict(metrics))
+        self.control: Any = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+
+class RefuseNaN(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """Ends a run at the first logged loss that is not finite, before it is saved as a best one."""
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Raise ValueError on a training loss that is NaN or infinite."""
+        if logs and "loss" in logs:
+            check_finite(float(logs["loss"]), "training loss", state.global_step)
+
+
+def process_count() -> int:
+    """Return how many processes train together: 1 unless a launcher says otherwise."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Return whether this process claims, writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def training_arguments(options: Options, work: Path, plan: Plan) -> TrainingArguments:
+    """Return Trainer's settings: an evaluation and a checkpoint after each eighth of the run.
+
+    Raises:
+        ValueError: --batch-size cannot be shared out evenly among the processes.
+    """
+    processes = process_count()
+    if options.batch_size % processes:
+        raise ValueError(
+            f"--batch-size {options.batch_size} cannot be shared out among {processes} processes"
+        )
+    device = options.torch_device
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        per_device_train_batch_size=options.batch_size // processes,
+        per_device_eval_batch_size=EVALUATION_BATCH,
+        max_steps=plan.steps,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=trainer_schedule(options.schedule),
+        warmup_steps=plan.warmup,
+        optim="adamw_torch",
+        seed=options.seed,
+        data_seed=options.seed,
+        bf16=has_fast_bfloat16(device),
+        use_cpu=device == "cpu",
+        # Trainer would replace a NaN by the loss before it, and train on.
+        logging_nan_inf_filter=False,
+        logging_steps=plan.logging,
+        eval_strategy="steps",
+        eval_steps=plan.every,
+        save_strategy="steps",
+        save_steps=plan.every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device == "cuda",
+        ddp_find_unused_parameters=False,
+        report_to="none",
+    )
+    if arguments.n_gpu > 1:
+        # One process uses one GPU: torch's DataParallel would multiply the batch.
+        arguments._n_gpu = 1
+    return arguments
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """Return the newest whole checkpoint in `work`; one that a kill cut short is passed over."""
+    found: list[tuple[int, Path]] = []
+    for state in work.glob("checkpoint-*/trainer_state.json"):
+        # Trainer writes the state last, so a state that can be read means a whole checkpoint.
+        try:
+            found.append((json.loads(state.read_text("utf-8"))["global_step"], state.parent))
+        except (ValueError, KeyError):
+            continue
+    return max(found)[1] if found else None
+
+
+def claim_work(work: Path, identity: dict[str, Any]) -> None:
+    """Make `work`, or take it up again if it is of the same run.
+
+    Raises:
+        ValueError: it holds a run with other data, base or parameters.
+    """
+    record = work / "run.json"
+    if record.exists():
+        if json.loads(record.read_text("utf-8")) != identity:
+            raise ValueError(
+                f"{work} holds an interrupted run with other data, base or parameters; "
+                "repeat that command, name another --out, or delete the folder"
+            )
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    write_file(record, json.dumps(identity, indent=1))
+
+
+def train(options: Options) -> dict[str, Any]:
+    """Train one adapter, write `options.out`, and return what `training.json` says.
+
+    Raises:
+        ValueError: any input that is at fault, a loss that is not finite, or an `out` that exists.
+        OSError: the disk is full or cannot be written.
+    """
+    began = time.monotonic()
+    if options.out.exists():
+        raise ValueError(f"{options.out} exists; name another --out or delete it")
+    check_sources(options)
+    folder = resolve_base(options.base)
+    model, tokenizer = load_base(options.base, folder)
+    pad: int = tokenizer.eos_token_id
+    targets = choose_targets(model, model.config.model_type, options.target_modules)
+    check_context(model, options.max_length)
+    rows = read_data(options, tokenizer)
+    digest = checkpoint_digest(folder)
+    parameters = options.parameters(targets)
+    model = attach_adapter(model, options, targets)
+    # Counted now: PEFT sets every factor trainable again when its adapter is switched.
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    work = options.out.with_name(options.out.name + ".work")
+    arguments = training_arguments(options, work, Plan.of(options, len(rows.train)))
+    if is_main_process():
+        claim_work(work, {"base_digest": digest, "data": rows.files, "parameters": parameters})
+    _wait_for_all()
+    resume = last_checkpoint(work)
+    trainer = AdapterTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows.train,
+        validation=rows.validation,
+        pad=pad,
+        scope=options.loss_scope,
+        data_collator=lambda batch: pad_right(batch, pad, options.loss_scope),
+        callbacks=[RefuseNaN()],
+    )
+    try:
+        with library_warnings_ignored():
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except BaseException:
+        # Else the bar would be drawn over the line that says what happened.
+        for callback in trainer.callback_handler.callbacks:
+            if bar := getattr(callback, "training_bar", None):
+                bar.close()
+        raise
+
+    def measure() -> dict[str, dict[str, float]]:
+        return {
+            part: figures_of(
+                evaluate_loss(model, texts, pad, EVALUATION_BATCH, options.loss_scope),
+                trainer.state.global_step,
+            )
+            for part, texts in (("validation", rows.validation), ("test", rows.test))
+        }
+
+    adapter_figures = measure()
+    with model.disable_adapter():
+        base_figures = measure()
+    label = options.label or base_label(options.base)
+    history = trainer.state.log_history
+    record = {
+        "name": options.name,
+        "base": label,
+        "base_digest": digest,
+        "data": rows.files,
+        "parameters": parameters,
+        "trained_parameters": trained,
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
+        "base_figures": base_figures,
+        "adapter_figures": adapter_figures,
+        "history": {
+            "training": [[log["step"], log["loss"]] for log in history if "loss" in log],
+            "validation": [
+                [log["step"], log["eval_loss"]] for log in history if "eval_loss" in log
+            ],
+        },
+        "device": options.torch_device,
+        "processes": process_count(),
+        "bf16_autocast": bool(arguments.bf16),
+        "resumed": resume is not None,
+        "wall_seconds": round(time.monotonic() - began, 1),
+        "versions": versions(),
+    }
+    if is_main_process():
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+        write_adapter(tensors, model.peft_config["default"], label, record, options.out)
+        shutil.rmtree(work)
+    _wait_for_all()
+    return record
+
+
+def _wait_for_all() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def run(options: Options, trials: int | None) -> dict[str, Any]:
+    """Train, or tune with `trials` trials and keep the best; return the adapter's record."""
+    if trials is None:
+        return train(options)
+    # Optuna takes a second to import.
+    from superpose_train.tune import tune
+
+    record: dict[str, Any] = tune(options, trials)["record"]
+    return record
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, or 1 after one line on stderr (argparse exits with 2)."""
+    keep_scratch()
+    # What is wrong for one process is wrong for all; one line says it.
+    complain = sys.stderr if is_main_process() else None
+    try:
+        options, trials = read_command(arguments)
+        record = run(options, trials)
+    except (ValueError, OSError) as error:
+        if complain:
+            print(f"superpose-train: {' '.join(str(error).split())}", file=complain)
+        return 1
+    except KeyboardInterrupt:
+        if complain:
+            print("superpose-train: interrupted; repeat the command to go on", file=complain)
+        return 1
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    before = record["base_figures"]["test"]["perplexity"]
+    after = record["adapter_figures"]["test"]["perplexity"]
+    if is_main_process():
+        print(
+            f"wrote {options.out}: test perplexity {before:.2f} -> {after:.2f} "
+            f"({100 * (after / before - 1):+.1f} %)"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

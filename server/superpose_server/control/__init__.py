@@ -1,0 +1,1 @@
+"""What operators change: which adapter a domain names, and the default mix."""

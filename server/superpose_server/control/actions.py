@@ -1,0 +1,223 @@
+"""What operators do: change the default mix, push and delete adapters, analyse a mix.
+
+Everything here runs on one thread, one action after the other, so that no two changes meet.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from superpose_adapters.adapter import AdapterError
+from superpose_adapters.geometry import Analysis
+from superpose_adapters.mix import BoundEntry, BoundMix, Mix, check_domain, check_weight
+from superpose_adapters.peft.folder import Limits, parse_adapter
+from superpose_adapters.store import AdapterStore, StoreError
+from superpose_server.control.default_mix import DefaultMix, MixState
+from superpose_server.control.registry import Registered, Registry, Source
+from superpose_server.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+)
+from superpose_server.weights.resident import PreparedMix, ResidentWeights
+
+_log = logging.getLogger(__name__)
+
+
+class Operator:
+    """The actions of operators; not safe for more than one thread at a time."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        default_mix: DefaultMix,
+        store: AdapterStore,
+        weights: ResidentWeights,
+        limits: Limits,
+    ) -> None:
+        """Act on these."""
+        self._registry = registry
+        self._default = default_mix
+        self._store = store
+        self._weights = weights
+        self._limits = limits
+
+    def add(self, domain: str, weight: float, expected_generation: int | None) -> MixState:
+        """Add a domain to the default mix.
+
+        Raises:
+            AlreadyExists: It is in it.
+            NotFound: It names no adapter.
+            InvalidArgument: The weight is 0 or no weight at all.
+            GenerationMismatch: The default mix has changed.
+        """
+        self._default.check_generation(expected_generation)
+        _check_name(domain)
+        try:
+            check_weight(domain, weight)
+        except ValueError as error:
+            raise InvalidArgument(str(error), "INVALID_WEIGHT", field="weight") from error
+        if weight == 0:
+            raise InvalidArgument(
+                f"weight of {domain} is 0, which means absent: use another weight, or remove it",
+                "INVALID_WEIGHT",
+                field="weight",
+            )
+        now = self._default.state.mix
+        registered = self._registry.get(domain)
+        if _holds(now, domain):
+            raise AlreadyExists(
+                f"{domain} is in the default mix already: to change its weight, set the whole mix "
+                "or remove it first",
+                "DOMAIN_IN_MIX",
+            )
+        self._registry.check_size(len(now.entries) + 1, field="domain")
+        entry = BoundEntry(domain, registered.adapter, weight)
+        return self._default.change(BoundMix.of(now.base_digest, (*now.entries, entry)))
+
+    def remove(self, domain: str, expected_generation: int | None) -> MixState:
+        """Remove a domain from the default mix.
+
+        Raises:
+            NotFound: It is not in it.
+            GenerationMismatch: The default mix has changed.
+        """
+        self._default.check_generation(expected_generation)
+        now = self._default.state.mix
+        if not _holds(now, domain):
+            held = ", ".join(sorted(e.domain for e in now.entries)) or "no domain"
+            raise NotFound(
+                f"{domain[:80]!r} is not in the default mix, which holds {held}",
+                "DOMAIN_NOT_IN_MIX",
+            )
+        rest = (entry for entry in now.entries if entry.domain != domain)
+        return self._default.change(BoundMix.of(now.base_digest, rest))
+
+    def set(self, mix: Mix, expected_generation: int | None) -> MixState:
+        """Make `mix` the default mix.
+
+        Raises:
+            NotFound: It names a domain that is not loaded.
+            GenerationMismatch: The default mix has changed.
+        """
+        self._default.check_generation(expected_generation)
+        return self._default.change(self._registry.bind(mix))
+
+    def push(
+        self, domain: str, config: bytes, tensors: bytes, replace: bool
+    ) -> tuple[Registered, MixState]:
+        """Check an adapter, store it and let `domain` name it.
+
+        The same bytes again change nothing. If the default mix holds the domain, it is bound anew.
+
+        Raises:
+            FailedPrecondition: The adapter is unfit, the domain is read only, or the disk refuses.
+            AlreadyExists: The domain names other bytes, and `replace` is false.
+        """
+        _check_name(domain)
+        try:
+            adapter = parse_adapter(config, tensors, self._weights.layout, self._limits)
+        except AdapterError as error:
+            raise FailedPrecondition(f"{domain}: {error}", error.reason) from error
+        before = self._registry.find(domain)
+        if before is not None and before.adapter == adapter:
+            # After a crash within a replace the default mix may hold the old adapter still.
+            return before, self._rebind(before)
+        if before is not None:
+            _check_writable(before)
+            if not replace:
+                raise AlreadyExists(
+                    f"{domain} names another adapter ({before.adapter.digest[:12]}): "
+                    "push with replace, or under another name",
+                    "ADAPTER_EXISTS",
+                )
+        registered = Registered(domain, adapter, Source.PUSHED)
+        self._weights.keep_base(adapter)
+        try:
+            digest = self._store.put(config, tensors)
+            self._store.set_name(domain, digest)
+            try:
+                state = self._rebind(registered)
+            except BaseException:
+                if before is not None:
+                    self._store.set_name(domain, before.adapter.digest)
+                raise
+        except StoreError as error:
+            raise FailedPrecondition(str(error), "STORE_WRITE_FAILED") from error
+        self._registry.put(registered)
+        self._collect()
+        return registered, state
+
+    def _rebind(self, registered: Registered) -> MixState:
+        """Let the default mix hold the new adapter where it held the old one."""
+        state = self._default.state
+        if not _holds(state.mix, registered.domain):
+            return state
+        entries = (
+            BoundEntry(e.domain, registered.adapter, e.weight)
+            if e.domain == registered.domain
+            else e
+            for e in state.mix.entries
+        )
+        return self._default.change(BoundMix.of(state.mix.base_digest, entries))
+
+    def delete(self, domain: str) -> None:
+        """Forget a pushed adapter; running rows keep it to their end.
+
+        Raises:
+            NotFound: The domain names nothing.
+            FailedPrecondition: The default mix holds it, or it is read only.
+        """
+        registered = self._registry.get(domain)
+        if _holds(self._default.state.mix, domain):
+            raise FailedPrecondition(
+                f"{domain} is in the default mix: remove it from the mix first", "ADAPTER_IN_USE"
+            )
+        _check_writable(registered)
+        try:
+            self._store.delete_name(domain)
+        except StoreError as error:
+            raise FailedPrecondition(str(error), "STORE_WRITE_FAILED") from error
+        self._registry.remove(domain)
+        self._collect()
+
+    def _collect(self) -> None:
+        in_use = {registered.adapter.digest for registered in self._registry.all()}
+        in_use |= {entry.adapter.digest for entry in self._default.state.mix.entries}
+        try:
+            self._store.collect(in_use)
+        except OSError:
+            # What is left takes space and no more; the next push or delete tries again.
+            _log.warning("adapters that are no longer used could not be removed", exc_info=True)
+
+    def prepare(self, mix: BoundMix) -> PreparedMix:
+        """Make what a fold of `mix` needs; see `ResidentWeights.prepare`."""
+        return self._weights.prepare(mix)
+
+    def analyze(self, prepared: PreparedMix) -> Analysis:
+        """Return the geometry of a mix; see `geometry.analyze`."""
+        return self._weights.analyze(prepared)
+
+
+def _check_name(domain: str) -> None:
+    try:
+        check_domain(domain)
+    except ValueError as error:
+        raise InvalidArgument(str(error), "INVALID_DOMAIN", field="domain") from error
+
+
+def _check_writable(registered: Registered) -> None:
+    origin = {
+        Source.BUNDLED: "comes with the bundled base",
+        Source.DIRECTORY: "is served from --adapter-dir",
+    }.get(registered.source)
+    if origin is not None:
+        raise FailedPrecondition(
+            f"{registered.domain} {origin} and is read only: push under another name",
+            "ADAPTER_READ_ONLY",
+        )
+
+
+def _holds(mix: BoundMix, domain: str) -> bool:
+    return any(entry.domain == domain for entry in mix.entries)

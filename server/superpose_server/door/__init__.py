@@ -1,0 +1,1 @@
+"""How clients get in: gRPC. This package alone knows the messages and the socket."""

@@ -1,0 +1,48 @@
+"""ServerService: what `adapterctl status` prints."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+from typing import Any
+
+from superpose_proto.v1 import server_pb2 as pb
+from superpose_proto.v1 import server_pb2_grpc
+from superpose_server.door.convert import state_to_wire
+from superpose_server.runtime import Runtime
+
+
+class ServerService(server_pb2_grpc.ServerServiceServicer):
+    """Tells what runs here."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        """Serve from `runtime`."""
+        self._runtime = runtime
+
+    async def GetServerInfo(
+        self, request: pb.GetServerInfoRequest, context: Any
+    ) -> pb.GetServerInfoResponse:
+        """Return version, base, limits and load."""
+        runtime = self._runtime
+        return pb.GetServerInfoResponse(
+            version=version("superpose"),
+            base=runtime.config.base,
+            base_digest=runtime.model.base_digest,
+            dtype=str(runtime.model.dtype).removeprefix("torch."),
+            device=str(runtime.model.device),
+            context_length=runtime.model.context_length,
+            limits=pb.Limits(
+                max_batch=runtime.model.max_batch,
+                max_queue=runtime.config.max_queue,
+                max_rank=runtime.limits.adapter.max_rank,
+                max_adapter_bytes=runtime.limits.adapter.max_bytes,
+                max_domains_in_mix=runtime.limits.max_domains_in_mix,
+                max_score_items=runtime.limits.max_score_items,
+            ),
+            running=runtime.engine.running,
+            waiting=runtime.engine.waiting,
+            mix=state_to_wire(runtime.default_mix.state),
+            adapters=len(runtime.registry),
+            uptime_seconds=time.monotonic() - runtime.started,
+            weights_intact=runtime.weights_intact,
+        )

@@ -1,0 +1,25 @@
+"""What the engine tells of itself while it runs: the seam between engine and metrics."""
+
+from __future__ import annotations
+
+from superpose_adapters.mix import BoundMix
+from superpose_server.engine.sequence import FinishReason, Sequence
+
+
+class EngineObserver:
+    """Receives events on the engine thread; each method must be quick. Does nothing by itself."""
+
+    def stepped(self, rows: tuple[Sequence, ...], waiting: int, corrected: int) -> None:
+        """A decode step ran over `rows`, of which `corrected` needed a correction."""
+
+    def prefilled(self, sequence: Sequence) -> None:
+        """A row has its first token."""
+
+    def finished(self, sequence: Sequence, reason: FinishReason) -> None:
+        """A row ended."""
+
+    def failed(self, sequence: Sequence, error: Exception) -> None:
+        """A row ended with an error."""
+
+    def folded(self, seconds: float, succeeded: bool, resident: BoundMix) -> None:
+        """A fold ended; `resident` is in the weights now."""

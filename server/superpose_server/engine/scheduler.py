@@ -1,0 +1,94 @@
+"""Who runs: a bounded first-come queue in front of a fixed number of slots."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from superpose_server.engine.sequence import Sequence
+from superpose_server.errors import QueueFull, ShuttingDown
+
+RETRY_AFTER_SECONDS = 1.0
+
+
+class Scheduler:
+    """The rows that wait and the rows that run.
+
+    `submit` may be called from any thread; the rest belongs to the engine thread. Running rows are
+    in slots 0..n-1, in the order of `running`.
+    """
+
+    def __init__(self, slots: int, max_queue: int) -> None:
+        """Make an empty schedule of `slots` rows with at most `max_queue` waiting."""
+        self.slots = slots
+        self.max_queue = max_queue
+        self.running: list[Sequence] = []
+        self._waiting: deque[Sequence] = deque()
+        self._lock = threading.Lock()
+        self._open = True
+
+    @property
+    def waiting(self) -> int:
+        """Number of rows that wait."""
+        return len(self._waiting)
+
+    @property
+    def idle(self) -> bool:
+        """True if no row runs or waits."""
+        # In this order: a row that is admitted meanwhile is put into `running` first.
+        return not self._waiting and not self.running
+
+    def submit(self, sequence: Sequence) -> None:
+        """Put a row at the end of the queue.
+
+        Raises:
+            QueueFull: `max_queue` rows wait already.
+            ShuttingDown: `close` was called.
+        """
+        with self._lock:
+            if not self._open:
+                raise ShuttingDown
+            free = self.slots - len(self.running)
+            if len(self._waiting) >= self.max_queue + max(0, free):
+                raise QueueFull(self.max_queue, RETRY_AFTER_SECONDS)
+            self._waiting.append(sequence)
+
+    def close(self) -> None:
+        """Take no more rows."""
+        with self._lock:
+            self._open = False
+
+    def admit(self) -> Sequence | None:
+        """Return the row that runs next, in slot `len(running) - 1`; None if none can."""
+        with self._lock:
+            if not self._waiting or len(self.running) >= self.slots:
+                return None
+            sequence = self._waiting[0]
+            # In this order, so that `idle` finds it in one place or the other.
+            self.running.append(sequence)
+            self._waiting.popleft()
+            return sequence
+
+    def drop_waiting(self, cancelled_only: bool) -> list[Sequence]:
+        """Take rows out of the queue and return them."""
+        with self._lock:
+            dropped = [s for s in self._waiting if s.cancelled or not cancelled_only]
+            if dropped:
+                self._waiting = deque(s for s in self._waiting if s not in dropped)
+            return dropped
+
+    def drop_running(self) -> list[Sequence]:
+        """Free every slot at once; return the rows that ran."""
+        rows, self.running = self.running, []
+        return rows
+
+    def release(self, slot: int) -> int | None:
+        """Free a slot; return the slot whose row must be moved into it, if one must.
+
+        The last row takes the place of the one that left, so that running rows stay without gaps.
+        """
+        last = self.running.pop()
+        if slot == len(self.running):
+            return None
+        self.running[slot] = last
+        return len(self.running)

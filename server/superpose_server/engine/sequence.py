@@ -1,0 +1,140 @@
+"""A request as the engine knows it: a row of the batch, from its prompt to its last token."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from superpose_adapters.mix import BoundMix
+from superpose_server.engine.sampling import SamplingParams
+from superpose_server.engine.tokenizer import Detokenizer, Tokenizer
+
+
+class FinishReason(enum.Enum):
+    """Why a row ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one step added to a row, or why the row ended early.
+
+    Attributes:
+        text: New text; may be empty, since text waits for whole characters and stop strings.
+        token_ids: New tokens.
+        logprobs: Of each new token, natural logarithm, before temperature; if asked for.
+        finish_reason: Set in the last chunk.
+        error: Set in the last chunk of a row that failed.
+    """
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+
+    @property
+    def last(self) -> bool:
+        """True if nothing follows."""
+        return self.finish_reason is not None or self.error is not None
+
+
+Sink = Callable[[Chunk], None]
+
+
+@dataclass(frozen=True)
+class Times:
+    """When things happened to a row, in seconds of `time.monotonic`."""
+
+    accepted: float
+    started: float
+    first_token: float
+    finished: float
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One row. Made by any thread; after `Engine.submit` only the engine thread touches it.
+
+    `prefilled` counts the prompt tokens that have run.
+    `cancelled` is the exception: any thread may set it, and the row leaves at the next step.
+    `ended` is set when the last chunk was handed out.
+    """
+
+    prompt: SequenceOf[int]
+    mix: BoundMix
+    params: SamplingParams
+    sink: Sink
+    tokenizer: Tokenizer
+    tokens: list[int] = field(default_factory=list)
+    prefilled: int = 0
+    cancelled: bool = False
+    ended: bool = False
+    accepted: float = field(default_factory=time.monotonic)
+    started: float = 0.0
+    first_token: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Set up the row's own random numbers and text."""
+        self.generator = self.params.generator()
+        self._detokenizer = Detokenizer(self.tokenizer, self.params.stop, self.prompt)
+        eos = self.tokenizer.eos_token_id
+        stops = set(self.params.stop_token_ids)
+        if eos is not None and not self.params.ignore_eos:
+            stops.add(eos)
+        self.stop_token_ids = frozenset(stops)
+
+    @property
+    def decoding(self) -> bool:
+        """True if the whole prompt has run, and every step adds a token."""
+        return self.prefilled == len(self.prompt)
+
+    @property
+    def position(self) -> int:
+        """Position of the newest token, counted from 0: where the next step writes it."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+    @property
+    def cached(self) -> int:
+        """Number of positions that the cache may hold of this row.
+
+        The newest token counts: in the step that wrote it, it may not have been handed out yet.
+        """
+        return self.position + 1 if self.decoding else self.prefilled
+
+    @property
+    def forbidden(self) -> frozenset[int]:
+        """Tokens that may not be chosen yet: those that would end the text too soon."""
+        short = len(self.tokens) < self.params.min_new_tokens
+        return self.stop_token_ids if short else frozenset()
+
+    def append(self, token: int, logprob: float | None) -> Chunk:
+        """Add the token that a step chose and return what the client is to see of it."""
+        self.tokens.append(token)
+        count = len(self.tokens)
+        may_stop = count >= self.params.min_new_tokens
+        text = self._detokenizer.push(token, may_stop=may_stop)
+        reason = None
+        if self._detokenizer.stopped or (token in self.stop_token_ids and may_stop):
+            reason = FinishReason.STOP
+        elif count >= self.params.max_new_tokens:
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            text += self._detokenizer.finish()
+            if self._detokenizer.stopped:
+                reason = FinishReason.STOP
+        return Chunk(text, (token,), () if logprob is None else (logprob,), reason)
+
+    def abort(self) -> Chunk:
+        """Return the last chunk of a row that the server ends early."""
+        return Chunk(self._detokenizer.finish(), finish_reason=FinishReason.ABORTED)
+
+    def times(self) -> Times:
+        """Return the row's times, as of its end."""
+        return Times(self.accepted, self.started, self.first_token, time.monotonic())

@@ -1,0 +1,1 @@
+"""The base model on one device: spans of tokens in, logits out."""

@@ -1,0 +1,118 @@
+"""Decode steps captured once a bucket and replayed: on a GPU, launching costs more than computing.
+
+A bucket is a number of rows and a length of cache that is read. Parameters, cache and inputs keep
+their addresses, so that folds write under a captured step and a replay sees what they wrote.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from superpose_server.model.batch import Batch, Span
+
+Step = Callable[[], Tensor]
+
+_SHORTEST = 128
+
+
+def capture_on_gpu(step: Step) -> Step:
+    """Return a replay of `step`, which must allocate nothing that outlives it but its result."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # Libraries set themselves up outside the capture.
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+class DecodeGraphs:
+    """Captured decode steps, by bucket."""
+
+    def __init__(
+        self,
+        forward: Callable[[Batch, Tensor], Tensor],
+        *,
+        rows: int,
+        length: int,
+        scratch_slot: int,
+        device: torch.device,
+        capture: Callable[[Step], Step] = capture_on_gpu,
+    ) -> None:
+        """Capture all buckets, the largest first, so that smaller ones share its memory.
+
+        Args:
+            forward: Runs a batch and returns the float32 logits at some of its tokens.
+            rows: Rows that run at most, in slots 0..rows-1.
+            length: Tokens of a slot.
+            scratch_slot: Where rows that only fill a bucket write.
+            device: Of the inputs.
+            capture: Turns a step into its replay.
+        """
+        self._scratch = scratch_slot
+        self._rows = _powers(1, rows)
+        self._lengths = _powers(min(_SHORTEST, length), length)
+        # Row i reads slot i; it writes there too, unless it only fills the bucket.
+        zeros = [torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(4)]
+        self._ids, self._slots, self._written, self._starts = zeros
+        self._keep = torch.arange(rows, device=device)
+        self._steps: dict[tuple[int, int], Step] = {}
+        for bucket in reversed([(n, m) for n in self._rows for m in self._lengths]):
+            self._steps[bucket] = capture(self._step(forward, *bucket))
+
+    def _step(self, forward: Callable[[Batch, Tensor], Tensor], rows: int, length: int) -> Step:
+        batch = Batch(
+            tuple(Span(slot, (0,), length - 1) for slot in range(rows)),
+            self._ids[:rows],
+            self._slots[:rows],
+            self._written[:rows],
+            self._starts[:rows],
+            self._keep[:rows],
+        )
+        return lambda: forward(batch, self._keep[:rows])
+
+    def can_run(self, spans: Sequence[Span], wanted: Sequence[int]) -> bool:
+        """Return whether this is a decode step whose logits are all wanted."""
+        return len(wanted) == len(spans) and all(
+            len(span.ids) == 1 and span.start == 0 and span.slot < self._scratch for span in spans
+        )
+
+    def run(self, spans: Sequence[Span]) -> Tensor:
+        """Run one token for each of `spans`, rows that have their slots to themselves.
+
+        Returns:
+            float32 (len(spans), vocabulary).
+        """
+        last = max(span.slot for span in spans) + 1
+        rows = self._rows[bisect_left(self._rows, last)]
+        length = self._lengths[bisect_left(self._lengths, max(span.end for span in spans))]
+        inputs = torch.zeros(3, rows, dtype=torch.int64)
+        inputs[1] = self._scratch
+        # The slot's last position ends whatever text is scored there: no later slice reads it.
+        inputs[2] = self._lengths[-1] - 1
+        for span in spans:
+            inputs[:, span.slot] = torch.tensor((span.ids[0], span.slot, span.position))
+        for column, values in zip((self._ids, self._slots, self._written), inputs, strict=True):
+            column[:rows].copy_(values)
+        logits = self._steps[rows, length]()
+        return logits[[span.slot for span in spans]]
+
+
+def _powers(least: int, most: int) -> list[int]:
+    """Return least, 2 least, 4 least, ... and `most`."""
+    sizes = [least]
+    while sizes[-1] * 2 < most:
+        sizes.append(sizes[-1] * 2)
+    return sizes if sizes[-1] == most else [*sizes, most]

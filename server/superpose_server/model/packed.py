@@ -1,0 +1,96 @@
+"""A linear layer whose parameter lies in panels, as the CPU kernels read it.
+
+Panel p of the parameter, (in, 16), holds output features 16p..16p+15 of every input feature, so
+that a product streams through memory whatever the checkpoint's layout. The packed parameter is the
+only copy: folds write it, `verify` hashes it, and an embedding that is tied to it reads it.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from superpose_adapters.layout import Layout
+from superpose_server.model.memory import lasting_zeros
+
+PANEL = 16
+
+
+class PackedLinear(nn.Module):
+    """x (..., in) to (..., out), in place of a Conv1D or nn.Linear."""
+
+    term: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, out_features: int) -> None:
+        """Take a packed weight (panels, in, 16) and a bias (out,)."""
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = bias if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.out_features = out_features
+        # The correction of the batch that runs; see `KernelTerm`. All zeros: none.
+        self.register_buffer("term", torch.zeros(4, dtype=torch.int64), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W + bias + correction in x's dtype.
+
+        Sums are float32, in an order that no batch changes.
+        """
+        result = torch.ops.superpose.linear(x, self.weight, self.bias, self.out_features, self.term)
+        return cast(Tensor, result)
+
+
+class PackedEmbedding(nn.Module):
+    """Tokens (...) to (..., in): rows of the parameter that a tied head keeps in panels."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        """Share a packed weight (panels, in, 16)."""
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the row of each token."""
+        return self.weight[ids // PANEL, :, ids % PANEL]
+
+
+def pack(parameter: Tensor, *, transposed: bool) -> Tensor:
+    """Return a parameter, (in, out) if `transposed` else (out, in), as (panels, in, 16).
+
+    The last panel is filled up with zeros.
+    """
+    matrix = parameter if transposed else parameter.T  # (in, out)
+    inputs, outputs = matrix.shape
+    panels = -(-outputs // PANEL)
+    packed = lasting_zeros((panels, inputs, PANEL), parameter.dtype, parameter.device)
+    whole = outputs // PANEL
+    packed[:whole] = matrix[:, : whole * PANEL].reshape(inputs, whole, PANEL).transpose(0, 1)
+    if whole < panels:
+        packed[whole, :, : outputs - whole * PANEL] = matrix[:, whole * PANEL :]
+    return packed
+
+
+@torch.no_grad()
+def pack_modules(module: nn.Module, layout: Layout) -> None:
+    """Replace every module of `layout` by a PackedLinear, one after the other to save memory.
+
+    Embeddings that share the parameter of a tied head read the packed one from then on. One that
+    does more than look up keeps its own.
+    """
+    for name, shape in layout.items():
+        old = module.get_submodule(name)
+        weight = pack(cast(Tensor, old.weight), transposed=shape.transposed)
+        bias = cast("Tensor | None", getattr(old, "bias", None))
+        new = PackedLinear(weight, bias, shape.out_features)
+        module.set_submodule(name, new)
+        for other in _lookups(module, old) if shape.tied else ():
+            module.set_submodule(other, PackedEmbedding(new.weight))
+
+
+def _lookups(module: nn.Module, tied: nn.Module) -> list[str]:
+    """Return the names of plain embeddings whose parameter is that of `tied`."""
+    return [
+        name
+        for name, other in module.named_modules()
+        if type(other) is nn.Embedding and other.weight is tied.weight and other.max_norm is None
+    ]

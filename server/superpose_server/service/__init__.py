@@ -1,1 +1,0 @@
-"""The gRPC services. This package alone knows the messages; `server` registers it."""

@@ -1,0 +1,1 @@
+"""The resident weights, how a fold writes them, and what a row adds when its mix is another."""
