@@ -23,3 +23,6 @@ class EngineObserver:
 
     def folded(self, seconds: float, succeeded: bool, resident: BoundMix) -> None:
         """A fold ended; `resident` is in the weights now."""
+
+    def weights_lost(self, error: Exception) -> None:
+        """A fold left the weights as no mix at all."""
