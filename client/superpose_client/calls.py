@@ -139,7 +139,7 @@ def set_mix(mix: MixLike, expected_generation: int | None) -> Call[MixState]:
 
 def get_mix() -> Call[CurrentMix]:
     """GetMix."""
-    return Call("Mix.GetMix", mix_pb2.GetMixRequest(), CurrentMix.from_response)
+    return Call("Mix.GetMix", mix_pb2.GetMixRequest(), CurrentMix.from_proto)
 
 
 def watch() -> Call[MixState]:

@@ -1,13 +1,12 @@
 """What the calls return: frozen dataclasses with the field names of the proto.
 
-All conversions from messages are here, so that both clients agree. A field is None where the
-message leaves it out.
+`from_message` fills them. A field that may be None is None where the message leaves it out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Self
 
+from superpose_client.from_message import FromMessage, at
 from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2, server_pb2
 
 
@@ -19,14 +18,6 @@ class FinishReason(StrEnum):
     LENGTH = "FINISH_REASON_LENGTH"
     ABORTED = "FINISH_REASON_ABORTED"
 
-    @classmethod
-    def from_proto(cls, value: int) -> Self:
-        """Return the member; a value of a later version reads as unspecified."""
-        names: dict[int, str] = {
-            number: name for name, number in inference_pb2.FinishReason.items()
-        }
-        return cls(names.get(value, cls.UNSPECIFIED.value))
-
 
 class AdapterSource(StrEnum):
     """Where an adapter came from; values are the names on the wire."""
@@ -35,12 +26,6 @@ class AdapterSource(StrEnum):
     BUNDLED = "ADAPTER_SOURCE_BUNDLED"
     DIRECTORY = "ADAPTER_SOURCE_DIRECTORY"
     PUSHED = "ADAPTER_SOURCE_PUSHED"
-
-    @classmethod
-    def from_proto(cls, value: int) -> Self:
-        """Return the member; a value of a later version reads as unspecified."""
-        names: dict[int, str] = {number: name for name, number in adapter_pb2.AdapterSource.items()}
-        return cls(names.get(value, cls.UNSPECIFIED.value))
 
 
 class HealthStatus(StrEnum):
@@ -53,32 +38,21 @@ class HealthStatus(StrEnum):
 
 
 @dataclass(frozen=True)
-class BoundEntry:
+class BoundEntry(FromMessage, message=mix_pb2.BoundEntry):
     """One domain of a mix as the server resolved it."""
 
     domain: str
     weight: float
     adapter_digest: str
 
-    @classmethod
-    def from_proto(cls, message: mix_pb2.BoundEntry) -> Self:
-        """Convert."""
-        return cls(message.domain, message.weight, message.adapter_digest)
-
 
 @dataclass(frozen=True)
-class MixState:
+class MixState(FromMessage, message=mix_pb2.MixState):
     """A mix, and the generation of the default mix when the request was accepted."""
 
     generation: int
     digest: str
     entries: tuple[BoundEntry, ...]
-
-    @classmethod
-    def from_proto(cls, message: mix_pb2.MixState) -> Self:
-        """Convert."""
-        entries = tuple(BoundEntry.from_proto(entry) for entry in message.entries)
-        return cls(message.generation, message.digest, entries)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -87,34 +61,25 @@ class MixState:
 
 
 @dataclass(frozen=True)
-class CurrentMix(MixState):
+class CurrentMix(MixState, message=mix_pb2.GetMixResponse):
     """The default mix, and beside it the one that is folded into the weights now."""
 
+    generation: int = field(metadata=at("mix.generation"))
+    digest: str = field(metadata=at("mix.digest"))
+    entries: tuple[BoundEntry, ...] = field(metadata=at("mix.entries"))
     resident: MixState
-
-    @classmethod
-    def from_response(cls, message: mix_pb2.GetMixResponse) -> Self:
-        """Convert."""
-        mix = MixState.from_proto(message.mix)
-        resident = MixState.from_proto(message.resident)
-        return cls(mix.generation, mix.digest, mix.entries, resident)
 
 
 @dataclass(frozen=True)
-class Usage:
+class Usage(FromMessage, message=inference_pb2.Usage):
     """Tokens of a request."""
 
     prompt_tokens: int
     completion_tokens: int
 
-    @classmethod
-    def from_proto(cls, message: inference_pb2.Usage) -> Self:
-        """Convert."""
-        return cls(message.prompt_tokens, message.completion_tokens)
-
 
 @dataclass(frozen=True)
-class Generation:
+class Generation(FromMessage, message=inference_pb2.GenerateResponse):
     """A whole text. `logprobs` is empty unless asked for."""
 
     text: str
@@ -125,22 +90,9 @@ class Generation:
     logprobs: tuple[float, ...]
     request_id: str
 
-    @classmethod
-    def from_proto(cls, message: inference_pb2.GenerateResponse) -> Self:
-        """Convert."""
-        return cls(
-            text=message.text,
-            token_ids=tuple(message.token_ids),
-            finish_reason=FinishReason.from_proto(message.finish_reason),
-            usage=Usage.from_proto(message.usage),
-            mix=MixState.from_proto(message.mix),
-            logprobs=tuple(message.logprobs),
-            request_id=message.request_id,
-        )
-
 
 @dataclass(frozen=True)
-class GenerationChunk:
+class GenerationChunk(FromMessage, message=inference_pb2.GenerateStreamResponse):
     """What is new since the last chunk. The last one has the finish reason and the usage."""
 
     text: str
@@ -151,22 +103,9 @@ class GenerationChunk:
     mix: MixState | None
     request_id: str
 
-    @classmethod
-    def from_proto(cls, message: inference_pb2.GenerateStreamResponse) -> Self:
-        """Convert."""
-        return cls(
-            text=message.text,
-            token_ids=tuple(message.token_ids),
-            logprobs=tuple(message.logprobs),
-            finish_reason=FinishReason.from_proto(message.finish_reason),
-            usage=Usage.from_proto(message.usage) if message.HasField("usage") else None,
-            mix=MixState.from_proto(message.mix) if message.HasField("mix") else None,
-            request_id=message.request_id,
-        )
-
 
 @dataclass(frozen=True)
-class ItemScore:
+class ItemScore(FromMessage, message=inference_pb2.ItemScore):
     """Score of one text. `logprob` is a sum; `logprobs` is empty unless asked for."""
 
     tokens: int
@@ -174,14 +113,9 @@ class ItemScore:
     perplexity: float
     logprobs: tuple[float, ...]
 
-    @classmethod
-    def from_proto(cls, message: inference_pb2.ItemScore) -> Self:
-        """Convert."""
-        return cls(message.tokens, message.logprob, message.perplexity, tuple(message.logprobs))
-
 
 @dataclass(frozen=True)
-class ScoreResult:
+class ScoreResult(FromMessage, message=inference_pb2.ScoreResponse):
     """Scores in the order of the texts, with the token-weighted perplexity over all of them."""
 
     items: tuple[ItemScore, ...]
@@ -189,19 +123,9 @@ class ScoreResult:
     perplexity: float
     mix: MixState
 
-    @classmethod
-    def from_proto(cls, message: inference_pb2.ScoreResponse) -> Self:
-        """Convert."""
-        return cls(
-            items=tuple(ItemScore.from_proto(item) for item in message.items),
-            tokens=message.tokens,
-            perplexity=message.perplexity,
-            mix=MixState.from_proto(message.mix),
-        )
-
 
 @dataclass(frozen=True)
-class AdapterInfo:
+class AdapterInfo(FromMessage, message=adapter_pb2.Adapter):
     """An adapter. In lists `modules` and `config_json` are empty."""
 
     domain: str
@@ -214,37 +138,17 @@ class AdapterInfo:
     weight: float
     config_json: str
 
-    @classmethod
-    def from_proto(cls, message: adapter_pb2.Adapter) -> Self:
-        """Convert."""
-        return cls(
-            domain=message.domain,
-            digest=message.digest,
-            source=AdapterSource.from_proto(message.source),
-            rank=message.rank,
-            parameters=message.parameters,
-            bytes=message.bytes,
-            modules=tuple(message.modules),
-            weight=message.weight,
-            config_json=message.config_json,
-        )
-
 
 @dataclass(frozen=True)
-class PushResult:
+class PushResult(FromMessage, message=adapter_pb2.PushAdapterResponse):
     """The adapter as stored, and the generation of the default mix after the push."""
 
     adapter: AdapterInfo
     generation: int
 
-    @classmethod
-    def from_proto(cls, message: adapter_pb2.PushAdapterResponse) -> Self:
-        """Convert."""
-        return cls(AdapterInfo.from_proto(message.adapter), message.generation)
-
 
 @dataclass(frozen=True)
-class DomainAnalysis:
+class DomainAnalysis(FromMessage, message=mix_pb2.DomainAnalysis):
     """One domain of an analysed mix: norm of its weighted delta, absolute and over the base."""
 
     domain: str
@@ -253,47 +157,26 @@ class DomainAnalysis:
     relative_norm: float
     modules: int
 
-    @classmethod
-    def from_proto(cls, message: mix_pb2.DomainAnalysis) -> Self:
-        """Convert."""
-        return cls(
-            domain=message.domain,
-            weight=message.weight,
-            delta_norm=message.delta_norm,
-            relative_norm=message.relative_norm,
-            modules=message.modules,
-        )
-
 
 @dataclass(frozen=True)
-class ModuleCosine:
+class ModuleCosine(FromMessage, message=mix_pb2.ModuleCosine):
     """Cosine between two deltas in one module."""
 
     module: str
     cosine: float
 
-    @classmethod
-    def from_proto(cls, message: mix_pb2.ModuleCosine) -> Self:
-        """Convert."""
-        return cls(message.module, message.cosine)
-
 
 @dataclass(frozen=True)
-class ModuleTypeCosine:
+class ModuleTypeCosine(FromMessage, message=mix_pb2.ModuleTypeCosine):
     """Cosine between two deltas over the modules of one type, and what chance would give."""
 
     module_type: str
     cosine_rms: float
     random_floor: float
 
-    @classmethod
-    def from_proto(cls, message: mix_pb2.ModuleTypeCosine) -> Self:
-        """Convert."""
-        return cls(message.module_type, message.cosine_rms, message.random_floor)
-
 
 @dataclass(frozen=True)
-class PairAnalysis:
+class PairAnalysis(FromMessage, message=mix_pb2.PairAnalysis):
     """Two domains of an analysed mix."""
 
     first: str
@@ -303,21 +186,9 @@ class PairAnalysis:
     module_types: tuple[ModuleTypeCosine, ...]
     modules: tuple[ModuleCosine, ...]
 
-    @classmethod
-    def from_proto(cls, message: mix_pb2.PairAnalysis) -> Self:
-        """Convert."""
-        return cls(
-            first=message.first,
-            second=message.second,
-            cosine_rms=message.cosine_rms,
-            random_floor=message.random_floor,
-            module_types=tuple(ModuleTypeCosine.from_proto(m) for m in message.module_types),
-            modules=tuple(ModuleCosine.from_proto(m) for m in message.modules),
-        )
-
 
 @dataclass(frozen=True)
-class Analysis:
+class Analysis(FromMessage, message=mix_pb2.AnalyzeMixResponse):
     """How the domains of a mix interfere."""
 
     mix: MixState
@@ -329,23 +200,9 @@ class Analysis:
     warnings: tuple[str, ...]
     longest_stall_seconds: float
 
-    @classmethod
-    def from_proto(cls, message: mix_pb2.AnalyzeMixResponse) -> Self:
-        """Convert."""
-        return cls(
-            mix=MixState.from_proto(message.mix),
-            domains=tuple(DomainAnalysis.from_proto(domain) for domain in message.domains),
-            pairs=tuple(PairAnalysis.from_proto(pair) for pair in message.pairs),
-            interference_ratio=message.interference_ratio,
-            fold_error=message.fold_error,
-            folded=message.folded,
-            warnings=tuple(message.warnings),
-            longest_stall_seconds=message.longest_stall_seconds,
-        )
-
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(FromMessage, message=mix_pb2.VerifyWeightsResponse):
     """Whether the weights in use are what they should be; `ok` sums it up."""
 
     ok: bool
@@ -358,24 +215,9 @@ class Verification:
     damaged_base: tuple[str, ...]
     longest_stall_seconds: float
 
-    @classmethod
-    def from_proto(cls, message: mix_pb2.VerifyWeightsResponse) -> Self:
-        """Convert."""
-        return cls(
-            ok=message.ok,
-            mix=MixState.from_proto(message.mix),
-            base_digest=message.base_digest,
-            resident_hash=message.resident_hash,
-            dtype=message.dtype,
-            device=message.device,
-            damaged_resident=tuple(message.damaged_resident),
-            damaged_base=tuple(message.damaged_base),
-            longest_stall_seconds=message.longest_stall_seconds,
-        )
-
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(FromMessage, message=server_pb2.Limits):
     """What the server takes at most."""
 
     max_batch: int
@@ -385,21 +227,9 @@ class Limits:
     max_domains_in_mix: int
     max_score_items: int
 
-    @classmethod
-    def from_proto(cls, message: server_pb2.Limits) -> Self:
-        """Convert."""
-        return cls(
-            max_batch=message.max_batch,
-            max_queue=message.max_queue,
-            max_rank=message.max_rank,
-            max_adapter_bytes=message.max_adapter_bytes,
-            max_domains_in_mix=message.max_domains_in_mix,
-            max_score_items=message.max_score_items,
-        )
-
 
 @dataclass(frozen=True)
-class ServerInfo:
+class ServerInfo(FromMessage, message=server_pb2.GetServerInfoResponse):
     """The server, its base and what it is doing. `mix` is the default mix."""
 
     version: str
@@ -415,22 +245,3 @@ class ServerInfo:
     adapters: int
     uptime_seconds: float
     weights_intact: bool
-
-    @classmethod
-    def from_proto(cls, message: server_pb2.GetServerInfoResponse) -> Self:
-        """Convert."""
-        return cls(
-            version=message.version,
-            base=message.base,
-            base_digest=message.base_digest,
-            dtype=message.dtype,
-            device=message.device,
-            context_length=message.context_length,
-            limits=Limits.from_proto(message.limits),
-            running=message.running,
-            waiting=message.waiting,
-            mix=MixState.from_proto(message.mix),
-            adapters=message.adapters,
-            uptime_seconds=message.uptime_seconds,
-            weights_intact=message.weights_intact,
-        )

@@ -648,7 +648,7 @@ def responses() -> list[Any]:
     listed[0].source = adapter_pb2.ADAPTER_SOURCE_DIRECTORY
     return [
         results.ServerInfo.from_proto(answers["GetServerInfo"]),
-        results.CurrentMix.from_response(answers["GetMix"]),
+        results.CurrentMix.from_proto(answers["GetMix"]),
         tuple(results.AdapterInfo.from_proto(adapter) for adapter in listed),
         results.AdapterInfo.from_proto(adapter.adapter),
         results.Analysis.from_proto(analysis(state())),

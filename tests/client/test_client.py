@@ -28,7 +28,7 @@ from superpose_client.async_client import AsyncClient
 from superpose_client.client import Client
 from superpose_client.requests import AdapterFiles
 from superpose_client.results import AdapterSource, FinishReason, HealthStatus
-from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2, server_pb2
+from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2
 
 
 def test_generate(caller: Caller, server: FakeServer) -> None:
@@ -508,37 +508,6 @@ def test_values_of_later_versions_read_as_unspecified(caller: Caller, server: Fa
     response.MergeFromString(b"\x18\x63")  # finish_reason = 99
     server.answers["Generate"] = response
     assert caller.generate("x").finish_reason is FinishReason.UNSPECIFIED
-
-
-MESSAGES: list[tuple[Any, Any]] = [
-    (results.BoundEntry, mix_pb2.BoundEntry),
-    (results.MixState, mix_pb2.MixState),
-    (results.Usage, inference_pb2.Usage),
-    (results.Generation, inference_pb2.GenerateResponse),
-    (results.GenerationChunk, inference_pb2.GenerateStreamResponse),
-    (results.ItemScore, inference_pb2.ItemScore),
-    (results.ScoreResult, inference_pb2.ScoreResponse),
-    (results.AdapterInfo, adapter_pb2.Adapter),
-    (results.PushResult, adapter_pb2.PushAdapterResponse),
-    (results.DomainAnalysis, mix_pb2.DomainAnalysis),
-    (results.ModuleCosine, mix_pb2.ModuleCosine),
-    (results.ModuleTypeCosine, mix_pb2.ModuleTypeCosine),
-    (results.PairAnalysis, mix_pb2.PairAnalysis),
-    (results.Analysis, mix_pb2.AnalyzeMixResponse),
-    (results.Verification, mix_pb2.VerifyWeightsResponse),
-    (results.Limits, server_pb2.Limits),
-    (results.ServerInfo, server_pb2.GetServerInfoResponse),
-]
-
-
-@pytest.mark.parametrize(("result", "message"), MESSAGES, ids=lambda kind: kind.__name__)
-def test_results_have_the_fields_of_the_proto(result: Any, message: Any) -> None:
-    assert list(result.__dataclass_fields__) == [f.name for f in message.DESCRIPTOR.fields]
-
-
-def test_the_enums_are_those_of_the_proto() -> None:
-    assert [kind.value for kind in FinishReason] == inference_pb2.FinishReason.keys()
-    assert [kind.value for kind in AdapterSource] == adapter_pb2.AdapterSource.keys()
 
 
 def test_both_clients_have_the_same_calls() -> None:
