@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,11 +24,12 @@ from superpose_adapters.store import AdapterStore, StoreError
 from superpose_server.config import ServerConfig
 from superpose_server.control.actions import Operator
 from superpose_server.control.default_mix import DefaultMix, MixState
+from superpose_server.control.integrity import Integrity
 from superpose_server.control.journal import Journal, JournalDamaged, JournalEntry
 from superpose_server.control.registry import Registered, Registry, Source
 from superpose_server.engine.engine import Engine
 from superpose_server.engine.job import JobResult
-from superpose_server.engine.observer import EngineObserver
+from superpose_server.engine.observer import EngineObserver, Observers
 from superpose_server.engine.residency import Residency
 from superpose_server.engine.scheduler import RETRY_AFTER_SECONDS, Scheduler
 from superpose_server.engine.tokenizer import Tokenizer
@@ -74,7 +75,7 @@ class Runtime:
         Args:
             config: What the command line says.
             limits: Caps.
-            observer: Receives the engine's events in place of the metrics.
+            observer: Receives the engine's events too, after the metrics.
 
         Raises:
             StartupError: Anything that keeps the server from starting.
@@ -83,16 +84,14 @@ class Runtime:
         self.limits = limits or Limits()
         self.metrics = Metrics()
         self.started = time.monotonic()
-        self._verified = True
         self.ending = asyncio.Event()
         self._actions: set[asyncio.Future[Any]] = set()
-        self._followers: list[Callable[[bool], None]] = []
         # Torch keeps workers for every thread that computes, and with more workers than cores they
         # go to sleep between products (OpenMP's rule): 4 ms a step of GPT-2 Small on 2 cores. So
         # what loads is a thread that ends, its workers too, and the operator has none.
         threads = torch.get_num_threads()
         with ThreadPoolExecutor(1, "load", compute_with, (threads,)) as loader:
-            loader.submit(self._load, observer or self.metrics).result()
+            loader.submit(self._load, observer or EngineObserver()).result()
 
     def _load(self, observer: EngineObserver) -> None:
         config = self.config
@@ -137,6 +136,8 @@ class Runtime:
             model.base_digest,
             torch.device("cpu") if self.config.base_copy == "host" else None,
         )
+        self.integrity = Integrity(self._weights)
+        self.integrity.follow(self.metrics.verified)
         for registered in self.registry.all():
             self._weights.keep_base(registered.adapter)
         journal = Journal(state_dir)
@@ -147,7 +148,7 @@ class Runtime:
             model,
             self._weights,
             scheduler,
-            observer,
+            Observers(self.metrics, self.integrity, observer),
             prefill_tokens=self.config.prefill_tokens
             or (2048 if model.device.type == "cuda" else 128),
             residency=Residency() if self.config.residency == "auto" else None,
@@ -283,37 +284,19 @@ class Runtime:
         # On its end and not where it is awaited: whoever asked for it may be gone.
         self._actions.discard(done)
         if not done.cancelled() and isinstance(done.exception(), DataLoss):
-            self._note_verification(False)
+            self.integrity.note(False)
 
     async def verify(self) -> JobResult[Verification]:
         """Verify the weights and remember the outcome, even if nobody waits for it."""
         job = self.engine.verify()
-        verifying = asyncio.ensure_future(asyncio.wrap_future(job))
 
-        def note(done: asyncio.Future[JobResult[Verification]]) -> None:
+        def note(done: Future[JobResult[Verification]]) -> None:
             if not done.cancelled() and done.exception() is None:
-                self._note_verification(done.result().value.ok)
+                self.integrity.note(done.result().value.ok)
 
-        verifying.add_done_callback(note)
-        return await asyncio.shield(verifying)
-
-    def _note_verification(self, ok: bool) -> None:
-        """Remember whether the weights can be served, and tell whoever follows it."""
-        self._verified = ok
-        if ok:
-            self._weights.lost = False
-        self.metrics.verified(ok)
-        for follower in self._followers:
-            follower(ok)
-
-    @property
-    def weights_intact(self) -> bool:
-        """False after a failed verification or a fold that ruined them, until one passes."""
-        return self._verified and not self._weights.lost
-
-    def follow_weights(self, follower: Callable[[bool], None]) -> None:
-        """Call `follower` on the event loop with whether the weights are intact, when known."""
-        self._followers.append(follower)
+        # On the engine thread, so that findings are noted in the order in which they were made.
+        job.add_done_callback(note)
+        return await asyncio.shield(asyncio.wrap_future(job))
 
     async def finish(self, grace: float) -> None:
         """Refuse what is new; let actions and rows end within `grace` seconds."""

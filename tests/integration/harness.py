@@ -89,7 +89,7 @@ Event = Step | Fold | End
 
 
 class Recorder(EngineObserver):
-    """Keeps the engine's events in their order, and passes them on to the metrics.
+    """Keeps the engine's events in their order.
 
     Attributes:
         gate: Called on the engine thread in every step; while it waits, the engine is held.
@@ -98,7 +98,6 @@ class Recorder(EngineObserver):
     """
 
     def __init__(self) -> None:
-        self.metrics = EngineObserver()
         self.events: list[Event] = []
         self.gate: Callable[[Step], None] = lambda step: None
         self.submitted = threading.Semaphore(0)
@@ -136,24 +135,17 @@ class Recorder(EngineObserver):
             self._changed.notify_all()
 
     def stepped(self, rows: tuple[Sequence, ...], waiting: int, corrected: int) -> None:
-        self.metrics.stepped(rows, waiting, corrected)
         step = Step(rows, corrected)
         self._record(step)
         self.gate(step)
 
-    def prefilled(self, sequence: Sequence) -> None:
-        self.metrics.prefilled(sequence)
-
     def finished(self, sequence: Sequence, reason: FinishReason) -> None:
-        self.metrics.finished(sequence, reason)
         self._record(End(sequence, reason))
 
     def failed(self, sequence: Sequence, error: Exception) -> None:
-        self.metrics.failed(sequence, error)
         self._record(End(sequence, error))
 
     def folded(self, seconds: float, succeeded: bool, resident: BoundMix) -> None:
-        self.metrics.folded(seconds, succeeded, resident)
         self._record(Fold(succeeded, resident))
 
 
@@ -282,8 +274,7 @@ def start(
 
 
 def _watch(runtime: Runtime, recorder: Recorder) -> None:
-    """Let the recorder see what is asked of the engine, and the metrics what it does."""
-    recorder.metrics = runtime.metrics
+    """Let the recorder see what is asked of the engine."""
     engine = runtime.engine
     submit, fold = engine.submit, engine.fold
 

@@ -35,9 +35,8 @@ from superpose_client import (
     RequestCancelledError,
 )
 from superpose_client.client import Stream
-from superpose_proto.v1.mix_pb2 import WatchMixRequest, WatchMixResponse
 from superpose_server.control.registry import Registered, Source
-from superpose_server.door.mix_service import MixService
+from superpose_server.control.watch import watch
 from superpose_server.engine.sequence import FinishReason
 from superpose_server.errors import WatchBehind
 
@@ -171,17 +170,17 @@ def test_a_watcher_that_falls_too_far_behind_is_ended(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a socket, whose buffers would take all that a test can send."""
-    monkeypatch.setattr("superpose_server.door.mix_service._MAX_BEHIND", 2)
-    watch = MixService(served.runtime).WatchMix(WatchMixRequest(), None)
+    monkeypatch.setattr("superpose_server.control.watch._MAX_BEHIND", 2)
+    states = watch(served.runtime.default_mix, served.runtime.ending)
 
-    async def following() -> WatchMixResponse:
-        return await anext(watch)
+    async def following() -> int:
+        return (await anext(states)).generation
 
     before = served.client.mix()
-    assert served.loop.run(following()).mix.generation == before.generation
+    assert served.loop.run(following()) == before.generation
     served.client.add("b")
     served.client.add("c")
-    assert served.loop.run(following()).mix.generation == before.generation + 1
+    assert served.loop.run(following()) == before.generation + 1
     for weight in (1.0, 2.0, 3.0):
         served.client.set({"b": weight})
     with pytest.raises(WatchBehind, match="2 changes behind"):

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from superpose_server.door.delivery import Delivery, Inbox
 from superpose_server.engine.sequence import Chunk, FinishReason
 from superpose_server.errors import ShuttingDown
+from superpose_server.inference.delivery import Delivery, Inbox
 
 STREAMS = 32
 LAST = Chunk("!", (9,), (-0.5,), FinishReason.LENGTH)
@@ -65,8 +65,8 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def waiting(inboxes: list[Inbox]) -> list[asyncio.Task[Chunk]]:
-    tasks = [asyncio.ensure_future(inbox.take()) for inbox in inboxes]
+async def waiting(inboxes: list[Inbox], *, whole: bool = False) -> list[asyncio.Task[Chunk]]:
+    tasks = [asyncio.ensure_future(inbox.take(whole=whole)) for inbox in inboxes]
     await settle()
     return tasks
 
@@ -109,8 +109,8 @@ def test_an_error_comes_with_what_was_made_before_it() -> None:
 @pytest.mark.parametrize("end", [LAST, Chunk(error=ShuttingDown())], ids=["finish", "error"])
 def test_who_wants_the_whole_is_woken_by_the_end_alone(end: Chunk) -> None:
     async def work(loop: Loop, delivery: Delivery) -> None:
-        inbox = delivery.inbox(whole=True)
-        (task,) = await waiting([inbox])
+        inbox = delivery.inbox()
+        (task,) = await waiting([inbox], whole=True)
         step([inbox], Chunk("a", (1,)))
         step([inbox], Chunk("b", (2,)))
         await settle()
@@ -192,17 +192,17 @@ def test_the_engine_outlives_the_loop() -> None:
 def test_streams_get_all_their_chunks_in_order_while_the_engine_runs() -> None:
     steps = 2000
 
-    async def read(inbox: Inbox) -> list[int]:
+    async def read(inbox: Inbox, whole: bool) -> list[int]:
         tokens: list[int] = []
         chunk = Chunk()
         while not chunk.last:
-            chunk = await inbox.take()
+            chunk = await inbox.take(whole=whole)
             tokens += chunk.token_ids
         return tokens
 
     async def work() -> None:
         delivery = Delivery(asyncio.get_running_loop())
-        inboxes = [delivery.inbox(whole=index == 0) for index in range(4)]
+        inboxes = [delivery.inbox() for _ in range(4)]
 
         def engine() -> None:
             for number in range(steps):
@@ -212,7 +212,9 @@ def test_streams_get_all_their_chunks_in_order_while_the_engine_runs() -> None:
 
         thread = threading.Thread(target=engine)
         thread.start()
-        results = await asyncio.gather(*(read(inbox) for inbox in inboxes))
+        results = await asyncio.gather(
+            *(read(inbox, index == 0) for index, inbox in enumerate(inboxes))
+        )
         thread.join()
         assert results == [list(range(steps))] * len(inboxes)
 

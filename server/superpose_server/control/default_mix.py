@@ -22,7 +22,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MixState:
-    """The default mix at one generation."""
+    """A mix, and the generation of the default mix at the moment when it was meant.
+
+    The default mix itself, or what a request was bound to.
+    """
 
     generation: int
     mix: BoundMix

@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 import json
+from typing import Any
+
+from google.protobuf.message import Message
 
 from superpose_adapters.mix import BoundMix, Mix
+from superpose_adapters.scoring import Scope
 from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2
 from superpose_server.control.default_mix import MixState
 from superpose_server.control.registry import Registered, Source
 from superpose_server.engine.sampling import SamplingParams
 from superpose_server.engine.sequence import FinishReason
 from superpose_server.errors import InvalidArgument
+from superpose_server.inference.request import (
+    Chat,
+    GenerateRequest,
+    Prompt,
+    QuestionAnswer,
+    ScoreItem,
+    ScoreRequest,
+)
 
 FINISH_REASONS = {
+    None: inference_pb2.FINISH_REASON_UNSPECIFIED,
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
     FinishReason.ABORTED: inference_pb2.FINISH_REASON_ABORTED,
+}
+_SCOPES: dict[int, Scope] = {
+    inference_pb2.SCORE_SCOPE_UNSPECIFIED: "all",
+    inference_pb2.SCORE_SCOPE_ALL: "all",
+    inference_pb2.SCORE_SCOPE_ANSWER: "answer",
 }
 _SOURCES = {
     Source.BUNDLED: adapter_pb2.ADAPTER_SOURCE_BUNDLED,
     Source.DIRECTORY: adapter_pb2.ADAPTER_SOURCE_DIRECTORY,
     Source.PUSHED: adapter_pb2.ADAPTER_SOURCE_PUSHED,
 }
+
+_MixedRequest = (
+    inference_pb2.GenerateRequest
+    | inference_pb2.GenerateStreamRequest
+    | inference_pb2.ScoreRequest
+    | mix_pb2.AnalyzeMixRequest
+)
 
 
 def mix_from_wire(message: mix_pb2.Mix) -> Mix:
@@ -36,56 +61,90 @@ def mix_from_wire(message: mix_pb2.Mix) -> Mix:
         raise InvalidArgument(str(error), "INVALID_MIX", field="mix") from error
 
 
-def mix_to_wire(generation: int, mix: BoundMix) -> mix_pb2.MixState:
+def requested_mix(request: _MixedRequest) -> Mix | None:
+    """Return the mix that a request names; None if it is absent, which means the default mix.
+
+    Raises:
+        InvalidArgument: See `mix_from_wire`.
+    """
+    return mix_from_wire(request.mix) if request.HasField("mix") else None
+
+
+def mix_to_wire(state: MixState) -> mix_pb2.MixState:
     """Return a bound mix for a response, entries in ascending order of domain."""
     return mix_pb2.MixState(
-        generation=generation,
-        digest=mix.digest,
+        generation=state.generation,
+        digest=state.mix.digest,
         entries=[
             mix_pb2.BoundEntry(
                 domain=entry.domain, weight=entry.weight, adapter_digest=entry.adapter.digest
             )
-            for entry in sorted(mix.entries, key=lambda entry: entry.domain)
+            for entry in sorted(state.mix.entries, key=lambda entry: entry.domain)
         ],
     )
 
 
-def state_to_wire(state: MixState) -> mix_pb2.MixState:
-    """Return the default mix for a response."""
-    return mix_to_wire(state.generation, state.mix)
+def params_from_wire(options: Message) -> SamplingParams:
+    """Return sampling parameters: every field that is set, under its own name.
 
-
-def params_from_wire(options: inference_pb2.GenerateOptions) -> SamplingParams:
-    """Return sampling parameters; absent fields take their defaults.
+    A field of `GenerateOptions` is a field of `SamplingParams`; what is absent takes its default.
 
     Raises:
         InvalidArgument: A value out of its range.
+        TypeError: An option that the sampler does not have.
     """
-    given = {
-        name: getattr(options, name)
-        for name in (
-            "max_new_tokens",
-            "min_new_tokens",
-            "temperature",
-            "top_k",
-            "top_p",
-            "seed",
-        )
-        if options.HasField(name)
+    given: dict[str, Any] = {
+        field.name: tuple(value) if field.is_repeated else value
+        for field, value in options.ListFields()
     }
     try:
-        return SamplingParams(
-            **given,
-            ignore_eos=options.ignore_eos,
-            stop_token_ids=tuple(options.stop_token_ids),
-            stop=tuple(options.stop),
-            logprobs=options.logprobs,
-        )
+        return SamplingParams(**given)
     except InvalidArgument as error:
         # On the wire the fields are those of a message within the request.
         raise InvalidArgument(
             error.message, error.reason, field=f"options.{error.field}"
         ) from error
+
+
+def generate_from_wire(
+    request: inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest,
+) -> GenerateRequest:
+    """Return what a client asks to generate; without any input its prompt is the empty text.
+
+    Raises:
+        InvalidArgument: An option or a mix that means nothing.
+    """
+    prompt: Prompt = request.prompt
+    if request.HasField("token_ids"):
+        prompt = tuple(request.token_ids.ids)
+    elif request.HasField("chat"):
+        prompt = Chat(tuple((turn.role, turn.content) for turn in request.chat.messages))
+    options = params_from_wire(request.options)
+    return GenerateRequest(prompt, requested_mix(request), options, request.request_id)
+
+
+def score_from_wire(request: inference_pb2.ScoreRequest) -> ScoreRequest:
+    """Return what a client asks to score; an item of no kind is the empty text.
+
+    Raises:
+        InvalidArgument: A scope that does not exist, or a mix that means nothing.
+    """
+    scope = _SCOPES.get(request.scope)
+    if scope is None:
+        raise InvalidArgument(
+            f"scope is {request.scope}: use ALL or ANSWER", "BAD_SCOPE", field="scope"
+        )
+    max_length = request.max_length if request.HasField("max_length") else None
+    items = tuple(_item_from_wire(item) for item in request.items)
+    return ScoreRequest(items, requested_mix(request), max_length, scope)
+
+
+def _item_from_wire(item: inference_pb2.ScoreItem) -> ScoreItem:
+    if item.HasField("question_answer"):
+        return QuestionAnswer(item.question_answer.question, item.question_answer.answer)
+    if item.HasField("token_ids"):
+        return tuple(item.token_ids.ids)
+    return item.text
 
 
 def adapter_to_wire(

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from superpose_adapters.geometry import DomainSize, Overlap, module_type, rms
 from superpose_proto.v1 import mix_pb2 as pb
 from superpose_proto.v1 import mix_pb2_grpc
 from superpose_server.control.default_mix import MixState
-from superpose_server.door.convert import mix_from_wire, mix_to_wire, state_to_wire
-from superpose_server.errors import InvalidArgument, ShuttingDown, WatchBehind
+from superpose_server.control.watch import watch
+from superpose_server.door.convert import mix_from_wire, mix_to_wire, requested_mix
+from superpose_server.errors import InvalidArgument
+from superpose_server.inference.inference import Inference
 from superpose_server.runtime import Runtime
-
-# Changes that a watcher may be behind before it is told to start again.
-_MAX_BEHIND = 1024
 
 
 class MixService(mix_pb2_grpc.MixServiceServicer):
-    """Changes go to the operator thread, one after the other."""
+    """Changes go to the operator thread, one after the other; questions to the inference layer."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        """Serve from `runtime`."""
+    def __init__(self, runtime: Runtime, inference: Inference) -> None:
+        """Serve from these."""
         self._runtime = runtime
+        self._inference = inference
 
     async def AddDomain(self, request: pb.AddDomainRequest, context: Any) -> pb.AddDomainResponse:
         """Add a domain to the default mix."""
@@ -32,7 +32,7 @@ class MixService(mix_pb2_grpc.MixServiceServicer):
         state = await self._runtime.operate(
             lambda operator: operator.add(request.domain, weight, expected)
         )
-        return pb.AddDomainResponse(mix=state_to_wire(state))
+        return pb.AddDomainResponse(mix=mix_to_wire(state))
 
     async def RemoveDomain(
         self, request: pb.RemoveDomainRequest, context: Any
@@ -42,7 +42,7 @@ class MixService(mix_pb2_grpc.MixServiceServicer):
         state = await self._runtime.operate(
             lambda operator: operator.remove(request.domain, expected)
         )
-        return pb.RemoveDomainResponse(mix=state_to_wire(state))
+        return pb.RemoveDomainResponse(mix=mix_to_wire(state))
 
     async def SetMix(self, request: pb.SetMixRequest, context: Any) -> pb.SetMixResponse:
         """Make a mix the default mix."""
@@ -53,103 +53,56 @@ class MixService(mix_pb2_grpc.MixServiceServicer):
         mix = mix_from_wire(request.mix)
         expected = request.expected_generation if request.HasField("expected_generation") else None
         state = await self._runtime.operate(lambda operator: operator.set(mix, expected))
-        return pb.SetMixResponse(mix=state_to_wire(state))
+        return pb.SetMixResponse(mix=mix_to_wire(state))
 
     async def GetMix(self, request: pb.GetMixRequest, context: Any) -> pb.GetMixResponse:
         """Return the default mix and what is in the weights."""
         state = self._runtime.default_mix.state
-        return pb.GetMixResponse(
-            mix=state_to_wire(state),
-            resident=mix_to_wire(state.generation, self._runtime.engine.resident),
-        )
+        resident = MixState(state.generation, self._runtime.engine.resident)
+        return pb.GetMixResponse(mix=mix_to_wire(state), resident=mix_to_wire(resident))
 
     async def WatchMix(
         self, request: pb.WatchMixRequest, context: Any
     ) -> AsyncIterator[pb.WatchMixResponse]:
         """Send the current mix, then every change."""
-        loop = asyncio.get_running_loop()
-        changes: asyncio.Queue[MixState] = asyncio.Queue()
-        default = self._runtime.default_mix
-
-        def put(state: MixState) -> None:
-            # One more than allowed ends the watch; what comes after that is not kept.
-            if changes.qsize() <= _MAX_BEHIND:
-                changes.put_nowait(state)
-
-        def watcher(state: MixState) -> None:
-            loop.call_soon_threadsafe(put, state)
-
-        unwatch = default.watch(watcher)
-        try:
-            # Watching began before the state is read, so no change falls between; what is in
-            # both is sent once.
-            state = default.state
-            yield pb.WatchMixResponse(mix=state_to_wire(state))
-            while True:
-                if changes.qsize() > _MAX_BEHIND:
-                    raise WatchBehind(_MAX_BEHIND)
-                change = await self._next_change(changes)
-                if change is None:
-                    raise ShuttingDown
-                if change.generation > state.generation:
-                    state = change
-                    yield pb.WatchMixResponse(mix=state_to_wire(state))
-        finally:
-            unwatch()
-
-    async def _next_change(self, changes: asyncio.Queue[MixState]) -> MixState | None:
-        """Return the next change, or None when the server shuts down."""
-        change = asyncio.ensure_future(changes.get())
-        ending = asyncio.ensure_future(self._runtime.ending.wait())
-        try:
-            await asyncio.wait((change, ending), return_when=asyncio.FIRST_COMPLETED)
-            return change.result() if change.done() else None
-        finally:
-            change.cancel()
-            ending.cancel()
+        async with aclosing(watch(self._runtime.default_mix, self._runtime.ending)) as states:
+            async for state in states:
+                yield pb.WatchMixResponse(mix=mix_to_wire(state))
 
     async def AnalyzeMix(
         self, request: pb.AnalyzeMixRequest, context: Any
     ) -> pb.AnalyzeMixResponse:
         """Report how the domains of a mix interfere."""
-        runtime = self._runtime
-        state = runtime.default_mix.state
-        bound = state.mix
-        if request.HasField("mix"):
-            bound = runtime.registry.bind(mix_from_wire(request.mix))
-        prepared = await runtime.operate(lambda operator: operator.prepare(bound))
-        measured = await asyncio.wrap_future(runtime.engine.measure_fold_error(prepared))
-        analysis = await runtime.operate(lambda operator: operator.analyze(prepared))
+        analysis = await self._inference.analyze(requested_mix(request))
+        geometry = analysis.geometry
         return pb.AnalyzeMixResponse(
-            mix=mix_to_wire(state.generation, bound),
-            domains=[_domain_to_wire(size) for size in analysis.sizes],
-            pairs=[_pair_to_wire(pair) for pair in analysis.overlaps],
-            interference_ratio=analysis.interference.ratio,
-            fold_error=measured.value,
-            folded=prepared.foldable,
-            warnings=analysis.warnings,
-            longest_stall_seconds=measured.longest_stall_seconds,
+            mix=mix_to_wire(analysis.mix),
+            domains=[_domain_to_wire(size) for size in geometry.sizes],
+            pairs=[_pair_to_wire(pair) for pair in geometry.overlaps],
+            interference_ratio=geometry.interference.ratio,
+            fold_error=analysis.fold_error,
+            folded=analysis.folded,
+            warnings=geometry.warnings,
+            longest_stall_seconds=analysis.longest_stall_seconds,
         )
 
     async def VerifyWeights(
         self, request: pb.VerifyWeightsRequest, context: Any
     ) -> pb.VerifyWeightsResponse:
         """Compare the resident weights with a fresh fold, and the base with its hash."""
-        runtime = self._runtime
-        generation = runtime.default_mix.state.generation
-        result = await runtime.verify()
-        found = result.value
-        model = runtime.model
+        verified = await self._inference.verify()
+        found = verified.found
+        model = self._runtime.model
         return pb.VerifyWeightsResponse(
             ok=found.ok,
-            mix=mix_to_wire(generation, found.mix),
+            mix=mix_to_wire(verified.mix),
             base_digest=model.base_digest,
             resident_hash=found.resident_hash,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
             damaged_resident=found.damaged_resident,
             damaged_base=found.damaged_base,
-            longest_stall_seconds=result.longest_stall_seconds,
+            longest_stall_seconds=verified.longest_stall_seconds,
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from superpose_proto.v1 import server_pb2 as pb
 from superpose_proto.v1 import server_pb2_grpc
-from superpose_server.door.convert import state_to_wire
+from superpose_server.door.convert import mix_to_wire
 from superpose_server.runtime import Runtime
 
 
@@ -41,8 +41,8 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             ),
             running=runtime.engine.running,
             waiting=runtime.engine.waiting,
-            mix=state_to_wire(runtime.default_mix.state),
+            mix=mix_to_wire(runtime.default_mix.state),
             adapters=len(runtime.registry),
             uptime_seconds=time.monotonic() - runtime.started,
-            weights_intact=runtime.weights_intact,
+            weights_intact=runtime.integrity.intact,
         )

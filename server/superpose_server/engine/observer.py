@@ -26,3 +26,41 @@ class EngineObserver:
 
     def weights_lost(self, error: Exception) -> None:
         """A fold left the weights as no mix at all."""
+
+
+class Observers(EngineObserver):
+    """Passes every event to several observers, in their order."""
+
+    def __init__(self, *observers: EngineObserver) -> None:
+        """Pass events to `observers`."""
+        self._observers = observers
+
+    def stepped(self, rows: tuple[Sequence, ...], waiting: int, corrected: int) -> None:
+        """See `EngineObserver`."""
+        for observer in self._observers:
+            observer.stepped(rows, waiting, corrected)
+
+    def prefilled(self, sequence: Sequence) -> None:
+        """See `EngineObserver`."""
+        for observer in self._observers:
+            observer.prefilled(sequence)
+
+    def finished(self, sequence: Sequence, reason: FinishReason) -> None:
+        """See `EngineObserver`."""
+        for observer in self._observers:
+            observer.finished(sequence, reason)
+
+    def failed(self, sequence: Sequence, error: Exception) -> None:
+        """See `EngineObserver`."""
+        for observer in self._observers:
+            observer.failed(sequence, error)
+
+    def folded(self, seconds: float, succeeded: bool, resident: BoundMix) -> None:
+        """See `EngineObserver`."""
+        for observer in self._observers:
+            observer.folded(seconds, succeeded, resident)
+
+    def weights_lost(self, error: Exception) -> None:
+        """See `EngineObserver`."""
+        for observer in self._observers:
+            observer.weights_lost(error)

@@ -33,9 +33,9 @@ class Delivery:
         self._due: list[asyncio.Future[None]] = []
         self._rested = 0.0
 
-    def inbox(self, *, whole: bool = False) -> Inbox:
-        """Return a place for one row's chunks; `whole` if nothing is wanted before the last."""
-        return Inbox(self, whole=whole)
+    def inbox(self) -> Inbox:
+        """Return a place for one row's chunks."""
+        return Inbox(self)
 
     def _call(self, waiter: asyncio.Future[None]) -> bool:
         """Let a request go on soon; returns whether the loop must be woken for it."""
@@ -62,10 +62,10 @@ class Delivery:
 class Inbox:
     """What one row has made and its request has not taken: at most all that the row may make."""
 
-    def __init__(self, delivery: Delivery, *, whole: bool) -> None:
+    def __init__(self, delivery: Delivery) -> None:
         """Begin empty; see `Delivery.inbox`."""
         self._delivery = delivery
-        self._whole = whole
+        self._whole = False
         self._chunks: list[Chunk] = []
         self._waiter: asyncio.Future[None] | None = None
 
@@ -82,10 +82,11 @@ class Inbox:
         if wake:
             delivery._wake()
 
-    async def take(self) -> Chunk:
-        """Wait for chunks, and return all that there are as one."""
+    async def take(self, *, whole: bool = False) -> Chunk:
+        """Wait for chunks, and return all that there are as one; with `whole` wait for the last."""
         delivery = self._delivery
         with delivery._lock:
+            self._whole = whole
             waiter = None if self._ready() else delivery._loop.create_future()
             self._waiter = waiter
         if waiter is not None:

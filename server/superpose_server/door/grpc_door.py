@@ -1,0 +1,102 @@
+"""The gRPC door: the four services, health and reflection on one socket."""
+
+from __future__ import annotations
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from superpose_proto.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    mix_pb2,
+    mix_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+from superpose_server.config import split_address
+from superpose_server.door.adapter_service import AdapterService
+from superpose_server.door.inference_service import InferenceService
+from superpose_server.door.mix_service import MixService
+from superpose_server.door.server_service import ServerService
+from superpose_server.door.status import ErrorInterceptor
+from superpose_server.inference.inference import Inference
+from superpose_server.runtime import Runtime, StartupError
+
+_SERVICES = tuple(
+    file.DESCRIPTOR.services_by_name[name].full_name
+    for file, name in (
+        (inference_pb2, "InferenceService"),
+        (mix_pb2, "MixService"),
+        (adapter_pb2, "AdapterService"),
+        (server_pb2, "ServerService"),
+    )
+)
+# A push may be this much over the cap and still be told so in words, rather than by the transport.
+_MESSAGE_MARGIN = 16 << 20
+# What handlers get to send their last message after the engine has aborted their rows.
+_CLOSING_SECONDS = 2.0
+
+
+class GrpcDoor:
+    """Serves superpose.v1; see `Door`."""
+
+    def __init__(self, runtime: Runtime, inference: Inference) -> None:
+        """Serve from these."""
+        self.address = ""
+        self._config = runtime.config
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # types lack it
+        self._server = server = grpc.aio.server(
+            interceptors=[ErrorInterceptor(runtime.metrics.request_failed)],
+            options=[
+                (
+                    "grpc.max_receive_message_length",
+                    runtime.limits.adapter.max_bytes + _MESSAGE_MARGIN,
+                ),
+                # Two servers on one port would each get a part of the requests.
+                ("grpc.so_reuseport", 0),
+                # A client whose machine is gone says nothing; its rows should not run on.
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+            ],
+        )
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceService(inference), server
+        )
+        mix_pb2_grpc.add_MixServiceServicer_to_server(MixService(runtime, inference), server)
+        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(runtime), server)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(ServerService(runtime), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if runtime.config.reflection:
+            names = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
+
+    async def open(self) -> None:
+        """See `Door`."""
+        listen = self._config.listen
+        host, _ = split_address("listen", listen)
+        try:
+            port = self._server.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise StartupError(
+                f"cannot listen on {listen}: choose a free port, or 0 for any"
+            ) from error
+        await self._server.start()
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        for service in ("", *_SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    async def tell_intact(self, intact: bool) -> None:
+        """See `Door`."""
+        status = health_pb2.HealthCheckResponse
+        await self._health.set(_SERVICES[0], status.SERVING if intact else status.NOT_SERVING)
+
+    async def tell_ending(self) -> None:
+        """See `Door`."""
+        await self._health.enter_graceful_shutdown()
+
+    async def close(self) -> None:
+        """See `Door`."""
+        await self._server.stop(_CLOSING_SECONDS)

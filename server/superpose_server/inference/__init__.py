@@ -1,0 +1,1 @@
+"""What a request is, whatever door it came in by: checked, bound to a mix, run and answered."""

@@ -1,0 +1,166 @@
+"""From what a request holds to token ids, and what is refused on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from superpose_adapters.scoring import EncodedText, encode_qa, encode_text
+from superpose_server.engine.tokenizer import Tokenizer
+from superpose_server.errors import InvalidArgument
+from superpose_server.inference.request import (
+    Chat,
+    GenerateRequest,
+    Prompt,
+    QuestionAnswer,
+    ScoreItem,
+    ScoreRequest,
+)
+
+# Characters of one text: far above any context, far below what would hold the server up.
+_MAX_TEXT = 1 << 20
+# It is in every chunk of a stream.
+_MAX_REQUEST_ID = 256
+
+
+class Encoder:
+    """Checks requests against one base, and encodes them. Any thread may use it."""
+
+    def __init__(self, tokenizer: Tokenizer, context: int, vocabulary: int, max_items: int) -> None:
+        """Encode for a base.
+
+        Args:
+            tokenizer: The base's.
+            context: Tokens of prompt and answer together.
+            vocabulary: Number of token ids.
+            max_items: Items of one `ScoreRequest`.
+        """
+        self._tokenizer = tokenizer
+        self._context = context
+        self._vocabulary = vocabulary
+        self._max_items = max_items
+
+    def prompt(self, request: GenerateRequest) -> list[int]:
+        """Return the prompt's token ids, at least one; room is left for the answer.
+
+        Raises:
+            InvalidArgument: Any part of the request but its mix is wrong.
+        """
+        if len(request.request_id) > _MAX_REQUEST_ID:
+            raise InvalidArgument(
+                f"request_id has {len(request.request_id)} characters: send at most "
+                f"{_MAX_REQUEST_ID}",
+                "REQUEST_ID_TOO_LONG",
+                field="request_id",
+            )
+        ids = self._prompt(request.prompt)
+        self._check_room(len(ids), request.options.max_new_tokens)
+        self._check_ids(request.options.stop_token_ids, "options.stop_token_ids")
+        return ids
+
+    def _prompt(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            _check_size(len(prompt), "prompt")
+            ids = self._tokenizer.encode(prompt) if prompt else []
+        elif isinstance(prompt, Chat):
+            _check_size(sum(len(content) for _, content in prompt.turns), "chat")
+            ids = self._tokenizer.encode_chat(prompt.turns)
+        else:
+            self._check_ids(prompt, "token_ids")
+            ids = list(prompt)
+        if not ids:
+            raise InvalidArgument(
+                "the prompt is empty: send at least one token", "PROMPT_EMPTY", field="prompt"
+            )
+        return ids
+
+    def _check_room(self, prompt: int, new: int) -> None:
+        if prompt >= self._context:
+            raise InvalidArgument(
+                f"the prompt has {prompt} tokens but the context holds {self._context}, "
+                "answer included: shorten the prompt",
+                "PROMPT_TOO_LONG",
+                field="prompt",
+            )
+        if prompt + new > self._context:
+            raise InvalidArgument(
+                f"max_new_tokens is {new}: with a prompt of {prompt} tokens "
+                f"the context of {self._context} leaves {self._context - prompt}",
+                "MAX_NEW_TOKENS_TOO_LARGE",
+                field="options.max_new_tokens",
+            )
+
+    def _check_ids(self, ids: Sequence[int], field: str) -> None:
+        for token in ids:
+            if not 0 <= token < self._vocabulary:
+                raise InvalidArgument(
+                    f"{field} holds {token}: the vocabulary has {self._vocabulary} tokens, "
+                    "counted from 0",
+                    "TOKEN_OUT_OF_RANGE",
+                    field=field,
+                )
+
+    def items(self, request: ScoreRequest) -> list[EncodedText]:
+        """Return what is to be scored of each item.
+
+        Raises:
+            InvalidArgument: Any part of the request but its mix is wrong, or nothing is scored.
+        """
+        if not 1 <= len(request.items) <= self._max_items:
+            raise InvalidArgument(
+                f"items has {len(request.items)} texts: send 1 to {self._max_items}",
+                "BAD_ITEM_COUNT",
+                field="items",
+            )
+        length = self._context if request.max_length is None else request.max_length
+        if not 2 <= length <= self._context:
+            raise InvalidArgument(
+                f"max_length is {length}: use 2 to {self._context}",
+                "BAD_MAX_LENGTH",
+                field="max_length",
+            )
+        encoded = []
+        for index, item in enumerate(request.items):
+            field = f"items[{index}]"
+            text = self._item(item, field, length)
+            if request.scope == "answer" and text.answer_start is None:
+                raise InvalidArgument(
+                    f"{field} has no answer: scope ANSWER takes question_answer items",
+                    "BAD_SCOPE",
+                    field=field,
+                )
+            encoded.append(text)
+        if not any(len(text.ids) > text.first_scored(request.scope) for text in encoded):
+            raise InvalidArgument(
+                "nothing to score: no item has a scored token within max_length",
+                "NOTHING_TO_SCORE",
+                field="items",
+            )
+        return encoded
+
+    def _item(self, item: ScoreItem, field: str, length: int) -> EncodedText:
+        tokenizer = self._tokenizer.inner
+        if isinstance(item, QuestionAnswer):
+            _check_size(len(item.question) + len(item.answer), field)
+            return encode_qa(tokenizer, item.question, item.answer, length)
+        if isinstance(item, str):
+            _check_size(len(item), field)
+            text = encode_text(tokenizer, item, length)
+        else:
+            self._check_ids(item, field)
+            text = EncodedText(item[:length])
+        if not text.ids:
+            raise InvalidArgument(
+                f"{field} is empty: send a text, a question and answer, or token ids",
+                "ITEM_EMPTY",
+                field=field,
+            )
+        return text
+
+
+def _check_size(characters: int, field: str) -> None:
+    if characters > _MAX_TEXT:
+        raise InvalidArgument(
+            f"{field} has {characters} characters: send at most {_MAX_TEXT}",
+            "TEXT_TOO_LONG",
+            field=field,
+        )

@@ -1,0 +1,127 @@
+"""All that can be asked of a server about texts, mixes and weights; every door comes here.
+
+A door turns its wire into requests, calls this, and turns results and errors into its wire.
+Nothing here knows which wire that is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+
+from superpose_adapters.mix import Mix
+from superpose_adapters.scoring import Loss
+from superpose_server.control.default_mix import MixState
+from superpose_server.engine.score import ScoreRow
+from superpose_server.engine.sequence import Sequence
+from superpose_server.errors import DataLoss, ShuttingDown
+from superpose_server.inference.delivery import Delivery
+from superpose_server.inference.encoding import Encoder
+from superpose_server.inference.generation import Generation
+from superpose_server.inference.request import Chat, GenerateRequest, Prompt, ScoreRequest
+from superpose_server.inference.result import ItemScore, MixAnalysis, Scores, VerifiedWeights
+from superpose_server.runtime import Runtime
+
+# From this many characters on, a text is tokenised beside the event loop.
+_LONG_TEXT = 1 << 14
+
+
+class Inference:
+    """Binds requests to mixes and runs them on the engine; belongs to one event loop."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        """Serve from `runtime`, on the running event loop."""
+        self._runtime = runtime
+        self._delivery = Delivery(asyncio.get_running_loop())
+        self._encoder = Encoder(
+            runtime.tokenizer,
+            runtime.model.context_length,
+            runtime.model.vocabulary,
+            runtime.limits.max_score_items,
+        )
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        """Accept a request and give it to the engine.
+
+        Raises:
+            InvalidArgument: The request is wrong, or does not fit the context.
+            NotFound: Its mix names a domain that is not loaded.
+            QueueFull: Too many requests wait.
+            DataLoss: The weights are damaged.
+            ShuttingDown: The server is stopping.
+        """
+        if _takes_long(request.prompt):
+            prompt = await asyncio.to_thread(self._encoder.prompt, request)
+        else:
+            prompt = self._encoder.prompt(request)
+        bound = self._bind(request.mix)
+        inbox = self._delivery.inbox()
+        row = Sequence(prompt, bound.mix, request.options, inbox.put, self._runtime.tokenizer)
+        self._runtime.engine.submit(row)
+        return Generation(request.request_id or str(uuid.uuid4()), bound, row, inbox)
+
+    async def score(self, request: ScoreRequest) -> Scores:
+        """Return log-probabilities of given texts.
+
+        Raises:
+            InvalidArgument: The request is wrong, or has nothing to score.
+            FailedPrecondition: The model's output is not finite under this mix.
+            NotFound, QueueFull, DataLoss, ShuttingDown: As `generate`.
+        """
+        encoded = await asyncio.to_thread(self._encoder.items, request)
+        bound = self._bind(request.mix)
+        rows = [ScoreRow(text.ids, text.first_scored(request.scope)) for text in encoded]
+        result = await asyncio.wrap_future(self._runtime.engine.score(rows, bound.mix))
+        items = tuple(ItemScore(tuple(logprobs)) for logprobs in result.value)
+        return Scores(items, sum((item.loss for item in items), Loss()), bound)
+
+    async def analyze(self, mix: Mix | None) -> MixAnalysis:
+        """Report how the domains of a mix (None: the default mix) interfere, without folding it.
+
+        Raises:
+            FailedPrecondition: The folded weights would not be finite.
+            NotFound, QueueFull, ShuttingDown: As `generate`.
+        """
+        runtime = self._runtime
+        bound = self._resolve(mix)
+        prepared = await runtime.operate(lambda operator: operator.prepare(bound.mix))
+        measured = await asyncio.wrap_future(runtime.engine.measure_fold_error(prepared))
+        geometry = await runtime.operate(lambda operator: operator.analyze(prepared))
+        return MixAnalysis(
+            bound, geometry, measured.value, prepared.foldable, measured.longest_stall_seconds
+        )
+
+    async def verify(self) -> VerifiedWeights:
+        """Compare the resident weights with a fresh fold, and the base with its hash.
+
+        Raises:
+            FailedPrecondition: The resident mix changed again and again.
+            QueueFull, ShuttingDown: As `generate`.
+        """
+        generation = self._runtime.default_mix.state.generation
+        result = await self._runtime.verify()
+        found = result.value
+        return VerifiedWeights(MixState(generation, found.mix), found, result.longest_stall_seconds)
+
+    def _bind(self, mix: Mix | None) -> MixState:
+        """Resolve a request's mix now, unless nothing may run."""
+        if self._runtime.ending.is_set():
+            raise ShuttingDown
+        if not self._runtime.integrity.intact:
+            raise DataLoss(
+                "the weights failed their last verification: set another mix and verify again, "
+                "or restart the server",
+                "WEIGHTS_DAMAGED",
+            )
+        return self._resolve(mix)
+
+    def _resolve(self, mix: Mix | None) -> MixState:
+        """Return what `mix` means now; what changes later does not concern the request."""
+        state = self._runtime.default_mix.state
+        if mix is None:
+            return state
+        return MixState(state.generation, self._runtime.registry.bind(mix))
+
+
+def _takes_long(prompt: Prompt) -> bool:
+    return isinstance(prompt, Chat) or (isinstance(prompt, str) and len(prompt) >= _LONG_TEXT)

@@ -1,0 +1,160 @@
+"""The inference layer as a door without any wire uses it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.integration.harness import PROMPT, Family, LoopThread, Served, check_greedy, held, start
+from tests.makers import VOCABULARY
+
+from superpose_adapters.mix import Mix
+from superpose_server.engine.sampling import SamplingParams
+from superpose_server.engine.sequence import Chunk, FinishReason
+from superpose_server.errors import InvalidArgument, QueueFull
+from superpose_server.inference.generation import Generation
+from superpose_server.inference.inference import Inference
+from superpose_server.inference.request import GenerateRequest, QuestionAnswer, ScoreRequest
+
+LONG = SamplingParams(max_new_tokens=900, temperature=0.0, ignore_eos=True)
+SHORT = SamplingParams(max_new_tokens=20, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture
+def inference(served: Served) -> Inference:
+    async def make() -> Inference:
+        return Inference(served.runtime)
+
+    return served.loop.run(make())
+
+
+@pytest.fixture
+def one_row(loop: LoopThread, gpt2: Family, tmp_path: Path) -> Iterator[Served]:
+    """A server of one row at a time, where nobody may wait."""
+    server = start(loop, gpt2.base, tmp_path / "one", max_batch=1, max_queue=0)
+    yield server
+    server.stop()
+
+
+def test_text_is_the_same_in_pieces_and_as_a_whole(
+    served: Served, inference: Inference, gpt2: Family
+) -> None:
+    mix = Mix.of({"a": 0.5, "b": -1.0})
+    prompt = tuple(served.runtime.tokenizer.encode(PROMPT))
+
+    async def work() -> tuple[Generation, list[Chunk], Generation, Chunk]:
+        pieces = await inference.generate(GenerateRequest(PROMPT, mix, SHORT))
+        whole = await inference.generate(GenerateRequest(prompt, mix, SHORT, "mine"))
+        return pieces, [chunk async for chunk in pieces], whole, await whole.whole()
+
+    pieces, chunks, whole, chunk = served.loop.run(work())
+    assert "".join(piece.text for piece in chunks) == chunk.text
+    assert tuple(token for piece in chunks for token in piece.token_ids) == chunk.token_ids
+    check_greedy(gpt2.folded({"a": 0.5, "b": -1.0}), prompt, chunk.token_ids)
+    for generation in (pieces, whole):
+        assert (generation.prompt_tokens, generation.completion_tokens) == (len(prompt), 20)
+        assert generation.mix.generation == served.runtime.default_mix.state.generation
+        assert {e.domain: e.weight for e in generation.mix.mix.entries} == {"a": 0.5, "b": -1.0}
+    assert whole.request_id == "mine"
+    assert pieces.request_id
+
+
+def check_left(served: Served) -> None:
+    served.recorder.wait_for(lambda: bool(served.recorder.ends))
+    (end,) = served.recorder.ends
+    assert end.reason is FinishReason.ABORTED
+    assert len(end.row.tokens) < LONG.max_new_tokens
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["pieces", "whole"])
+def test_a_reader_whose_task_is_cancelled_lets_go_of_its_row(
+    served: Served, inference: Inference, whole: bool
+) -> None:
+    async def read(generation: Generation) -> None:
+        if whole:
+            await generation.whole()
+        async for _ in generation:
+            pass
+
+    async def work() -> None:
+        reader = asyncio.ensure_future(
+            read(await inference.generate(GenerateRequest(PROMPT, options=LONG)))
+        )
+        await asyncio.to_thread(served.recorder.wait_for, lambda: bool(served.recorder.steps))
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+
+    with held(served.recorder):
+        served.loop.run(work())
+    check_left(served)
+
+
+def test_a_reader_that_has_read_enough_lets_go_of_its_row(
+    served: Served, inference: Inference
+) -> None:
+    async def work() -> None:
+        generation = await inference.generate(GenerateRequest(PROMPT, options=LONG))
+        async with aclosing(aiter(generation)) as chunks:
+            async for _ in chunks:
+                break
+
+    with held(served.recorder):
+        served.loop.run(work())
+    check_left(served)
+
+
+def test_a_request_may_be_let_go_of_from_outside(served: Served, inference: Inference) -> None:
+    async def work() -> FinishReason | None:
+        generation = await inference.generate(GenerateRequest(PROMPT, options=LONG))
+        generation.cancel()
+        return (await generation.whole()).finish_reason
+
+    assert served.loop.run(work()) is FinishReason.ABORTED
+    check_left(served)
+
+
+def test_a_full_queue_refuses_before_anything_runs(one_row: Served) -> None:
+    async def work() -> None:
+        inference = Inference(one_row.runtime)
+        running = await inference.generate(GenerateRequest(PROMPT, options=LONG))
+        with pytest.raises(QueueFull):
+            await inference.generate(GenerateRequest(PROMPT, options=LONG))
+        running.cancel()
+        await running.whole()
+
+    one_row.loop.run(work())
+    assert len(one_row.recorder.ends) == 1
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+def test_ids_that_no_wire_has_checked_are_refused(
+    served: Served, inference: Inference, token: int
+) -> None:
+    """A wire of unsigned numbers lets no negative id in; others do."""
+    stops = SamplingParams(stop_token_ids=(token,))
+    calls: dict[str, Coroutine[Any, Any, object]] = {
+        "token_ids": inference.generate(GenerateRequest((1, token))),
+        "options.stop_token_ids": inference.generate(GenerateRequest("a", options=stops)),
+        "items[1]": inference.score(ScoreRequest(("ab", (1, token)))),
+    }
+    for field, call in calls.items():
+        with pytest.raises(InvalidArgument, match=f"holds {token}: the vocabulary") as caught:
+            served.loop.run(call)
+        assert caught.value.field == field
+
+
+def test_scores_are_those_of_the_client(served: Served, inference: Inference) -> None:
+    rows = (QuestionAnswer("q", "an answer"), QuestionAnswer("why", "so"))
+    scores = served.loop.run(inference.score(ScoreRequest(rows, max_length=30, scope="answer")))
+    wire = served.client.score(
+        [("q", "an answer"), ("why", "so")], max_length=30, scope="answer", logprobs=True
+    )
+    assert [item.logprobs for item in scores.items] == [item.logprobs for item in wire.items]
+    assert scores.loss.perplexity == pytest.approx(wire.perplexity, rel=1e-12)
+    assert scores.loss.tokens == wire.tokens
+    assert scores.mix.mix.digest == wire.mix.digest
