@@ -18,10 +18,10 @@ from superpose_adapters.peft.folder import read_adapter
 from superpose_adapters.scoring import EncodedText, Scope
 from superpose_client import Client
 from superpose_client.errors import CallError
+from superpose_server.engine.runner import Runner
 from superpose_server.engine.score import ScoreRow, score_slices
 from superpose_server.errors import FailedPrecondition
 from superpose_server.model.model import Model
-from superpose_server.weights.corrections import Corrections
 from superpose_server.weights.resident import ResidentWeights
 
 # Adapters in memory: enough for the largest sum, and for those that follow each other in a plan.
@@ -74,13 +74,7 @@ class Local:
         self.weights = ResidentWeights(
             self.model.module, self.model.layout, self.model.base_digest, None
         )
-        layout = self.model.layout
-        self._corrections = Corrections(
-            {name: self.model.module.get_submodule(name) for name in layout},
-            self.model.device,
-            heads=[name for name, shape in layout.items() if shape.head],
-            kernels=self.model.packed,
-        )
+        self._runner = Runner(self.model, self.weights)
         self._slice_tokens = evaluation.slice_tokens
         self.adapter = lru_cache(_KEPT_ADAPTERS)(self._read)
 
@@ -111,9 +105,7 @@ class Local:
     def score(self, mix: BoundMix, rows: Sequence[EncodedText], scope: Scope) -> list[float]:
         """Return the nats of rows under `mix`, on whatever is resident."""
         slices = score_slices(
-            self.model,
-            self._corrections,
-            self.weights,
+            self._runner,
             [ScoreRow(row.ids, row.first_scored(scope)) for row in rows],
             mix,
             self._slice_tokens,

@@ -5,10 +5,10 @@ A reference never calls the code under test: it forms every delta densely.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ from superpose_adapters.layout import Layout
 from superpose_adapters.mix import BoundEntry, BoundMix
 from superpose_server.engine.engine import Engine
 from superpose_server.engine.observer import EngineObserver
+from superpose_server.engine.runner import Runner
 from superpose_server.engine.sampling import SamplingParams
 from superpose_server.engine.scheduler import Scheduler
 from superpose_server.engine.sequence import Chunk, FinishReason, Sequence
 from superpose_server.engine.tokenizer import Tokenizer
 from superpose_server.model.batch import Span
 from superpose_server.model.model import Model
-from superpose_server.weights.corrections import Correction, Corrections
 from superpose_server.weights.resident import ResidentWeights
 
 GREEDY = SamplingParams(max_new_tokens=8, temperature=0.0, ignore_eos=True)
@@ -53,30 +53,20 @@ def open_weights(model: Model, *, on_host: bool = False) -> ResidentWeights:
     )
 
 
-def corrections_of(model: Model) -> Corrections:
-    """Corrections of all adaptable modules of a model, as the engine makes them."""
-    modules = {name: model.module.get_submodule(name) for name in model.layout}
-    heads = [name for name, shape in model.layout.items() if shape.head]
-    return Corrections(modules, model.device, heads=heads, kernels=model.packed)
+def run_base(model: Model, spans: list[Span], wanted: SequenceOf[int]) -> Tensor:
+    """Logits of a model that holds the base, for rows that want the base."""
+    runner = Runner(model, open_weights(model))
+    return runner.run(spans, wanted, [BoundMix(model.base_digest)] * len(spans))
 
 
-def logits_of(
-    model: Model,
-    ids: Tensor,
-    corrections: Corrections | None = None,
-    correction: Correction | None = None,
-) -> Tensor:
+def logits_of(runner: Runner, ids: Tensor, mixes: SequenceOf[BoundMix]) -> Tensor:
     """Logits (rows, tokens, vocabulary) of texts of one length, all in one pass.
 
     Each in a slot of its own, the last of them in the scratch slot.
     """
-    first = model.scratch_slot - len(ids) + 1
+    first = runner.model.scratch_slot - len(ids) + 1
     spans = [Span(first + row, text, 0) for row, text in enumerate(ids.tolist())]
-    wanted = range(ids.numel())
-    with contextlib.ExitStack() as stack:
-        if corrections is not None:
-            stack.enter_context(corrections.applied(correction, spans, wanted))
-        logits = model.run(spans, wanted, hooked=correction is not None)
+    logits = runner.run(spans, range(ids.numel()), mixes)
     return logits.view(*ids.shape, -1)
 
 

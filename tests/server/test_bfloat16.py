@@ -18,7 +18,6 @@ from tests.makers import make_adapter, save_base, tiny_gpt2, tiny_llama
 from tests.server.helpers import (
     Bench,
     bound,
-    corrections_of,
     dense_model,
     load_reference,
     logits_of,
@@ -31,6 +30,7 @@ from torch import Tensor
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.mix import BoundMix
 from superpose_adapters.peft.folder import read_adapter
+from superpose_server.engine.runner import Runner
 
 BOUND = 1.5
 IDS = torch.randint(0, 256, (4, 48), generator=torch.Generator().manual_seed(3))
@@ -54,7 +54,7 @@ class Study:
         rounded = load_reference(folder, torch.bfloat16)
         self.base = dense_model(rounded, BoundMix("base"), self.model.layout)
         self.weights = open_weights(self.model)
-        self.corrections = corrections_of(self.model)
+        self.runner = Runner(self.model, self.weights)
 
         def adapter(name: str, seed: int, size: float) -> Adapter:
             folder = make_adapter(base, root / name, seed, size=size)
@@ -79,9 +79,7 @@ class Study:
 
     def error(self, name: str, resident: str) -> float:
         self.weights.fold(self.weights.prepare(self.mixes[resident]))
-        rows = [self.mixes[name]] * len(IDS)
-        correction = self.corrections.plan(rows, self.weights.resident.mix)
-        logits = logits_of(self.model, IDS, self.corrections, correction)
+        logits = logits_of(self.runner, IDS, [self.mixes[name]] * len(IDS))
         return float((logits.double().log_softmax(-1) - self.exact[name]).abs().mean())
 
 

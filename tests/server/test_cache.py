@@ -93,19 +93,37 @@ def test_what_is_read_is_the_cache_itself() -> None:
     assert cache.nbytes == 2 * 2 * HEADS * 4 * WIDTH * 4
 
 
-def test_a_moved_row_is_whole_and_a_cleared_one_is_empty() -> None:
+def test_a_moved_row_is_whole_and_a_distrusted_slot_is_empty_once_claimed() -> None:
     cache = SlotCache(slots=3, max_length=6)
     prompt = numbered(5)
     write(cache, [span(2, 0, 5)], prompt)
-    cache.clear(0)
     cache.move(2, 0, 5)
     keys, values = write(cache, [span(0, 5, 1)], numbered(1))
     assert torch.equal(keys[0, :, :5], prompt[0])
     assert torch.equal(values[0, :, :5], -prompt[0])
-    cache.clear(0)
+    cache.claim(0)
+    assert cache._keys[0][0].any()  # nobody distrusts it
+    cache.distrust(0)
+    assert cache._keys[0][0].any()  # not before somebody needs it
+    cache.claim(0)
     assert not cache._keys[0][0].any()
     assert not cache._values[0][0].any()
     assert cache._keys[0][2].any()
+
+
+def test_what_is_not_trusted_is_gone_before_a_row_is_moved_there_and_moves_with_its_row() -> None:
+    cache = SlotCache(slots=3, max_length=6)
+    write(cache, [span(0, 0, 6)], numbered(6) * torch.nan)
+    prompt = numbered(3)
+    write(cache, [span(1, 0, 3)], prompt)
+    cache.distrust(0)
+    cache.move(1, 0, 3)
+    assert torch.equal(cache._keys[0][0, :, :3], prompt[0])
+    assert not cache._keys[0][0, :, 3:].any()
+    cache.distrust(0)
+    cache.move(0, 2, 6)
+    cache.claim(2)
+    assert not cache._keys[0][2].any()
 
 
 def test_a_cache_made_under_inference_mode_moves_and_clears_outside_it() -> None:
@@ -113,7 +131,8 @@ def test_a_cache_made_under_inference_mode_moves_and_clears_outside_it() -> None
     with torch.inference_mode():
         write(cache, [span(1, 0, 2)], numbered(2))
     cache.move(1, 0, 2)
-    cache.clear(1)
+    cache.distrust(1)
+    cache.claim(1)
     assert torch.equal(cache._keys[0][0], numbered(2)[0])
 
 

@@ -21,6 +21,7 @@ from tests.server.helpers import (
     open_model,
     open_weights,
     random_adapter,
+    run_base,
 )
 from torch import Tensor
 
@@ -82,12 +83,12 @@ TEXTS = [[72, 101, 108, 108, 111], [65], [10, 20, 30], [200, 3, 7, 9, 11, 13, 17
 def decode(model: Model, tokens: Sequence[tuple[int, int, int]]) -> Tensor:
     """A step of (slot, token, position)."""
     spans = [Span(slot, (token,), position) for slot, token, position in tokens]
-    return model.run(spans, range(len(spans)))
+    return run_base(model, spans, range(len(spans)))
 
 
 def prefill(model: Model) -> None:
     for slot, ids in enumerate(TEXTS):
-        model.run([Span(slot, ids, 0)], [len(ids) - 1])
+        run_base(model, [Span(slot, ids, 0)], [len(ids) - 1])
 
 
 def test_batches_of_any_size_run_on_one_graph(bench: Bench, uncompiled: Model) -> None:
@@ -102,16 +103,16 @@ def test_batches_of_any_size_run_on_one_graph(bench: Bench, uncompiled: Model) -
     for count in (1, 2, 3, 17, 60):
         for wanted in ([count - 1], [], list(range(count)), list(range(0, count, 2))):
             span = [Span(bench.model.scratch_slot, tuple(range(count)), 0)]
-            found = bench.model.run(span, wanted)
+            found = run_base(bench.model, span, wanted)
             assert found.shape == (len(wanted), bench.model.vocabulary)
-            assert torch.allclose(found, uncompiled.run(span, wanted), rtol=0, atol=1e-5)
+            assert torch.allclose(found, run_base(uncompiled, span, wanted), rtol=0, atol=1e-5)
 
 
 def test_logits_are_those_of_the_model(bench: Bench, folder: Path) -> None:
     reference = load_reference(folder).double()
     for ids in TEXTS:
         exact = reference(torch.tensor([ids])).logits[0]
-        found = bench.model.run([Span(0, ids, 0)], range(len(ids)))
+        found = run_base(bench.model, [Span(0, ids, 0)], range(len(ids)))
         assert torch.allclose(found.double(), exact, rtol=0, atol=1e-4)
 
 
@@ -126,9 +127,9 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(bench: Bench) -> None:
     assert torch.equal(decode(bench.model, step[1:3]), together[1:3])
     # As the end of a text in one pass, and of one of two texts.
     text = [*TEXTS[0], 65]
-    whole = bench.model.run([Span(3, text, 0)], [5])
+    whole = run_base(bench.model, [Span(3, text, 0)], [5])
     assert torch.equal(whole[0], together[0])
-    both = bench.model.run([Span(2, TEXTS[3], 0), Span(3, text, 0)], [12])
+    both = run_base(bench.model, [Span(2, TEXTS[3], 0), Span(3, text, 0)], [12])
     assert torch.equal(both[0], together[0])
 
 
@@ -159,13 +160,13 @@ def test_a_fold_changes_what_was_compiled_before(
     adapter = random_adapter(bench.layout, 1, size=0.2)
     ids = TEXTS[3]
     span = [Span(0, ids, 0)]
-    base = bench.model.run(span, range(len(ids)))
+    base = run_base(bench.model, span, range(len(ids)))
     for weight in (1.0, -0.5, 0.0):
         mix = bound((adapter, weight)) if weight else bound()
         bench.weights.fold(bench.weights.prepare(mix))
         other.fold(other.prepare(mix))
-        found = bench.model.run(span, range(len(ids)))
-        assert torch.allclose(found, uncompiled.run(span, range(len(ids))), rtol=0, atol=1e-5)
+        found = run_base(bench.model, span, range(len(ids)))
+        assert torch.allclose(found, run_base(uncompiled, span, range(len(ids))), rtol=0, atol=1e-5)
         exact = dense_model(load_reference(folder), mix, bench.layout)(torch.tensor([ids]))
         assert torch.allclose(found.double(), exact.logits[0], rtol=0, atol=2e-4)
         if weight:

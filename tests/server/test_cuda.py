@@ -15,12 +15,12 @@ from tests.server.helpers import (
     GREEDY,
     Bench,
     dense_weights,
-    open_model,
     random_adapter,
 )
 
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.digest import hash_bytes
+from superpose_server.engine.runner import Runner
 from superpose_server.engine.score import ScoreRow
 from superpose_server.model.batch import Span
 
@@ -30,7 +30,12 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 PROMPT = [72, 101, 108]
 
 
-def captured(folder: Path, dtype: torch.dtype = torch.float32, prefill_tokens: int = 128) -> Bench:
+def captured(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    prefill_tokens: int = 128,
+    slots: int = 4,
+) -> Bench:
     return Bench(
         folder,
         dtype=dtype,
@@ -38,6 +43,7 @@ def captured(folder: Path, dtype: torch.dtype = torch.float32, prefill_tokens: i
         kernels=True,
         graphs=True,
         prefill_tokens=prefill_tokens,
+        slots=slots,
     )
 
 
@@ -83,22 +89,26 @@ def test_rows_that_share_the_resident_mix_run_captured(base: Path) -> None:
 
 @DTYPES
 def test_captured_steps_are_those_that_are_not(base: Path, dtype: torch.dtype) -> None:
-    model = open_model(base, dtype, "cuda", max_batch=5, kernels=True, graphs=True)
-    graphs = model._graphs
-    assert graphs is not None
+    bench = captured(base, dtype, slots=5)
+    runner = bench.engine.runner
+    one, two = random_adapter(bench.layout, 1), random_adapter(bench.layout, 2, rank=2)
+    corrected = [bench.mix((one, 1.0)), bench.mix((two, -0.5)), bench.mix((one, 0.3), (two, 1.0))]
     generator = torch.Generator().manual_seed(0)
     lengths = {0: 1, 1: 20, 2: 33, 3: 62, 4: 5}
     for slot, length in lengths.items():
         ids = torch.randint(0, 256, (length,), generator=generator).tolist()
-        model.run([Span(slot, ids, 0)], [length - 1])
+        runner.run([Span(slot, ids, 0)], [length - 1], [bench.mix()])
     # Rounding to the dtype happens elsewhere in another kernel.
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.3, torch.float16: 0.05}[dtype]
-    for slots in ([0], [3], [1, 4], [0, 2, 3], [0, 1, 2, 3, 4], [4, 0]):
-        spans = [Span(slot, (slot + 10,), lengths[slot]) for slot in slots]
-        assert graphs.can_run(spans, range(len(slots)))
-        found = model.run(spans, range(len(slots)))
-        exact = model.run(spans, range(len(slots)), hooked=True)
-        assert torch.allclose(found, exact, rtol=0, atol=tolerance)
+    bench.model.capturable = False
+    uncaptured = Runner(bench.model, bench.weights)
+    for mixes in ([bench.mix()] * 5, [*corrected, bench.mix(), corrected[0]]):
+        for slots in ([0], [3], [1, 4], [0, 2, 3], [0, 1, 2, 3, 4], [4, 0]):
+            spans = [Span(slot, (slot + 10,), lengths[slot]) for slot in slots]
+            wanted, asked = range(len(slots)), [mixes[slot] for slot in slots]
+            found = runner.run(spans, wanted, asked)
+            exact = uncaptured.run(spans, wanted, asked)
+            assert torch.allclose(found, exact, rtol=0, atol=tolerance)
 
 
 @DTYPES

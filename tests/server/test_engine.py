@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
-from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from superpose_server.engine.sampling import SamplingParams
 from superpose_server.engine.score import ScoreRow
 from superpose_server.engine.sequence import Chunk, FinishReason
 from superpose_server.errors import FailedPrecondition, Internal, QueueFull, ShuttingDown
-from superpose_server.model.batch import Span
+from superpose_server.model.batch import Batch
 from superpose_server.model.packed import PackedLinear
-from superpose_server.weights.corrections import DenseTerm, KernelTerm
+from superpose_server.weights.dense_correction import DenseCorrection
+from superpose_server.weights.kernel_correction import KernelTerm
 from superpose_server.weights.parameter_format import PackedFormat, PlainFormat
 
 PROMPTS = [[72, 101, 108], [65], [10, 20, 30, 40, 50, 60, 70], [200, 3]]
@@ -159,13 +159,13 @@ def test_a_row_that_moves_keeps_what_the_step_has_just_written(
     bench = Bench(bases["gpt2"], slots=2, kernels=kernels)
     mix = bench.mix()
     # The first row ends, and the second takes its slot before it is handed its own token.
-    _, first = bench.submit(PROMPTS[0], mix, params(max_new_tokens=3))
+    _, first = bench.submit(PROMPTS[0], mix, params(max_new_tokens=2))
     _, moving = bench.submit(PROMPTS[2], mix, params(logprobs=True))
     bench.engine.step()
     assert not first.ended
     bench.engine.step()
     assert first.ended
-    written = len(PROMPTS[2]) + 2  # the newest of its 3 tokens has not run yet
+    written = len(PROMPTS[2]) + 1  # the newest of its 2 tokens has not run yet
     for store in (*bench.model.cache._keys, *bench.model.cache._values):
         assert bool(store[1, :, written - 1].any())
         assert torch.equal(store[0, :, :written], store[1, :, :written])
@@ -224,17 +224,17 @@ def test_each_prompt_of_a_pass_has_its_head_corrected_by_its_own_mix(
 def corrected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one entry, the rank, for each module that a pass corrects."""
     calls: list[int] = []
-    dense, kernel = DenseTerm.attach, KernelTerm.attach
+    dense, kernel = DenseCorrection.attach, KernelTerm.attach
 
-    def dense_counting(self: DenseTerm, module: nn.Module, rows: Tensor) -> Callable[[], None]:
-        calls.append(self.a.shape[1])
-        return dense(self, module, rows)
+    def dense_counting(self: DenseCorrection, *arguments: Any) -> None:
+        calls.extend([self.stack.ranks] * len(self.stack.a))
+        dense(self, *arguments)
 
-    def kernel_counting(self: KernelTerm, module: nn.Module, rows: Tensor) -> Callable[[], None]:
-        calls.append(int(self._table[:, 2].sum()))
-        return kernel(self, module, rows)
+    def kernel_counting(self: KernelTerm, module: PackedLinear, rows: Tensor) -> None:
+        calls.append(self.ranks)
+        kernel(self, module, rows)
 
-    monkeypatch.setattr(DenseTerm, "attach", dense_counting)
+    monkeypatch.setattr(DenseCorrection, "attach", dense_counting)
     monkeypatch.setattr(KernelTerm, "attach", kernel_counting)
     return calls
 
@@ -264,9 +264,9 @@ def test_no_low_rank_arithmetic_when_every_row_asks_for_the_resident_mix(
     real = bench.model.run
     passes: list[bool] = []
 
-    def watched(*arguments: Any, hooked: bool = False) -> Tensor:
-        passes.append(bare(bench.model.module) and not hooked)
-        return real(*arguments, hooked=hooked)
+    def watched(batch: Batch, keep: Tensor) -> Tensor:
+        passes.append(bare(bench.model.module))
+        return real(batch, keep)
 
     monkeypatch.setattr(bench.model, "run", watched)
     clients = [bench.submit(prompt, mix)[1] for prompt in PROMPTS]
@@ -275,7 +275,8 @@ def test_no_low_rank_arithmetic_when_every_row_asks_for_the_resident_mix(
     assert all(client.reason is FinishReason.LENGTH for client in clients)
     assert future.done()
     assert corrected == []
-    assert len(passes) == 1 + (GREEDY.max_new_tokens - 1) + 1  # prompts, steps, texts
+    # Prompts, of which one is a single token and runs apart without the kernels; steps; texts.
+    assert len(passes) == 1 + (not bench.model.packed) + (GREEDY.max_new_tokens - 1) + 1
     assert all(passes)
     assert {rows for _, rows in bench.observer.steps} == {0}
 
@@ -341,7 +342,7 @@ def test_a_row_that_is_cancelled_leaves_at_the_next_step(bench: Bench) -> None:
     row.cancelled = True
     bench.engine.step()
     assert client.reason is FinishReason.ABORTED
-    assert client.tokens == bench.alone(PROMPTS[0], bench.mix())[:2]  # prefill and one decode
+    assert client.tokens == bench.alone(PROMPTS[0], bench.mix())[:1]
     assert bench.scheduler.idle
 
 
@@ -402,19 +403,58 @@ def test_a_failing_prefill_fails_the_rows_of_its_pass_alone(
     bench.engine.step()
     real = bench.model.run
 
-    def failing(spans: list[Span], *arguments: Any, **options: Any) -> Tensor:
-        if any(span.position == 0 for span in spans):
+    def failing(batch: Batch, keep: Tensor) -> Tensor:
+        if any(span.position == 0 for span in batch.spans):
             raise RuntimeError("prefill")
-        return real(spans, *arguments, **options)
+        return real(batch, keep)
 
     monkeypatch.setattr(bench.model, "run", failing)
     clients = [bench.submit(PROMPTS[i], bench.mix())[1] for i in (0, 3)]
     bench.engine.step()
     assert [str(client.error) for client in clients] == ["prefill"] * 2
-    assert len(other.tokens) == 3
+    assert len(other.tokens) == 2
     monkeypatch.undo()
     bench.run()
     assert other.tokens == bench.alone(PROMPTS[1], bench.mix())
+
+
+def test_only_what_fails_by_itself_ends_with_a_failing_pass(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, decoding = bench.submit(PROMPTS[1], bench.mix())
+    bench.engine.step()
+    real = bench.model.run
+    bad = PROMPTS[2]
+
+    def failing(batch: Batch, keep: Tensor) -> Tensor:
+        result = real(batch, keep)
+        if any(list(span.ids) == bad for span in batch.spans):
+            for store in (*bench.model.cache._keys, *bench.model.cache._values):
+                store[batch.spans[-1].slot].fill_(torch.nan)  # where it broke off
+            raise RuntimeError("this prompt")
+        return result
+
+    monkeypatch.setattr(bench.model, "run", failing)
+    clients = [bench.submit(prompt, bench.mix())[1] for prompt in (PROMPTS[0], bad, PROMPTS[3])]
+    bench.engine.step()
+    assert [str(client.error) if client.error else None for client in clients] == [
+        None,
+        "this prompt",
+        None,
+    ]
+    assert len(decoding.tokens) == 2
+    assert bench.engine.running == 3
+    monkeypatch.undo()
+    bench.run()
+    _, again = bench.submit(bad, bench.mix())
+    bench.run()
+    texts = zip(
+        (decoding, clients[0], clients[2], again),
+        (PROMPTS[1], PROMPTS[0], PROMPTS[3], bad),
+        strict=True,
+    )
+    for client, prompt in texts:
+        assert client.tokens == bench.alone(prompt, bench.mix())
 
 
 def poison(mix: BoundMix, factor: str) -> None:
@@ -432,11 +472,11 @@ def test_output_that_is_not_finite_fails_only_its_row(bench: Bench, factor: str)
     _, beside = bench.submit(PROMPTS[2], good)
     bench.engine.step()
     poison(bad, factor)
-    bench.engine._corrections.forget()
+    bench.engine.runner.forget()
     bench.run()
     assert isinstance(during.error, FailedPrecondition)
     assert during.error.reason == "OUTPUT_NOT_FINITE"
-    assert len(during.tokens) == 2  # of prefill and of the step before
+    assert len(during.tokens) == 1  # of the prompt
     assert before.tokens == bench.alone(PROMPTS[0], good)
     assert beside.tokens == bench.alone(PROMPTS[2], good)
 
@@ -469,11 +509,11 @@ def test_a_broken_row_that_is_not_the_last_leaves_no_nan_behind(
     _, wide = bench.submit(PROMPTS[2] * 4, bench.mix(), params(max_new_tokens=20))
     # The row in the middle leaves in the step in which the last one, moved into its place, breaks.
     middle = bad if neighbour == "broken too" else bench.mix()
-    bench.submit(PROMPTS[2] * 4, middle, params(max_new_tokens=3))
+    bench.submit(PROMPTS[2] * 4, middle, params(max_new_tokens=2))
     _, last = bench.submit(PROMPTS[2] * 4, bad)
     bench.engine.step()
     poison(bad, "a")
-    bench.engine._corrections.forget()
+    bench.engine.runner.forget()
     bench.engine.step()
     assert isinstance(last.error, FailedPrecondition)
     shorts = [bench.submit(PROMPTS[1], bench.mix())[1] for _ in range(2)]
@@ -503,8 +543,9 @@ def test_a_row_cancelled_in_the_middle_of_its_prompt_leaves_no_nan_behind(
     cancelled.cancelled = True
     bench.engine.step()
     assert (told.reason, told.error) == (FinishReason.ABORTED, None)
-    assert cached_values_are_finite(bench, 1)
     _, short = bench.submit(PROMPTS[1], bench.mix())
+    bench.engine.step()
+    assert cached_values_are_finite(bench, 1)
     bench.run()
     assert short.error is None
     assert short.tokens == bench.alone(PROMPTS[1], bench.mix())
@@ -521,7 +562,7 @@ def test_a_row_moved_in_the_middle_of_its_prompt_leaves_no_nan_behind(
     wide, client = bench.submit(PROMPTS[2] * 3, bench.mix(), params(max_new_tokens=30))
     while not wide.decoding:
         bench.engine.step()
-    _, leaving = bench.submit(PROMPTS[1], bench.mix(), params(max_new_tokens=3))
+    _, leaving = bench.submit(PROMPTS[1], bench.mix(), params(max_new_tokens=2))
     moving, told = bench.submit(PROMPTS[2] * 3, bad)
     while not leaving.ended:
         bench.engine.step()
@@ -572,7 +613,7 @@ def test_a_device_that_fails_for_good_leaves_nobody_waiting(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench.model, "run", broken("sticky"))
-    for name in ("clear", "move"):
+    for name in ("claim", "move"):
         monkeypatch.setattr(bench.model.cache, name, broken("sticky"))
     clients = [start_row(bench, 4) for _ in range(3)]
     bench.engine.start()
@@ -775,7 +816,7 @@ def test_rows_go_on_between_the_slices_of_a_job(bench: Bench) -> None:
         bench.engine.step()
         counts.append(len(client.tokens))
     # A token at each step: the row's text was done long before the jobs.
-    assert counts[:7] == list(range(2, 9))
+    assert counts[:8] == list(range(1, 9))
     assert verification.result(timeout=0).value.ok
     assert verification.result(timeout=0).longest_stall_seconds > 0
 
@@ -882,7 +923,7 @@ def test_a_fault_of_the_engine_itself_leaves_no_row_hanging(
 ) -> None:
     fault = broken("a fault of ours")
     client = start_row(bench, 12)
-    monkeypatch.setattr(bench.engine, "_decode", fault)
+    monkeypatch.setattr(bench.engine, "_run_rows", fault)
     bench.engine.start()
     wait_for(client)
     # Not `aborted`, which would pass for an answer.
@@ -892,3 +933,22 @@ def test_a_fault_of_the_engine_itself_leaves_no_row_hanging(
     wait_for(after)
     assert after.chunks[-1].finish_reason is FinishReason.LENGTH
     bench.engine.stop()
+
+
+def test_a_fault_in_the_middle_of_a_prompt_leaves_no_nan_behind(
+    bases: dict[str, Path], kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(bases["gpt2"], slots=2, kernels=kernels, prefill_tokens=8)
+    bad = bench.mix((random_adapter(bench.layout, 2), 1.0))
+    poison(bad, "a")
+    clients = [bench.submit(PROMPTS[2] * 3, mix)[1] for mix in (bad, bench.mix())]
+    bench.engine.step()
+    assert not cached_values_are_finite(bench, 0)
+    bench.engine._end_all(RuntimeError("a fault of ours"))  # as the loop does after a step failed
+    assert [str(client.error) for client in clients] == ["a fault of ours"] * 2
+    # Beside a long row, so that a step reads far beyond the end of the short one.
+    short, wide = (bench.submit(prompt, bench.mix())[1] for prompt in (PROMPTS[1], PROMPTS[2] * 4))
+    bench.run()
+    assert (short.error, wide.error) == (None, None)
+    assert short.tokens == bench.alone(PROMPTS[1], bench.mix())
+    assert wide.tokens == bench.alone(PROMPTS[2] * 4, bench.mix())

@@ -15,9 +15,11 @@ from tests.server.helpers import (
     load_reference,
     open_weights,
     random_adapter,
+    run_base,
 )
 from torch import Tensor
 
+from superpose_server.engine.runner import Runner
 from superpose_server.engine.score import ScoreRow
 from superpose_server.model.batch import Batch, Span
 from superpose_server.model.graphs import DecodeGraphs, Step
@@ -36,7 +38,7 @@ class Captured:
 
         def forward(batch: Batch, keep: Tensor) -> Tensor:
             self.ran.append((len(batch.ids), batch.spans[0].end))
-            return model._run(batch, keep)
+            return model.run(batch, keep)
 
         def capture(step: Step) -> Step:
             self.captures += 1
@@ -79,7 +81,7 @@ def prompt_of(slot: int, length: int) -> list[int]:
 
 def fill(model: Model, lengths: dict[int, int]) -> None:
     for slot, length in lengths.items():
-        model.run([Span(slot, prompt_of(slot, length), 0)], [length - 1])
+        run_base(model, [Span(slot, prompt_of(slot, length), 0)], [length - 1])
 
 
 # Positions that a step writes, at the edges of the lengths' buckets.
@@ -103,7 +105,7 @@ def test_rows_in_any_slots_and_of_any_length_run_as_uncaptured(model: Model) -> 
             for slots in combinations(range(ROWS), count):
                 spans = [Span(slot, (slot + 10,), last[slot]) for slot in slots]
                 assert captured.graphs.can_run(spans, range(count))
-                expected = model.run(spans, range(count))
+                expected = run_base(model, spans, range(count))
                 found = captured.run(spans)
                 assert found.dtype == torch.float32
                 assert torch.allclose(found, expected, rtol=0, atol=1e-5)
@@ -180,11 +182,42 @@ def test_a_fold_writes_under_captured_steps(model: Model, folder: Path) -> None:
     assert torch.equal(captured.run([span]), before)
 
 
-def captured_bench(folder: Path, prefill_tokens: int = 128) -> tuple[Bench, Captured]:
+class Passes:
+    """Lets a bench capture its decode steps, on the CPU, and notes the buckets that are replayed.
+
+    Attributes:
+        ran: (rows, length, whether a term was added) of each replay.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        self.ran: list[tuple[int, int, bool]] = []
+        model = bench.model
+        seen: list[tuple[int, int, bool]] = []
+        real = model.run
+
+        def run(batch: Batch, keep: Tensor) -> Tensor:
+            hooked = any(module._forward_hooks for module in model.module.modules())
+            seen[:] = [(len(batch.ids), batch.spans[0].end, hooked)]
+            return real(batch, keep)
+
+        def capture(step: Step) -> Step:
+            step()
+
+            def replay() -> Tensor:
+                result = step()
+                self.ran += seen
+                return result
+
+            return replay
+
+        model.run = run  # type: ignore[method-assign]
+        model.capturable = True
+        bench.engine.runner = Runner(model, bench.weights, capture=lambda: capture)
+
+
+def captured_bench(folder: Path, prefill_tokens: int = 128) -> tuple[Bench, Passes]:
     bench = Bench(folder, prefill_tokens=prefill_tokens)
-    captured = Captured(bench.model)
-    bench.model._graphs = captured.graphs
-    return bench, captured
+    return bench, Passes(bench)
 
 
 def test_an_engine_on_captured_steps_gives_the_same_texts(base: Path) -> None:
@@ -203,7 +236,34 @@ def test_an_engine_on_captured_steps_gives_the_same_texts(base: Path) -> None:
             bench.run()
             for client, prompt, i in zip(clients, prompts, together, strict=False):
                 assert client.tokens == bench.alone(prompt, mixes[i])
-    assert captured.ran
+    assert {hooked for _, _, hooked in captured.ran} == {False, True}
+
+
+def test_more_ranks_than_captured_steps_have_room_for_run_uncaptured(base: Path) -> None:
+    bench, captured = captured_bench(base)
+    wide = [random_adapter(bench.layout, seed, rank=32, size=0.02) for seed in range(5)]
+    all_of_them = bench.mix(*((adapter, 0.2) for adapter in wide))
+    # Batches that fit, which take the place of one another, and one that does not.
+    for mixes, fits in (
+        ([bench.mix((adapter, 1.0)) for adapter in wide[:4]], True),
+        ([all_of_them, bench.mix()], False),
+        ([bench.mix((adapter, 1.0)) for adapter in wide[2:]], True),
+    ):
+        captured.ran.clear()
+        clients = [bench.submit([72, 101], mix)[1] for mix in mixes]
+        bench.run()
+        for client, mix in zip(clients, mixes, strict=True):
+            assert client.tokens == bench.alone([72, 101], mix)
+        assert {hooked for _, _, hooked in captured.ran} == ({True} if fits else set())
+
+
+def test_an_adapted_head_runs_uncaptured(bases: dict[str, Path]) -> None:
+    bench, captured = captured_bench(bases["llama"])
+    head = random_adapter(bench.layout, 3, modules=("lm_head",))
+    _, client = bench.submit([72, 101], bench.mix((head, 1.0)))
+    bench.run()
+    assert client.tokens == bench.alone([72, 101], bench.mix((head, 1.0)))
+    assert captured.ran == []
 
 
 def test_a_text_that_is_scored_meanwhile_keeps_its_keys(bases: dict[str, Path]) -> None:
@@ -217,7 +277,7 @@ def test_a_text_that_is_scored_meanwhile_keeps_its_keys(bases: dict[str, Path]) 
     while not future.done():
         bench.engine.step()
     assert not any(client.ended and client.error for client in clients)
-    assert (4, 64) in captured.ran
+    assert (4, 64, False) in captured.ran
     logits = bench.pristine.double()(torch.tensor([ids])).logits[0, :-1]
     exact = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     found = torch.tensor(future.result().value[0], dtype=torch.float64)

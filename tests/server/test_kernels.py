@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from superpose_adapters.adapter import Adapter, Factors
 from superpose_adapters.mix import BoundEntry, BoundMix
-from superpose_server.model.batch import Span
+from superpose_server.model.batch import Batch, Span
 from superpose_server.model.kernels.build import load_kernels
 from superpose_server.model.packed import PANEL, PackedLinear, pack
 from superpose_server.weights.corrections import Corrections
@@ -184,7 +184,8 @@ class Layer:
         """The output for rows of so many tokens each, under their mixes."""
         spans = [Span(slot, (0,) * count, 0) for slot, count in enumerate(counts)]
         plan = self.corrections.plan(mixes, resident)
-        with self.corrections.applied(plan, spans, range(sum(counts))):
+        batch = Batch.of(spans, torch.device("cpu"))
+        with self.corrections.applied(plan, batch, torch.arange(sum(counts))):
             y: Tensor = self.module(x)
         return y
 

@@ -15,7 +15,6 @@ import torch
 from tests.makers import load_peft, make_adapter, tiny_gpt2, tiny_llama
 from tests.server.helpers import (
     bound,
-    corrections_of,
     dense_model,
     logits_of,
     open_model,
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.mix import BoundMix
 from superpose_adapters.peft.folder import read_adapter
+from superpose_server.engine.runner import Runner
 from superpose_server.model.model import Model
 from superpose_server.weights.resident import ResidentWeights
 
@@ -74,7 +74,7 @@ class Served:
         self.base: nn.Module = tiny_gpt2() if family == "gpt2" else tiny_llama()
         self.model: Model = open_model(folder, kernels=kernels)
         self.weights: ResidentWeights = open_weights(self.model)
-        self.corrections = corrections_of(self.model)
+        self.runner = Runner(self.model, self.weights)
 
     def read(self, folder: Path) -> Adapter:
         return read_adapter(folder, self.model.layout)
@@ -84,9 +84,10 @@ class Served:
 
     def logits(self, mix: BoundMix) -> Tensor:
         """Logits of `mix` on whatever is resident."""
-        correction = self.corrections.plan([mix] * len(IDS), self.weights.resident.mix)
-        assert (correction is None) == (mix == self.weights.resident.mix)
-        return logits_of(self.model, IDS, self.corrections, correction)
+        mixes = [mix] * len(IDS)
+        corrected = 0 if mix == self.weights.resident.mix else len(mixes)
+        assert self.runner.corrected(mixes) == corrected
+        return logits_of(self.runner, IDS, mixes)
 
 
 def peft_merged(base: nn.Module, folder: Path) -> Tensor:
@@ -193,10 +194,8 @@ def test_rows_of_one_batch_are_corrected_each_by_its_own_mix(
     ids = IDS[:1].expand(len(rows), -1)
     for resident in rows:
         served.fold(resident)
-        correction = served.corrections.plan(rows, resident)
-        assert correction is not None
-        assert correction.corrected_rows == len(rows) - 1
-        logits = logits_of(served.model, ids, served.corrections, correction)
+        assert served.runner.corrected(rows) == len(rows) - 1
+        logits = logits_of(served.runner, ids, rows)
         for mix, row in zip(rows, logits, strict=True):
             reference = dense_model(served.base, mix, served.model.layout)
             with torch.inference_mode():

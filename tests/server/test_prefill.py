@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from tests.server.helpers import GREEDY, Bench, random_adapter
 from torch import Tensor
 
-from superpose_server.model.batch import Span
+from superpose_server.model.batch import Batch, Span
 from superpose_server.model.model import Model
 
 LONG = [(7 * i + i * i) % 250 for i in range(45)]
@@ -32,17 +31,31 @@ class Passes:
 
     def __init__(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         self.spans: list[list[Span]] = []
+        self.together = model.packed
         real = model.run
 
-        def noting(spans: Sequence[Span], wanted: Sequence[int], *, hooked: bool = False) -> Tensor:
-            self.spans.append(list(spans))
-            return real(spans, wanted, hooked=hooked)
+        def noting(batch: Batch, keep: Tensor) -> Tensor:
+            self.spans.append(list(batch.spans))
+            return real(batch, keep)
 
         monkeypatch.setattr(model, "run", noting)
 
     def take(self) -> list[list[Span]]:
         taken, self.spans = self.spans, []
         return taken
+
+    def take_step(self) -> tuple[list[Span], list[Span]]:
+        """Return prompts and decoding rows of one step.
+
+        They are one pass on packed parameters, and two elsewhere.
+        """
+        passes = self.take()
+        prompts, decoding = (
+            [span for spans in passes for span in spans if (len(span.ids) == 1) is one]
+            for one in (False, True)
+        )
+        assert len(passes) == (1 if self.together or not (prompts and decoding) else 2)
+        return prompts, decoding
 
 
 def sizes(spans: list[Span]) -> list[tuple[int, int]]:
@@ -80,10 +93,9 @@ def test_running_rows_get_a_token_in_every_step_meanwhile(
     while not late.tokens:
         before = [len(client.tokens) for client in running]
         bench.engine.step()
-        prompt, decoded = passes.take()
+        prompt, decoded = passes.take_step()
         assert sum(len(span.ids) for span in prompt) <= 6
-        rows = 3 if late.tokens else 2
-        assert [len(span.ids) for span in decoded] == [1] * rows
+        assert len(decoded) == 2
         assert [len(client.tokens) for client in running] == [n + 1 for n in before]
         steps += 1
     assert steps == 8  # 45 tokens, 6 at a time
@@ -103,18 +115,18 @@ def test_prompts_share_a_pass_first_come_first_served(
     passes = Passes(bench.model, monkeypatch)
     clients = [bench.submit(prompt, mix)[1] for prompt, mix in zip(prompts, mixes, strict=True)]
     bench.engine.step()
-    prompt, decoded = passes.take()
+    prompt, decoded = passes.take_step()
     assert sizes(prompt) == [(0, 4), (0, 6)]
-    assert sizes(decoded) == [(4, 1)]
-    assert [len(client.tokens) for client in clients] == [2, 0, 0, 0]
+    assert decoded == []
+    assert [len(client.tokens) for client in clients] == [1, 0, 0, 0]
     bench.engine.step()
-    prompt, decoded = passes.take()
-    assert sizes(prompt) == [(6, 9), (0, 1)]
-    assert sizes(decoded) == [(5, 1), (15, 1)]
+    prompt, decoded = passes.take_step()
+    assert sizes(prompt) == [(6, 9)]
+    assert sizes(decoded) == [(4, 1), (0, 1)]  # and the first token of the third prompt
     bench.engine.step()
-    prompt, decoded = passes.take()
+    prompt, decoded = passes.take_step()
     assert sizes(prompt) == [(1, 2), (0, 7)]
-    assert len(decoded) == 4
+    assert sizes(decoded) == [(5, 1), (15, 1)]
     bench.run()
     for client, ids, mix in zip(clients, prompts, mixes, strict=True):
         assert client.tokens == bench.alone(ids, mix)
@@ -132,7 +144,7 @@ def test_a_row_keeps_its_turn_when_rows_move_to_other_slots(
     begun: list[tuple[int, ...]] = []
     while any(not client.tokens for client in clients):
         bench.engine.step()
-        begun += [tuple(s.ids) for s in passes.take()[0] if s.position == 0 and len(s.ids) > 1]
+        begun += [tuple(s.ids) for s in passes.take_step()[0] if s.position == 0]
     assert first.ended  # and the last row was moved into its slot, before it had begun
     assert begun == [tuple(LONG[i : i + 5]) for i in (0, 1, 2, 3)]
     bench.run()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from torch import Tensor
 from superpose_adapters.mix import BoundMix
 from superpose_server.engine.score import ScoreRow
 from superpose_server.errors import FailedPrecondition
-from superpose_server.model.batch import Span
+from superpose_server.model.batch import Batch, Span
 from superpose_server.model.model import Model
 
 CONTEXT = 64
@@ -68,10 +67,10 @@ class Scored:
         self.slices: list[list[Span]] = []
         real = model.run
 
-        def noting(spans: Sequence[Span], wanted: Sequence[int], *, hooked: bool = False) -> Tensor:
-            if spans[0].slot == model.scratch_slot:
-                self.slices.append(list(spans))
-            return real(spans, wanted, hooked=hooked)
+        def noting(batch: Batch, keep: Tensor) -> Tensor:
+            if batch.spans[0].slot == model.scratch_slot:
+                self.slices.append(list(batch.spans))
+            return real(batch, keep)
 
         monkeypatch.setattr(model, "run", noting)
 

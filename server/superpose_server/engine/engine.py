@@ -1,7 +1,7 @@
 """The engine: one thread that owns model, weights and cache.
 
-A step folds if asked to, takes new rows, runs some tokens of their prompts, decodes one token for
-every other running row, hands the tokens out, and does one slice of any long job. Prompts and jobs
+A step folds if asked to, takes new rows, runs some tokens of their prompts and one of every other
+running row, hands out the tokens that follow, and does one slice of any long job. Prompts and jobs
 get a bounded number of tokens a step, so that running streams never wait for more than that.
 
 Other threads only put things into its queues. One thing is done beside it:
@@ -27,24 +27,28 @@ from superpose_adapters.mix import BoundMix
 from superpose_server.engine.job import Job, JobResult
 from superpose_server.engine.observer import EngineObserver
 from superpose_server.engine.residency import Residency
+from superpose_server.engine.runner import Runner
 from superpose_server.engine.sampling import sample
-from superpose_server.engine.scheduler import RETRY_AFTER_SECONDS, Scheduler
+from superpose_server.engine.scheduler import RETRY_AFTER_SECONDS, Scheduled, Scheduler
 from superpose_server.engine.score import ScoreRow, score_slices
 from superpose_server.engine.sequence import Chunk, Sequence
 from superpose_server.errors import DataLoss, FailedPrecondition, QueueFull, ShuttingDown
-from superpose_server.model.batch import Span
 from superpose_server.model.model import Model
 from superpose_server.model.threads import compute_with
-from superpose_server.weights.corrections import Corrections
 from superpose_server.weights.resident import PreparedMix, ResidentWeights, Verification
 
+Part = SequenceOf[Scheduled]
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 _log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Runs rows under their mixes, and folds, scores and verifies between their steps."""
+    """Runs rows under their mixes, and folds, scores and verifies between their steps.
+
+    Attributes:
+        runner: What it runs them with.
+    """
 
     def __init__(
         self,
@@ -73,12 +77,7 @@ class Engine:
         self._weights = weights
         self._scheduler = scheduler
         self._observer = observer or EngineObserver()
-        self._corrections = Corrections(
-            {name: model.module.get_submodule(name) for name in model.layout},
-            model.device,
-            heads=[name for name, shape in model.layout.items() if shape.head],
-            kernels=model.packed,
-        )
+        self.runner = Runner(model, weights)
         self._folds: deque[tuple[PreparedMix, Future[BoundMix]]] = deque()
         self._jobs: deque[Job[Any]] = deque()
         self._wake = threading.Condition()
@@ -115,11 +114,7 @@ class Engine:
 
     def score(self, rows: list[ScoreRow], mix: BoundMix) -> Future[JobResult[list[list[float]]]]:
         """Return the log-probability of each scored token of each row under `mix`."""
-        return self._run(
-            score_slices(
-                self._model, self._corrections, self._weights, rows, mix, self._prefill_tokens
-            )
-        )
+        return self._run(score_slices(self.runner, rows, mix, self._prefill_tokens))
 
     def verify(self) -> Future[JobResult[Verification]]:
         """Compare the weights with a fresh fold, and the base with its hash."""
@@ -209,8 +204,8 @@ class Engine:
         if self._aborting:
             self._end_all(ShuttingDown())
         self._drop_cancelled()
-        self._prefill()
-        self._decode()
+        self._admit()
+        self._run_rows(self._scheduler.schedule(self._prefill_tokens))
         self._do_slice()
 
     def _fold(self) -> None:
@@ -250,57 +245,76 @@ class Engine:
         for row in [row for row in self._scheduler.running if row.cancelled]:
             if not row.decoding:
                 # No logits have told whether what it has written is finite.
-                self._model.cache.clear(self._scheduler.running.index(row))
+                self._model.cache.distrust(self._scheduler.running.index(row))
             self._end(row, row.abort())
 
-    def _prefill(self) -> None:
-        while self._scheduler.admit() is not None:
-            self._scheduler.running[-1].started = time.monotonic()
-        left = self._prefill_tokens
-        rows: list[Sequence] = []
-        spans: list[Span] = []
-        slots = {row: slot for slot, row in enumerate(self._scheduler.running) if not row.decoding}
-        for row in sorted(slots, key=lambda row: row.started):
-            begin = row.prefilled
-            ids = row.prompt[begin : begin + left]
-            if ids:
-                rows.append(row)
-                spans.append(Span(slots[row], ids, begin))
-                left -= len(ids)
-        if not rows:
-            return
-        try:
-            ends = list(accumulate(len(span.ids) for span in spans))
-            whole = [i for i, row in enumerate(rows) if spans[i].end == len(row.prompt)]
-            logits, _ = self._forward(rows, spans, [ends[i] - 1 for i in whole])
-            for row, span in zip(rows, spans, strict=True):
-                row.prefilled = span.end
-            self._hand_out([rows[i] for i in whole], logits)
-        except Exception as error:
-            _log.exception("prefill failed rows=%d", len(rows))
-            self._fail(rows, error)
+    def _admit(self) -> None:
+        while (row := self._scheduler.admit()) is not None:
+            row.started = time.monotonic()
+            self._model.cache.claim(len(self._scheduler.running) - 1)
 
-    def _decode(self) -> None:
-        rows = [row for row in self._scheduler.running if row.decoding]
-        if not rows:
+    def _run_rows(self, scheduled: SequenceOf[Scheduled]) -> None:
+        """Run what is scheduled and hand out the tokens that follow; what fails ends alone."""
+        if not scheduled:
             return
+        started = time.perf_counter()
+        decoding = [item.row for item in scheduled if item.row.decoding]
+        mixes = [row.mix for row in decoding]
+        corrected = self.runner.corrected(mixes)
+        done, failed = self._pass(scheduled)
+        for part, _ in done:
+            for item in part:
+                item.ran()
+        # First those that failed: what a row leaves in its slot must not be moved as if it were
+        # good.
+        for part, error in failed:
+            self._fail([item.row for item in part], error)
+        decoded = tuple(row for row in decoding if not row.ended)
+        if decoded:
+            self._observe(self._observer.stepped, decoded, self.waiting, corrected)
+        for part, logits in done:
+            self._hand_out([item.row for item in part if item.chooses], logits)
+        if self._residency is not None and decoded:
+            if len(decoded) == len(scheduled):
+                seconds = time.perf_counter() - started
+                self._residency.cost.observe(len(decoded), corrected, seconds)
+            self._follow(self._residency, mixes)
+
+    def _pass(
+        self, scheduled: SequenceOf[Scheduled]
+    ) -> tuple[list[tuple[Part, Tensor]], list[tuple[Part, Exception]]]:
+        """Run what is scheduled at once or, if that fails, in parts: decoding rows, each prompt.
+
+        Returns:
+            What ran, with the logits of the rows that get a token, and what failed, with why.
+        """
         try:
-            spans = [
-                Span(slot, row.tokens[-1:], row.position)
-                for slot, row in enumerate(self._scheduler.running)
-                if row.decoding
-            ]
-            started = time.perf_counter()
-            logits, corrected = self._forward(rows, spans, range(len(rows)))
-            self._observe(self._observer.stepped, tuple(rows), self.waiting, corrected)
-            self._hand_out(rows, logits)
+            return [(scheduled, self._logits(scheduled))], []
         except Exception as error:
-            _log.exception("decode failed rows=%d", len(rows))
-            self._fail(rows, error)
-            return
-        if self._residency is not None:
-            self._residency.cost.observe(len(rows), corrected, time.perf_counter() - started)
-            self._follow(self._residency, [row.mix for row in rows])
+            decoding = [item for item in scheduled if item.row.decoding]
+            prompts = [[item] for item in scheduled if not item.row.decoding]
+            parts = [decoding, *prompts] if decoding else prompts
+            _log.exception("pass failed rows=%d parts=%d", len(scheduled), len(parts))
+            if len(parts) == 1:
+                return [], [(scheduled, error)]
+        done: list[tuple[Part, Tensor]] = []
+        failed: list[tuple[Part, Exception]] = []
+        for part in parts:
+            try:
+                # A copy, since the next part may be written over it.
+                done.append((part, self._logits(part).clone()))
+            except Exception as error:
+                _log.exception("part of a pass failed rows=%d", len(part))
+                failed.append((part, error))
+        return done, failed
+
+    def _logits(self, scheduled: SequenceOf[Scheduled]) -> Tensor:
+        ends = accumulate(len(item.span.ids) for item in scheduled)
+        return self.runner.run(
+            [item.span for item in scheduled],
+            [end - 1 for item, end in zip(scheduled, ends, strict=True) if item.chooses],
+            [item.row.mix for item in scheduled],
+        )
 
     def _follow(self, residency: Residency, mixes: SequenceOf[BoundMix]) -> None:
         """Fold what the rows share, if the policy says so."""
@@ -318,41 +332,32 @@ class Engine:
         error = self._fold_now(prepared) if prepared.foldable else None
         residency.folded(time.perf_counter() - started)
         if isinstance(error, DataLoss):
+            self._observe(self._observer.weights_lost, error)
             self._end_all(error)
         elif error is not None or not prepared.foldable:
             residency.refuse(target)
-
-    def _forward(
-        self, rows: SequenceOf[Sequence], spans: SequenceOf[Span], wanted: SequenceOf[int]
-    ) -> tuple[Tensor, int]:
-        """Run one span a row under the rows' mixes; return logits and how many were corrected."""
-        correction = self._corrections.plan([row.mix for row in rows], self.resident)
-        with self._corrections.applied(correction, spans, wanted):
-            logits = self._model.run(spans, wanted, hooked=correction is not None)
-        return logits, correction.corrected_rows if correction else 0
 
     @torch.inference_mode()
     def _hand_out(self, rows: SequenceOf[Sequence], logits: Tensor) -> None:
         """Choose a token for each row from logits (rows, vocabulary) and give it to its client."""
         if not rows:
             return
-        tokens, finite = sample(
-            logits,
-            [row.params for row in rows],
-            [row.generator for row in rows],
-            [row.forbidden for row in rows],
-        )
+        try:
+            tokens, finite = sample(
+                logits,
+                [row.params for row in rows],
+                [row.generator for row in rows],
+                [row.forbidden for row in rows],
+            )
+            logprobs = _chosen_logprobs(rows, logits, tokens)
+        except Exception as error:
+            _log.exception("choosing tokens failed rows=%d", len(rows))
+            self._fail(rows, error)
+            return
         broken = [row for row, fine in zip(rows, finite, strict=True) if not fine]
         if broken:
             # Before any row leaves and another is moved into its place.
             self._fail(broken, _not_finite())
-        logprobs: dict[Sequence, float] = {}
-        asking = [i for i, row in enumerate(rows) if row.params.logprobs and not row.ended]
-        if asking:
-            asked = logits[asking]
-            chosen = torch.tensor([tokens[i] for i in asking], device=logits.device)
-            values = asked.gather(1, chosen[:, None])[:, 0] - asked.logsumexp(-1)
-            logprobs = dict(zip([rows[i] for i in asking], values.tolist(), strict=True))
         for row, token in zip(rows, tokens, strict=True):
             if row.ended:
                 continue
@@ -374,14 +379,12 @@ class Engine:
             self._tell(row, chunk)
 
     def _fail(self, rows: SequenceOf[Sequence], error: Exception) -> None:
-        """End those of `rows` that go on still with an error, and wipe their slots."""
+        """End those of `rows` that go on still with an error; what they wrote is not trusted."""
         failed = [row for row in rows if not row.ended]
         for row in failed:
             row.ended = True
+            self._model.cache.distrust(self._scheduler.running.index(row))
         try:
-            for row in failed:
-                # What is masked is multiplied by 0, which does not undo a NaN.
-                self._model.cache.clear(self._scheduler.running.index(row))
             for row in failed:
                 self._release(row)
         finally:
@@ -423,12 +426,12 @@ class Engine:
             self._model.cache.move(moved, slot, other.cached)
             if not other.decoding:
                 # No logits have told whether what it left behind is finite.
-                self._model.cache.clear(moved)
+                self._model.cache.distrust(moved)
         self._forget()
 
     def _forget(self) -> None:
         """Let go of adapters that nobody needs any more."""
-        self._corrections.forget([row.mix for row in self._scheduler.running])
+        self.runner.forget([row.mix for row in self._scheduler.running])
 
     def _do_slice(self) -> None:
         if self._jobs:
@@ -445,6 +448,9 @@ class Engine:
         stopping = isinstance(error, ShuttingDown)
         for row in self._scheduler.drop_waiting(cancelled_only=False):
             self._tell(row, Chunk(error=error))
+        for slot in range(self._model.scratch_slot + 1):
+            # Where a pass broke off, nobody knows what it has written.
+            self._model.cache.distrust(slot)
         for row in self._scheduler.drop_running():
             if not row.ended:
                 self._tell(row, row.abort() if stopping else Chunk(error=error))
@@ -452,7 +458,20 @@ class Engine:
             self._jobs.popleft().fail(error)
         while self._folds:
             self._folds.popleft()[1].set_exception(error)
-        self._corrections.forget()
+        self.runner.forget()
+
+
+def _chosen_logprobs(
+    rows: SequenceOf[Sequence], logits: Tensor, tokens: SequenceOf[int]
+) -> dict[Sequence, float]:
+    """Return the log-probability of the token of each row that asks for it."""
+    asking = [i for i, row in enumerate(rows) if row.params.logprobs]
+    if not asking:
+        return {}
+    asked = logits[asking]
+    chosen = torch.tensor([tokens[i] for i in asking], device=logits.device)
+    values = asked.gather(1, chosen[:, None])[:, 0] - asked.logsumexp(-1)
+    return dict(zip([rows[i] for i in asking], values.tolist(), strict=True))
 
 
 def _not_finite() -> FailedPrecondition:

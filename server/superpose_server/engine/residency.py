@@ -10,7 +10,7 @@ is decided here: rows of every mix run in every step either way.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +22,8 @@ _MEMORY = 0.99
 # Pulls a cost that was never seen apart from the others towards zero, in seconds squared.
 _RIDGE = 1e-3
 _CANDIDATES = 64
+# Mixes that could not be folded and are not tried again until so many others could not.
+_REFUSED = 1024
 
 
 class StepCost:
@@ -54,7 +56,7 @@ class Residency:
         self.cost = StepCost()
         self._fold_seconds = 0.0
         self._regrets: dict[str, float] = {}
-        self._refused: set[str] = set()
+        self._refused: deque[str] = deque(maxlen=_REFUSED)
 
     def folded(self, seconds: float) -> None:
         """Note what a fold took, its preparation included."""
@@ -62,8 +64,8 @@ class Residency:
         self._regrets = {}
 
     def refuse(self, mix: BoundMix) -> None:
-        """Never choose `mix` again: it cannot be folded."""
-        self._refused.add(mix.digest)
+        """Do not choose `mix` again soon: it cannot be folded."""
+        self._refused.append(mix.digest)
 
     def choose(self, rows: Sequence[BoundMix], resident: BoundMix) -> BoundMix | None:
         """Return the mix to fold before the next step, if any; called once after each step.

@@ -1,14 +1,33 @@
-"""Who runs: a bounded first-come queue in front of a fixed number of slots."""
+"""Who runs, and what of it in a step: a bounded first-come queue before a fixed number of slots."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
+from dataclasses import dataclass
 
 from superpose_server.engine.sequence import Sequence
 from superpose_server.errors import QueueFull, ShuttingDown
+from superpose_server.model.batch import Span
 
 RETRY_AFTER_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """What a step runs of one row: its newest token, or some of its prompt."""
+
+    row: Sequence
+    span: Span
+
+    @property
+    def chooses(self) -> bool:
+        """True if the logits after its last token choose the row's next token."""
+        return self.span.end >= len(self.row.prompt)
+
+    def ran(self) -> None:
+        """Note in the row that it is done."""
+        self.row.prefilled = min(self.span.end, len(self.row.prompt))
 
 
 class Scheduler:
@@ -68,6 +87,26 @@ class Scheduler:
             self.running.append(sequence)
             self._waiting.popleft()
             return sequence
+
+    def schedule(self, budget: int) -> list[Scheduled]:
+        """Return what the next step runs: every decoding row's newest token, then prompts.
+
+        Prompts get `budget` tokens together, first come first served, so that no running row waits
+        for more than that.
+        """
+        slots = list(enumerate(self.running))
+        scheduled = [
+            Scheduled(row, Span(slot, row.tokens[-1:], row.position))
+            for slot, row in slots
+            if row.decoding
+        ]
+        prompts = [(slot, row) for slot, row in slots if not row.decoding]
+        for slot, row in sorted(prompts, key=lambda pair: pair[1].started):
+            ids = row.prompt[row.prefilled : row.prefilled + budget]
+            if ids:
+                scheduled.append(Scheduled(row, Span(slot, ids, row.prefilled)))
+                budget -= len(ids)
+        return scheduled
 
     def drop_waiting(self, cancelled_only: bool) -> list[Sequence]:
         """Take rows out of the queue and return them."""

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
 from superpose_adapters.mix import BoundMix
+from superpose_server.engine.runner import Runner
 from superpose_server.errors import FailedPrecondition
 from superpose_server.model.batch import Span
-from superpose_server.model.model import Model
-from superpose_server.weights.corrections import Corrections
-from superpose_server.weights.resident import ResidentWeights
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,7 @@ class _Piece:
 
 
 def score_slices(
-    model: Model,
-    corrections: Corrections,
-    weights: ResidentWeights,
+    runner: Runner,
     rows: list[ScoreRow],
     mix: BoundMix,
     slice_tokens: int,
@@ -53,38 +50,56 @@ def score_slices(
     Raises:
         FailedPrecondition: The model's output is not finite under this mix.
     """
+    model = runner.model
     results: list[list[float]] = [[] for _ in rows]
-    for pieces in _slices([len(row.ids) for row in rows], slice_tokens, model.context_length):
-        spans = [
-            Span(model.scratch_slot, rows[p.index].ids[p.begin : p.end], p.start + p.begin, p.start)
-            for p in pieces
-        ]
-        wanted: list[int] = []
-        targets: list[tuple[int, int]] = []  # (row, token that the logits at `wanted` predict)
-        offset = 0
-        for piece in pieces:
-            row = rows[piece.index]
-            for i in range(piece.begin, min(piece.end, len(row.ids) - 1)):
-                if i + 1 >= row.first:
-                    wanted.append(offset + i - piece.begin)
-                    targets.append((piece.index, row.ids[i + 1]))
-            offset += piece.end - piece.begin
-        plan = corrections.plan([mix] * len(spans), weights.resident.mix)
-        with torch.inference_mode(), corrections.applied(plan, spans, wanted):
-            logits = model.run(spans, wanted, hooked=plan is not None)  # (wanted, vocabulary)
-            following = torch.tensor([token for _, token in targets], device=model.device)
-            chosen = logits.gather(1, following.long()[:, None])[:, 0]
-            logprobs = (chosen - logits.logsumexp(-1)).cpu()
-        if not bool(torch.isfinite(logprobs).all()):
-            model.cache.clear(model.scratch_slot)
-            raise FailedPrecondition(
-                "the model's output is not finite under this mix: use smaller weights",
-                "OUTPUT_NOT_FINITE",
-            )
-        for (index, _), value in zip(targets, logprobs.tolist(), strict=True):
-            results[index].append(value)
-        yield pieces[-1].end == len(rows[pieces[-1].index].ids)
+    model.cache.claim(model.scratch_slot)
+    try:
+        for pieces in _slices([len(row.ids) for row in rows], slice_tokens, model.context_length):
+            for index, values in _score_slice(runner, rows, pieces, mix):
+                results[index] += values
+            yield pieces[-1].end == len(rows[pieces[-1].index].ids)
+    except BaseException:
+        # Where it breaks off, nothing has told whether what lies there is finite.
+        model.cache.distrust(model.scratch_slot)
+        raise
     return results
+
+
+def _score_slice(
+    runner: Runner, rows: list[ScoreRow], pieces: list[_Piece], mix: BoundMix
+) -> list[tuple[int, list[float]]]:
+    """Return (row, log-probabilities of the tokens that `pieces` predict)."""
+    model = runner.model
+    spans = [
+        Span(model.scratch_slot, rows[p.index].ids[p.begin : p.end], p.start + p.begin, p.start)
+        for p in pieces
+    ]
+    wanted: list[int] = []
+    targets: list[int] = []  # What the logits at `wanted` predict.
+    counts: list[int] = []
+    offset = 0
+    for piece in pieces:
+        row = rows[piece.index]
+        predicted = range(max(piece.begin + 1, row.first), min(piece.end + 1, len(row.ids)))
+        wanted += [offset + i - 1 - piece.begin for i in predicted]
+        targets += [row.ids[i] for i in predicted]
+        counts.append(len(predicted))
+        offset += piece.end - piece.begin
+    with torch.inference_mode():
+        logits = runner.run(spans, wanted, [mix] * len(spans))  # (wanted, vocabulary)
+        following = torch.tensor(targets, dtype=torch.int64, device=model.device)
+        chosen = logits.gather(1, following[:, None])[:, 0]
+        logprobs = (chosen - logits.logsumexp(-1)).cpu()
+    if not bool(torch.isfinite(logprobs).all()):
+        raise FailedPrecondition(
+            "the model's output is not finite under this mix: use smaller weights",
+            "OUTPUT_NOT_FINITE",
+        )
+    values = iter(logprobs.tolist())
+    return [
+        (piece.index, list(islice(values, count)))
+        for piece, count in zip(pieces, counts, strict=True)
+    ]
 
 
 def _slices(lengths: list[int], slice_tokens: int, room: int) -> Generator[list[_Piece]]:

@@ -30,6 +30,11 @@ class Span:
         """Position in the slot after the last token."""
         return self.position + len(self.ids)
 
+    @property
+    def decodes(self) -> bool:
+        """True if it is one token of a row that has its slot to itself."""
+        return len(self.ids) == 1 and self.start == 0
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -79,4 +84,4 @@ class Batch:
     @property
     def decodes(self) -> bool:
         """True if every span is one token of a row that has its slot to itself."""
-        return all(len(span.ids) == 1 and span.start == 0 for span in self.spans)
+        return all(span.decodes for span in self.spans)

@@ -27,6 +27,7 @@ class SlotCache:
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._batch: Batch | None = None
+        self._distrusted: set[int] = set()
 
     @property
     def nbytes(self) -> int:
@@ -59,14 +60,27 @@ class SlotCache:
             store[batch.slots, :, batch.written] = new[0].transpose(0, 1)
         return stored
 
+    def distrust(self, slot: int) -> None:
+        """Note that a slot may hold what is not finite; it is cleared before anybody reads it.
+
+        What is masked is multiplied by 0, which does not undo a NaN. Touches no memory: it may be
+        the device that has failed.
+        """
+        self._distrusted.add(slot)
+
     @torch.inference_mode()
-    def clear(self, slot: int) -> None:
-        """Write zeros over a slot, whose keys or values may not be finite."""
-        for store in (*self._keys, *self._values):
-            store[slot].zero_()
+    def claim(self, slot: int) -> None:
+        """Make a slot fit for a row that begins or is moved there."""
+        if slot in self._distrusted:
+            for store in (*self._keys, *self._values):
+                store[slot].zero_()
+            self._distrusted.discard(slot)
 
     @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of slot `source` to slot `target`."""
+        """Copy the first `length` positions of slot `source` to slot `target`, which is claimed."""
+        self.claim(target)
         for store in (*self._keys, *self._values):
             store[target, :, :length].copy_(store[source, :, :length])
+        if source in self._distrusted:
+            self._distrusted.add(target)

@@ -19,23 +19,33 @@ Step = Callable[[], Tensor]
 _SHORTEST = 128
 
 
-def capture_on_gpu(step: Step) -> Step:
-    """Return a replay of `step`, which must allocate nothing that outlives it but its result."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # Libraries set themselves up outside the capture.
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
+class GpuCapture:
+    """Captures steps into one pool of memory, since only one of them runs at a time."""
 
-    def replay() -> Tensor:
-        graph.replay()
-        return result
+    def __init__(self) -> None:
+        """Begin with an empty pool."""
+        self._pool = torch.cuda.graph_pool_handle()
 
-    return replay
+    def __call__(self, step: Step) -> Step:
+        """Return a replay of `step`, which must allocate nothing that outlives it but its result.
+
+        The result holds until another step of the pool is replayed.
+        """
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # Libraries set themselves up outside the capture.
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
 
 
 class DecodeGraphs:
@@ -49,7 +59,7 @@ class DecodeGraphs:
         length: int,
         scratch_slot: int,
         device: torch.device,
-        capture: Callable[[Step], Step] = capture_on_gpu,
+        capture: Callable[[Step], Step],
     ) -> None:
         """Capture all buckets, the largest first, so that smaller ones share its memory.
 
@@ -59,14 +69,15 @@ class DecodeGraphs:
             length: Tokens of a slot.
             scratch_slot: Where rows that only fill a bucket write.
             device: Of the inputs.
-            capture: Turns a step into its replay.
+            capture: Turns a step into its replay, as `GpuCapture` does.
         """
         self._scratch = scratch_slot
         self._rows = _powers(1, rows)
         self._lengths = _powers(min(_SHORTEST, length), length)
-        # Row i reads slot i; it writes there too, unless it only fills the bucket.
-        zeros = [torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(4)]
-        self._ids, self._slots, self._written, self._starts = zeros
+        # Token, slot and position of each row. Row i reads slot i; it writes there too, unless it
+        # only fills the bucket.
+        self._inputs = torch.zeros(3, rows, dtype=torch.int64, device=device)
+        self._starts = torch.zeros(rows, dtype=torch.int64, device=device)
         self._keep = torch.arange(rows, device=device)
         self._steps: dict[tuple[int, int], Step] = {}
         for bucket in reversed([(n, m) for n in self._rows for m in self._lengths]):
@@ -75,39 +86,38 @@ class DecodeGraphs:
     def _step(self, forward: Callable[[Batch, Tensor], Tensor], rows: int, length: int) -> Step:
         batch = Batch(
             tuple(Span(slot, (0,), length - 1) for slot in range(rows)),
-            self._ids[:rows],
-            self._slots[:rows],
-            self._written[:rows],
+            self._inputs[0, :rows],
+            self._inputs[1, :rows],
+            self._inputs[2, :rows],
             self._starts[:rows],
             self._keep[:rows],
         )
         return lambda: forward(batch, self._keep[:rows])
 
     def can_run(self, spans: Sequence[Span], wanted: Sequence[int]) -> bool:
-        """Return whether this is a decode step whose logits are all wanted."""
-        return len(wanted) == len(spans) and all(
-            len(span.ids) == 1 and span.start == 0 and span.slot < self._scratch for span in spans
+        """Return whether this is a decode step whose logits are all wanted, in order."""
+        return list(wanted) == list(range(len(spans))) and all(
+            span.decodes and span.slot < self._scratch for span in spans
         )
 
     def run(self, spans: Sequence[Span]) -> Tensor:
         """Run one token for each of `spans`, rows that have their slots to themselves.
 
         Returns:
-            float32 (len(spans), vocabulary).
+            float32 (len(spans), vocabulary), which may hold until the next step only.
         """
         last = max(span.slot for span in spans) + 1
         rows = self._rows[bisect_left(self._rows, last)]
         length = self._lengths[bisect_left(self._lengths, max(span.end for span in spans))]
-        inputs = torch.zeros(3, rows, dtype=torch.int64)
-        inputs[1] = self._scratch
-        # The slot's last position ends whatever text is scored there: no later slice reads it.
-        inputs[2] = self._lengths[-1] - 1
+        # The scratch slot's last position ends whatever text is scored there: no later slice reads
+        # what nobody writes there.
+        columns = [(0, self._scratch, self._lengths[-1] - 1)] * len(self._keep)
         for span in spans:
-            inputs[:, span.slot] = torch.tensor((span.ids[0], span.slot, span.position))
-        for column, values in zip((self._ids, self._slots, self._written), inputs, strict=True):
-            column[:rows].copy_(values)
+            columns[span.slot] = (span.ids[0], span.slot, span.position)
+        self._inputs.copy_(torch.tensor(columns, dtype=torch.int64).T)
         logits = self._steps[rows, length]()
-        return logits[[span.slot for span in spans]]
+        slots = [span.slot for span in spans]
+        return logits[: len(slots)] if slots == list(range(len(slots))) else logits[slots]
 
 
 def _powers(least: int, most: int) -> list[int]:

@@ -1,9 +1,9 @@
-"""The base model: a transformers decoder, loaded once, run on spans of tokens."""
+"""The base model: a transformers decoder, loaded once, run on batches of tokens."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from superpose_server.model import attention
 from superpose_server.model.activation import replace_activations
 from superpose_server.model.batch import Batch, Span
 from superpose_server.model.cache import SlotCache
-from superpose_server.model.graphs import DecodeGraphs
 from superpose_server.model.kernels.build import CompilerError, load_kernels
 from superpose_server.model.memory import MIB, free_bytes, lasting_copy
 from superpose_server.model.packed import pack_modules
@@ -38,6 +37,7 @@ class Model:
         max_batch: Rows that run at once.
         scratch_slot: A slot that no row runs in, for texts that are only scored.
         packed: True if the CPU kernels run it, on packed parameters.
+        capturable: True if its decode steps should be captured (`graphs.py`).
     """
 
     def __init__(
@@ -105,27 +105,23 @@ class Model:
             pack_modules(self.module, self.layout)
             replace_activations(self.module)
         self._forward: Callable[[Batch, Tensor], Tensor] = self._pass
-        self._graphs: DecodeGraphs | None = None
+        self.capturable = kernels and graphs and device.type == "cuda"
         # The first pass tells what a token takes, whatever the architecture.
         self.scratch_slot = 0
         self.cache = SlotCache(1, 1)
-        self.run([Span(0, (0,), 0)], [0])
+        self._warm_up()
         self.max_batch = self._rows_that_fit(self.cache.nbytes, max_batch, cache_bytes)
         self.scratch_slot = self.max_batch
         self.cache = SlotCache(self.max_batch + 1, self.context_length)
         # The next one allocates the cache, so that memory is known before any request.
-        self.run([Span(self.scratch_slot, (0,), 0)], [0])
+        self._warm_up()
         if self.packed and graphs:
             self._compile()
-        elif kernels and graphs and device.type == "cuda":
-            with torch.inference_mode():
-                self._graphs = DecodeGraphs(
-                    self._run,
-                    rows=self.max_batch,
-                    length=self.context_length,
-                    scratch_slot=self.scratch_slot,
-                    device=device,
-                )
+
+    def _warm_up(self) -> None:
+        with torch.inference_mode():
+            batch = Batch.of([Span(self.scratch_slot, (0,), 0)], self.device)
+            self.run(batch, batch.rows)
 
     def _compile(self) -> None:
         """Compile the forward pass, once for any number of tokens.
@@ -149,7 +145,7 @@ class Model:
             keep = torch.arange(_WARM_UP_TOKENS - 1)
             for column in (batch.ids, batch.slots, batch.written, batch.starts, keep):
                 torch._dynamo.mark_dynamic(column, 0)
-            self._run(batch, keep)
+            self.run(batch, keep)
 
     def _rows_that_fit(self, token_bytes: int, max_batch: int, cache_bytes: int | None) -> int:
         """Return how many rows the cache gets, besides its scratch slot."""
@@ -171,29 +167,19 @@ class Model:
             )
         return rows
 
-    @torch.inference_mode()
-    def run(self, spans: Sequence[Span], wanted: Sequence[int], *, hooked: bool = False) -> Tensor:
-        """Run `spans` at once, write their keys and values, and return some logits.
+    def run(self, batch: Batch, keep: Tensor) -> Tensor:
+        """Run tokens in one pass, write their keys and values, and return some logits.
+
+        Under `torch.inference_mode`, as the compiled graph was made.
 
         Args:
-            spans: Tokens of different rows, whose earlier tokens the cache holds.
-            wanted: Indices of tokens, counted through all spans.
-            hooked: Modules have hooks, which a captured step would leave out.
+            batch: Tokens whose rows' earlier tokens the cache holds. With packed parameters at
+                least two of them, as of `keep`: one compiled graph serves all sizes but 1.
+            keep: Indices of tokens, int64, on the device.
 
         Returns:
-            float32 (len(wanted), vocabulary).
+            float32 (len(keep), vocabulary).
         """
-        if self._graphs is not None and not hooked and self._graphs.can_run(spans, wanted):
-            return self._graphs.run(spans)
-        batch = Batch.of(spans, self.device)
-        keep = torch.tensor(wanted, dtype=torch.int64, device=self.device)
-        if self.packed:
-            # A compiled graph is for two or more of each, and one graph for all gives a row the
-            # same bits alone as in a batch. What is written twice is the same twice.
-            batch, keep = batch.at_least(2), _at_least(2, keep)
-        return self._run(batch, keep)[: len(wanted)]
-
-    def _run(self, batch: Batch, keep: Tensor) -> Tensor:
         self.cache.select(batch)
         return self._forward(batch, keep)
 
@@ -207,11 +193,6 @@ class Model:
             batch=batch,
         ).logits
         return logits[0].float()
-
-
-def _at_least(count: int, indices: Tensor) -> Tensor:
-    missing = max(0, count - len(indices))
-    return torch.cat((indices, indices.new_zeros(missing))) if missing else indices
 
 
 @torch.no_grad()

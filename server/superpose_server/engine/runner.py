@@ -1,0 +1,185 @@
+"""The runner: the one way to run tokens under mixes.
+
+Which mix is resident is a matter of speed here, not of meaning: rows whose mix is another one are
+corrected. How a pass is run, compiled, captured or with hooks, is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from superpose_adapters.mix import BoundMix
+from superpose_server.model.batch import Batch, Span
+from superpose_server.model.graphs import DecodeGraphs, GpuCapture, Step
+from superpose_server.model.model import Model
+from superpose_server.weights.corrections import Correction, Corrections
+from superpose_server.weights.dense_correction import DenseCorrection, FactorStack
+from superpose_server.weights.resident import ResidentWeights
+
+# Ranks of all adapters together that captured steps can correct by. GPT-2 Small's modules take
+# 0.6 MB a rank.
+_CAPTURED_RANKS = 128
+
+
+class Runner:
+    """Runs spans of tokens, each under a mix of its own; belongs to the engine thread."""
+
+    def __init__(
+        self,
+        model: Model,
+        weights: ResidentWeights,
+        *,
+        capture: Callable[[], Callable[[Step], Step]] = GpuCapture,
+    ) -> None:
+        """Run on `model`, whose parameters are `weights`.
+
+        Args:
+            model: The model. If it is capturable, its decode steps are captured now.
+            weights: Tells which mix is resident.
+            capture: Makes what turns a step into its replay.
+        """
+        self.model = model
+        self._weights = weights
+        heads = [name for name, shape in model.layout.items() if shape.head]
+        self._captured = _Captured(model) if model.capturable else None
+        self._corrections = Corrections(
+            {name: model.module.get_submodule(name) for name in model.layout},
+            model.device,
+            heads=heads,
+            kernels=model.packed,
+            pool=None if self._captured is None else self._captured.pool,
+        )
+        if self._captured is not None:
+            self._captured.capture(self._corrections, capture())
+
+    @torch.inference_mode()
+    def run(
+        self, spans: Sequence[Span], wanted: Sequence[int], mixes: Sequence[BoundMix]
+    ) -> Tensor:
+        """Run `spans`, write their keys and values, and return some logits.
+
+        On packed parameters all tokens share one pass, and a row's logits are the same bits
+        whoever shares it. Elsewhere decoding rows run apart from prompts, since a step of theirs
+        may be captured.
+
+        Args:
+            spans: Tokens of different rows, whose earlier tokens the cache holds.
+            wanted: Indices of tokens, counted through all spans, ascending.
+            mixes: The mix of each span.
+
+        Returns:
+            float32 (len(wanted), vocabulary); on a GPU it may hold until the next call only.
+        """
+        decoding = [i for i, span in enumerate(spans) if span.decodes]
+        if self.model.packed or len(decoding) in (0, len(spans)):
+            return self._pass(spans, wanted, mixes)
+        prompts = [i for i, span in enumerate(spans) if not span.decodes]
+        ends = list(accumulate((len(span.ids) for span in spans), initial=0))
+        found: list[Tensor] = []
+        order: list[int] = []
+        for part in (prompts, decoding):  # The captured one last: what it returns is its buffer.
+            tokens = [token for i in part for token in range(ends[i], ends[i + 1])]
+            at = {token: place for place, token in enumerate(tokens)}
+            asked = [place for place, token in enumerate(wanted) if token in at]
+            logits = self._pass(
+                [spans[i] for i in part],
+                [at[wanted[place]] for place in asked],
+                [mixes[i] for i in part],
+            )
+            found.append(logits)
+            order += asked
+        logits = torch.cat(found)
+        if order == list(range(len(order))):
+            return logits
+        places = torch.tensor(order, device=self.model.device).argsort()
+        return logits[places]
+
+    def corrected(self, mixes: Sequence[BoundMix]) -> int:
+        """Return how many rows of these mixes would be corrected now."""
+        return self._corrections.count(mixes, self._weights.resident.mix)
+
+    def forget(self, in_use: Sequence[BoundMix] = ()) -> None:
+        """Let go of adapters that are in none of `in_use`; see `Corrections.forget`."""
+        self._corrections.forget(in_use)
+
+    def _pass(
+        self, spans: Sequence[Span], wanted: Sequence[int], mixes: Sequence[BoundMix]
+    ) -> Tensor:
+        correction = self._corrections.plan(mixes, self._weights.resident.mix)
+        if self._captured is not None and self._captured.can_run(spans, wanted, correction):
+            return self._captured.run(spans, correction)
+        batch = Batch.of(spans, self.model.device)
+        keep = torch.tensor(wanted, dtype=torch.int64, device=self.model.device)
+        if self.model.packed:
+            # A compiled graph is for two or more of each, and one graph for all gives a row the
+            # same bits alone as in a batch. What is written twice is the same twice.
+            batch, keep = batch.at_least(2), _at_least(2, keep)
+        with self._corrections.applied(correction, batch, keep):
+            return self.model.run(batch, keep)[: len(wanted)]
+
+
+def _at_least(count: int, indices: Tensor) -> Tensor:
+    missing = max(0, count - len(indices))
+    return torch.cat((indices, indices.new_zeros(missing))) if missing else indices
+
+
+class _Captured:
+    """Decode steps of a model, captured without corrections and with them.
+
+    Attributes:
+        pool: Factors that the corrected ones read.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        shapes = {
+            name: (shape.in_features, shape.out_features)
+            for name, shape in model.layout.items()
+            if not shape.head
+        }
+        self.pool = FactorStack(shapes, _CAPTURED_RANKS, model.device)
+        # Of the row in each slot.
+        self._gates = torch.zeros(model.max_batch, _CAPTURED_RANKS, device=model.device)
+        self._gated: tuple[Correction | None, list[int]] = (None, [])
+
+    @torch.inference_mode()
+    def capture(self, corrections: Corrections, capture: Callable[[Step], Step]) -> None:
+        model = self._model
+        static = DenseCorrection(self.pool, self._gates)
+
+        def corrected(batch: Batch, keep: Tensor) -> Tensor:
+            with corrections.applied(static, batch, keep):
+                return model.run(batch, keep)
+
+        self._plain, self._corrected = (
+            DecodeGraphs(
+                forward,
+                rows=model.max_batch,
+                length=model.context_length,
+                scratch_slot=model.scratch_slot,
+                device=model.device,
+                capture=capture,
+            )
+            for forward in (model.run, corrected)
+        )
+
+    def can_run(
+        self, spans: Sequence[Span], wanted: Sequence[int], correction: Correction | None
+    ) -> bool:
+        fits = isinstance(correction, DenseCorrection) and correction.stack is self.pool
+        return (correction is None or fits) and self._plain.can_run(spans, wanted)
+
+    def run(self, spans: Sequence[Span], correction: Correction | None) -> Tensor:
+        if not isinstance(correction, DenseCorrection):
+            return self._plain.run(spans)
+        slots = [span.slot for span in spans]
+        # Held, so that no other correction gets its identity.
+        if self._gated[0] is not correction or self._gated[1] != slots:
+            self._gates.zero_()
+            self._gates[slots] = correction.gates
+            self._gated = (correction, slots)
+        return self._corrected.run(spans)
