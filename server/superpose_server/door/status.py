@@ -34,7 +34,7 @@ _CODES: dict[type[ServerError], grpc.StatusCode] = {
     WatchBehind: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ShuttingDown: grpc.StatusCode.UNAVAILABLE,
     DataLoss: grpc.StatusCode.DATA_LOSS,
-    Internal: grpc.StatusCode.INTERNAL,
+    ServerError: grpc.StatusCode.INTERNAL,
 }
 _DETAILS_KEY = "grpc-status-details-bin"
 _log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def to_status(error: Exception) -> tuple[grpc.StatusCode, status_pb2.Status]:
     """
     if not isinstance(error, ServerError):
         error = Internal("internal error", "INTERNAL")
-    code = _CODES[type(error)]
+    code = next(_CODES[kind] for kind in type(error).__mro__ if kind in _CODES)
     details: list[Any] = [
         error_details_pb2.ErrorInfo(
             reason=error.reason, domain="superpose", metadata=error.metadata

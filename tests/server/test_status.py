@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+
+from superpose_server import errors
+from superpose_server.door.status import to_status
+from superpose_server.errors import ServerError
+
+# One of each kind, and its code as the contract has it.
+ERRORS: list[tuple[ServerError, grpc.StatusCode]] = [
+    (errors.InvalidArgument("message", "REASON"), grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.NotFound("message", "REASON"), grpc.StatusCode.NOT_FOUND),
+    (errors.AlreadyExists("message", "REASON"), grpc.StatusCode.ALREADY_EXISTS),
+    (errors.FailedPrecondition("message", "REASON"), grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.GenerationMismatch(1, 2, "digest"), grpc.StatusCode.ABORTED),
+    (errors.QueueFull(3, 1.0), grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.WatchBehind(3), grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.ShuttingDown(), grpc.StatusCode.UNAVAILABLE),
+    (errors.DataLoss("message", "REASON"), grpc.StatusCode.DATA_LOSS),
+    (errors.Internal("message", "REASON"), grpc.StatusCode.INTERNAL),
+]
+
+
+def test_every_kind_of_error_is_checked_here() -> None:
+    assert {type(error) for error, _ in ERRORS} == set(ServerError.__subclasses__())
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), ERRORS, ids=[type(error).__name__ for error, _ in ERRORS]
+)
+def test_an_error_and_what_derives_from_it_share_a_code(
+    error: ServerError, code: grpc.StatusCode
+) -> None:
+    derived = type("Derived", (type("Between", (type(error),), {}),), {})
+    for kind in (type(error), derived):
+        error.__class__ = kind
+        found, status = to_status(error)
+        assert found is code
+        assert (status.code, status.message) == (code.value[0], error.message)
+        info = error_details_pb2.ErrorInfo()
+        assert status.details[0].Unpack(info)
+        assert (info.reason, info.domain) == (error.reason, "superpose")
+        assert dict(info.metadata) == error.metadata
+
+
+def test_an_error_of_no_kind_is_internal_and_says_what_it_says() -> None:
+    code, status = to_status(ServerError("what stands", "REASON"))
+    assert code is grpc.StatusCode.INTERNAL
+    assert status.message == "what stands"
+
+
+def test_what_is_no_error_of_the_server_says_nothing() -> None:
+    code, status = to_status(KeyError("secret detail"))
+    assert code is grpc.StatusCode.INTERNAL
+    assert status.message == "internal error"
+    assert "secret" not in str(status)
