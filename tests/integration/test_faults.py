@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.integration.harness import PROMPT, Family, Fingerprint, Served
 
 from superpose_client import Client, FailedPreconditionError, InternalError
-from superpose_server.model.batch import Span
+from superpose_server.model.batch import Batch
 from superpose_server.weights.parameter_format import PackedFormat, PlainFormat
 
 SET: Callable[[Client], Any] = lambda client: client.set({"b": 1.0, "c": -0.5})  # noqa: E731
@@ -170,9 +171,9 @@ def test_a_fault_in_a_step_ends_its_rows_and_no_others(
     real = model.run
     with monkeypatch.context() as patch:
 
-        def fails_once(spans: Sequence[Span], *arguments: Any, **options: Any) -> Any:
-            if (spans[0].position == 0) != (phase == "prefill"):
-                return real(spans, *arguments, **options)
+        def fails_once(batch: Batch, keep: torch.Tensor) -> torch.Tensor:
+            if (batch.spans[0].position == 0) != (phase == "prefill"):
+                return real(batch, keep)
             patch.setattr(model, "run", real)
             raise RuntimeError("secret detail")
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
-from tests.integration.harness import PATIENCE, PROMPT, Served
+from tests.integration.harness import PATIENCE, PROMPT, Family, LoopThread, Served, start
 from torch import Tensor
 from typer.testing import CliRunner
 
+from superpose_adapters.mix import BoundMix
 from superpose_client import Client, DataLossError
 from superpose_client.cli import app
 from superpose_server.control.actions import Operator
+from superpose_server.engine.residency import Residency
 from superpose_server.errors import DataLoss
 
 ADAPTED = "transformer.h.0.attn.c_attn.weight"
@@ -77,6 +80,39 @@ def test_a_fold_that_ruins_the_weights_is_noted_even_if_its_client_is_gone(
     served.wait_for_health("superpose.v1.InferenceService", "NOT_SERVING")
     with pytest.raises(DataLossError):
         served.client.generate(PROMPT)
+
+
+def test_a_fold_that_nobody_asked_for_and_that_ruins_the_weights_is_told_of(
+    loop: LoopThread, gpt2: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def follow_rows(_: Residency, rows: Sequence[BoundMix], resident: BoundMix) -> BoundMix | None:
+        return rows[0] if rows[0] != resident else None
+
+    monkeypatch.setattr(Residency, "choose", follow_rows)
+    served = start(loop, gpt2.base, tmp_path / "state", residency="auto")
+    try:
+        gpt2.push_all(served.client)
+        served.client.add("a")
+        assert metric(served, "superpose_weights_verified") == 1
+        base = served.weights._base
+        for module, parameter in base.items():
+            base[module] = parameter.flatten()[:7]  # neither a fold nor a way back from it
+        with pytest.raises(DataLossError, match="restart the server") as caught:
+            served.client.generate(PROMPT, mix="b", max_new_tokens=100, ignore_eos=True)
+        assert caught.value.reason == "WEIGHTS_DAMAGED"
+        served.wait_for_health("superpose.v1.InferenceService", "NOT_SERVING")
+        assert served.client.health("superpose.v1.MixService") == "SERVING"
+        assert metric(served, "superpose_weights_verified") == 0
+        assert not served.client.info().weights_intact
+        for call in CALLS:
+            with pytest.raises(DataLossError):
+                call(served.client)
+    finally:
+        served.stop()
+
+
+def metric(served: Served, name: str) -> float | None:
+    return served.runtime.metrics.registry.get_sample_value(name)
 
 
 CALLS: list[Callable[[Client], object]] = [
