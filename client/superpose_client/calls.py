@@ -1,20 +1,26 @@
-"""Every call of the contract: what it sends, what it makes of the answer, how long it may take.
+"""Every call of the contract, as both clients offer it: its arguments, request and result.
 
-Both clients run these; neither builds a message or reads one.
+A function here is the method of its name in `Client` and in `AsyncClient`; `set` and `mix` are
+named for that. What such a method returns, or streams, is what the Call is of.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from os import PathLike
-from typing import Any, Generic, TypeVar
+from typing import Any, Unpack
 
-from google.protobuf.message import Message
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from superpose_client import requests
+from superpose_client.call import UNLIMITED, WORK, Call, Calls
 from superpose_client.mix import MixLike
-from superpose_client.requests import AdapterFiles, GenerateOptions, Prompt, ScoreBatches
+from superpose_client.requests import (
+    AdapterFiles,
+    GenerateOptions,
+    Prompt,
+    Scope,
+    ScoreBatches,
+    ScoreText,
+)
 from superpose_client.results import (
     AdapterInfo,
     Analysis,
@@ -24,190 +30,192 @@ from superpose_client.results import (
     HealthStatus,
     MixState,
     PushResult,
+    ScoreResult,
     ServerInfo,
     Verification,
 )
-from superpose_proto.v1 import (
-    adapter_pb2,
-    adapter_pb2_grpc,
-    inference_pb2,
-    inference_pb2_grpc,
-    mix_pb2,
-    mix_pb2_grpc,
-    server_pb2,
-    server_pb2_grpc,
-)
+from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2, server_pb2
 
-DEFAULT_TARGET = "127.0.0.1:50051"
-
-_CONTROL = 60.0  # seconds, for calls that look something up or change the mix
-_WORK = 600.0  # seconds, for calls that compute
-_UNLIMITED = math.inf
-
-# The largest adapter that can be pushed, and room for the rest of the message.
-_MAX_MESSAGE_BYTES = requests.MAX_ADAPTER_BYTES + 2**20
-
-# No retry policy: the caller decides, because an add or a remove that is sent twice does not mean
-# what it meant once.
-CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    # A gRPC server by default hangs up on clients that ping an idle stream (`watch`) more often
-    # than every 5 minutes; common load balancers drop connections idle for somewhat longer.
-    ("grpc.keepalive_time_ms", 330_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-)
-
-R = TypeVar("R")
-
-
-class Stubs:
-    """The stubs of all services on one channel, of `grpc` or of `grpc.aio`."""
-
-    def __init__(self, channel: Any) -> None:
-        """Make the stubs; nothing is sent."""
-        self._stubs: dict[str, Any] = {
-            "Inference": inference_pb2_grpc.InferenceServiceStub(channel),
-            "Mix": mix_pb2_grpc.MixServiceStub(channel),
-            "Adapter": adapter_pb2_grpc.AdapterServiceStub(channel),
-            "Server": server_pb2_grpc.ServerServiceStub(channel),
-            "Health": health_pb2_grpc.HealthStub(channel),
-        }
-
-    def start(self, call: "Call[Any]", timeout: float | None) -> Any:
-        """Invoke a call; `timeout` takes the place of the call's own unless it is None."""
-        seconds = call.timeout if timeout is None else timeout
-        service, method = call.method.split(".")
-        # gRPC writes no deadline as None, and takes no infinity.
-        return getattr(self._stubs[service], method)(
-            call.request, timeout=None if math.isinf(seconds) else seconds
-        )
-
-
-@dataclass(frozen=True)
-class Call(Generic[R]):
-    """One call: `method` is Service.Method; `convert` turns a response into the result."""
-
-    method: str
-    request: Message
-    convert: Callable[[Any], R]
-    timeout: float = _CONTROL
+# Text under a mix.
 
 
 def generate(
-    prompt: Prompt, mix: MixLike | None, request_id: str, options: GenerateOptions
+    prompt: Prompt,
+    *,
+    mix: MixLike | None = None,
+    request_id: str = "",
+    timeout: float | None = None,
+    **options: Unpack[GenerateOptions],
 ) -> Call[Generation]:
-    """Generate."""
+    """Return the text that follows the prompt. For the options see `GenerateOptions`."""
     request = requests.generate(inference_pb2.GenerateRequest, prompt, mix, request_id, options)
-    return Call("Inference.Generate", request, Generation.from_proto, _WORK)
+    return Call("Inference.Generate", request, Generation.from_proto, timeout, WORK)
 
 
 def stream(
-    prompt: Prompt, mix: MixLike | None, request_id: str, options: GenerateOptions
+    prompt: Prompt,
+    *,
+    mix: MixLike | None = None,
+    request_id: str = "",
+    timeout: float | None = None,
+    **options: Unpack[GenerateOptions],
 ) -> Call[GenerationChunk]:
-    """GenerateStream."""
+    """Begin to generate; the chunks come as the text is made."""
     kind = inference_pb2.GenerateStreamRequest
     request = requests.generate(kind, prompt, mix, request_id, options)
-    return Call("Inference.GenerateStream", request, GenerationChunk.from_proto, _UNLIMITED)
+    return Call("Inference.GenerateStream", request, GenerationChunk.from_proto, timeout, UNLIMITED)
 
 
-def score(batches: ScoreBatches) -> Iterator[Call[int]]:
-    """Score, request after request; each result is the number of texts scored so far."""
+def score(
+    texts: Iterable[ScoreText],
+    *,
+    mix: MixLike | None = None,
+    max_length: int | None = None,
+    scope: Scope = "all",
+    logprobs: bool = False,
+    progress: Callable[[int], None] | None = None,
+    timeout: float | None = None,
+) -> Calls[ScoreResult]:
+    """Return log-probabilities and perplexity of texts or (question, answer) pairs.
+
+    Any number of texts: they go out 256 at a time, each request with its own timeout and all
+    under the mix of the first; `progress` is told how many are scored. The scope "answer",
+    for pairs only, leaves the question's tokens out of the sums.
+
+    Raises:
+        MixChangedError: An adapter of the mix was replaced in between.
+    """
+    batches = ScoreBatches(texts, mix, max_length, scope, logprobs)
     for request in batches:
-        yield Call("Inference.Score", request, batches.add, _WORK)
+        done = yield Call("Inference.Score", request, batches.add, timeout, WORK)
+        if progress is not None:
+            progress(done)
+    return batches.result()
 
 
-def add(domain: str, weight: float | None, expected_generation: int | None) -> Call[MixState]:
-    """AddDomain."""
+# The default mix.
+
+
+def add(
+    domain: str,
+    weight: float | None = None,
+    *,
+    expected_generation: int | None = None,
+    timeout: float | None = None,
+) -> Call[MixState]:
+    """Add a domain to the default mix, with weight 1 unless another is given."""
     request = mix_pb2.AddDomainRequest(
         domain=domain, weight=weight, expected_generation=expected_generation
     )
-    return Call("Mix.AddDomain", request, _mix_of)
+    return Call("Mix.AddDomain", request, _mix_of, timeout)
 
 
-def remove(domain: str, expected_generation: int | None) -> Call[MixState]:
-    """RemoveDomain."""
+def remove(
+    domain: str, *, expected_generation: int | None = None, timeout: float | None = None
+) -> Call[MixState]:
+    """Remove a domain from the default mix."""
     request = mix_pb2.RemoveDomainRequest(domain=domain, expected_generation=expected_generation)
-    return Call("Mix.RemoveDomain", request, _mix_of)
+    return Call("Mix.RemoveDomain", request, _mix_of, timeout)
 
 
-def set_mix(mix: MixLike, expected_generation: int | None) -> Call[MixState]:
-    """SetMix."""
+def set(
+    mix: MixLike, *, expected_generation: int | None = None, timeout: float | None = None
+) -> Call[MixState]:
+    """Make `mix` the default mix. Setting what is set already changes nothing."""
     request = mix_pb2.SetMixRequest(mix=requests.mix(mix), expected_generation=expected_generation)
-    return Call("Mix.SetMix", request, _mix_of)
+    return Call("Mix.SetMix", request, _mix_of, timeout)
 
 
-def get_mix() -> Call[CurrentMix]:
-    """GetMix."""
-    return Call("Mix.GetMix", mix_pb2.GetMixRequest(), CurrentMix.from_proto)
+def mix(*, timeout: float | None = None) -> Call[CurrentMix]:
+    """Return the default mix, with the resident one beside it."""
+    return Call("Mix.GetMix", mix_pb2.GetMixRequest(), CurrentMix.from_proto, timeout)
 
 
-def watch() -> Call[MixState]:
-    """WatchMix."""
-    return Call("Mix.WatchMix", mix_pb2.WatchMixRequest(), _mix_of, _UNLIMITED)
+def watch(*, timeout: float | None = None) -> Call[MixState]:
+    """Follow the default mix: its present state first, then one state a change."""
+    return Call("Mix.WatchMix", mix_pb2.WatchMixRequest(), _mix_of, timeout, UNLIMITED)
 
 
-def analyze(mix: MixLike | None) -> Call[Analysis]:
-    """AnalyzeMix."""
+def analyze(mix: MixLike | None = None, *, timeout: float | None = None) -> Call[Analysis]:
+    """Report how the domains of a mix interfere. Nothing is changed."""
     request = mix_pb2.AnalyzeMixRequest(mix=requests.mix(mix))
-    return Call("Mix.AnalyzeMix", request, Analysis.from_proto, _WORK)
+    return Call("Mix.AnalyzeMix", request, Analysis.from_proto, timeout, WORK)
 
 
-def verify() -> Call[Verification]:
-    """VerifyWeights."""
+def verify(*, timeout: float | None = None) -> Call[Verification]:
+    """Compare the weights in use with what they should be. A mismatch is a result, `ok`."""
     request = mix_pb2.VerifyWeightsRequest()
-    return Call("Mix.VerifyWeights", request, Verification.from_proto, _WORK)
+    return Call("Mix.VerifyWeights", request, Verification.from_proto, timeout, WORK)
 
 
-def adapters() -> Call[tuple[AdapterInfo, ...]]:
-    """ListAdapters."""
+# Adapters.
+
+
+def adapters(*, timeout: float | None = None) -> Call[tuple[AdapterInfo, ...]]:
+    """Return all adapters, in order of their domains."""
     return Call(
         "Adapter.ListAdapters",
         adapter_pb2.ListAdaptersRequest(),
-        lambda response: tuple(AdapterInfo.from_proto(a) for a in response.adapters),
+        lambda response: tuple(map(AdapterInfo.from_proto, response.adapters)),
+        timeout,
     )
 
 
-def adapter(domain: str) -> Call[AdapterInfo]:
-    """GetAdapter."""
+def adapter(domain: str, *, timeout: float | None = None) -> Call[AdapterInfo]:
+    """Return one adapter, with its modules and its configuration."""
     return Call(
         "Adapter.GetAdapter",
         adapter_pb2.GetAdapterRequest(domain=domain),
         lambda response: AdapterInfo.from_proto(response.adapter),
+        timeout,
     )
 
 
 def push(
-    domain: str, adapter: str | PathLike[str] | AdapterFiles, replace: bool
+    domain: str,
+    adapter: str | PathLike[str] | AdapterFiles,
+    *,
+    replace: bool = False,
+    timeout: float | None = None,
 ) -> Call[PushResult]:
-    """PushAdapter; reads the folder."""
+    """Store an adapter, a PEFT folder or its two files, under a domain name.
+
+    The same bytes again are fine; other bytes need `replace`.
+
+    Raises:
+        AdapterFolderError: The folder lacks a file, or holds a pickle.
+    """
     files = adapter if isinstance(adapter, AdapterFiles) else AdapterFiles.read(adapter)
     request = adapter_pb2.PushAdapterRequest(
         domain=domain, config=files.config, tensors=files.tensors, replace=replace
     )
-    return Call("Adapter.PushAdapter", request, PushResult.from_proto, _WORK)
+    return Call("Adapter.PushAdapter", request, PushResult.from_proto, timeout, WORK)
 
 
-def delete(domain: str) -> Call[None]:
-    """DeleteAdapter."""
+def delete(domain: str, *, timeout: float | None = None) -> Call[None]:
+    """Delete an adapter that is not in the default mix."""
     request = adapter_pb2.DeleteAdapterRequest(domain=domain)
-    return Call("Adapter.DeleteAdapter", request, lambda _: None)
+    return Call("Adapter.DeleteAdapter", request, lambda _: None, timeout)
 
 
-def info() -> Call[ServerInfo]:
-    """GetServerInfo."""
+# The server.
+
+
+def info(*, timeout: float | None = None) -> Call[ServerInfo]:
+    """Return what the server is and what it is doing."""
     request = server_pb2.GetServerInfoRequest()
-    return Call("Server.GetServerInfo", request, ServerInfo.from_proto)
+    return Call("Server.GetServerInfo", request, ServerInfo.from_proto, timeout)
 
 
-def health(service: str) -> Call[HealthStatus]:
-    """Check of grpc.health.v1."""
+def health(service: str = "", *, timeout: float | None = None) -> Call[HealthStatus]:
+    """Return whether the server, or one of its services, takes requests."""
     return Call(
         "Health.Check",
         health_pb2.HealthCheckRequest(service=service),
         lambda response: HealthStatus(
             health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
         ),
+        timeout,
     )
 
 

@@ -15,15 +15,35 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, Concatenate, NoReturn, ParamSpec
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Concatenate,
+    NoReturn,
+    ParamSpec,
+    TypedDict,
+    Unpack,
+)
 
 import typer
+
+from superpose_client.keywords import spelled_out
 
 if TYPE_CHECKING:
     from superpose_client.client import Client
     from superpose_client.errors import CallError
-    from superpose_client.requests import GenerateOptions
-    from superpose_client.results import Generation, GenerationChunk
+    from superpose_client.results import (
+        AdapterInfo,
+        Analysis,
+        CurrentMix,
+        Generation,
+        GenerationChunk,
+        MixState,
+        PushResult,
+        ScoreResult,
+        ServerInfo,
+    )
 
 P = ParamSpec("P")
 
@@ -103,30 +123,39 @@ class Scope(StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What every command needs to know.
+    """What a command works with. `timeout` is None where the user gave none."""
 
-    `changes` is whether the command changes something, which may happen after its timeout too.
-    """
-
-    server: str
+    client: "Client"
     json: bool
     timeout: float | None
-    changes: bool
 
-    def client(self) -> "Client":
-        """Return a client, which makes no connection yet."""
-        from superpose_client.client import Client
-
-        return Client(self.server, timeout=self.timeout)
-
-    def show(self, result: Any, *, as_json: Any = None) -> None:
-        """Print a result; `as_json` takes its place where the result itself is no object."""
+    def show(self, result: object) -> None:
+        """Print a result."""
+        shown = result if isinstance(result, Shown) else Shown(result, json=result)
         if self.json:
-            _print_json(result if as_json is None else as_json)
-            return
-        from superpose_client.screens import screen, show
+            _print_json(shown.json)
+        elif isinstance(shown.screen, str):
+            typer.echo(shown.screen)
+        else:
+            from superpose_client.screens import screen, show
 
-        show(screen(result))
+            show(screen(shown.screen))
+        sys.stdout.flush()
+        if shown.fault is not None:
+            _fail(shown.fault)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What a command shows where that is more than its result.
+
+    `screen` is for people, a result or a line; `json` is for --json. A `fault` ends the command
+    with status 1 after that.
+    """
+
+    screen: Any
+    json: Any
+    fault: str | None = None
 
 
 def _print_version(wanted: bool) -> None:
@@ -160,10 +189,14 @@ def _defaults(
 
 def command(
     name: str, *, changes: bool = False
-) -> Callable[[Callable[Concatenate[Session, P], None]], None]:
-    """Register a command: its own parameters, then --server, --json and --timeout."""
+) -> Callable[[Callable[Concatenate[Session, P], object]], None]:
+    """Register a command, which returns what is to be shown, or None if it has shown all itself.
 
-    def register(function: Callable[Concatenate[Session, P], None]) -> None:
+    Its options are its own parameters, then --server, --json and --timeout. `changes` is whether it
+    changes something, which may happen after its timeout too.
+    """
+
+    def register(function: Callable[Concatenate[Session, P], object]) -> None:
         def run(
             context: typer.Context,
             server: ServerOption = None,
@@ -172,19 +205,21 @@ def command(
             **arguments: Any,
         ) -> None:
             default_server, default_json, default_timeout = context.obj
-            chosen = server or default_server or os.environ.get("SUPERPOSE_SERVER")
-            session = Session(
-                server=chosen or DEFAULT_SERVER,
-                json=as_json or default_json,
-                timeout=default_timeout if timeout is None else timeout,
-                changes=changes,
-            )
-            call: Callable[..., None] = function
-            with _one_line_errors(session):
-                call(session, **arguments)
+            server = server or default_server or os.environ.get("SUPERPOSE_SERVER")
+            server = server or DEFAULT_SERVER
+            timeout = default_timeout if timeout is None else timeout
+            call: Callable[..., Any] = function
+            with _one_line_errors(server, changes):
+                from superpose_client.client import Client
+
+                with Client(server, timeout=timeout) as client:
+                    session = Session(client, as_json or default_json, timeout)
+                    result = call(session, **arguments)
+                if result is not None:
+                    session.show(result)
 
         # Typer reads the options from the signature: the command's own, then the common ones.
-        own = list(inspect.signature(function).parameters.values())[1:]
+        own = list(spelled_out(function).parameters.values())[1:]
         context, *common, _arguments = inspect.signature(run).parameters.values()
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (context, *own, *common)]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -196,25 +231,22 @@ def command(
 
 
 @command("status")
-def _status(session: Session) -> None:
+def _status(session: Session) -> "ServerInfo":
     """Show what the server is, what it is doing, and the default mix."""
-    with session.client() as client:
-        session.show(client.info())
+    return session.client.info()
 
 
 @command("list")
-def _list(session: Session) -> None:
+def _list(session: Session) -> Shown:
     """List the adapters."""
-    with session.client() as client:
-        adapters = client.adapters()
-    session.show(adapters, as_json={"adapters": adapters})
+    adapters = session.client.adapters()
+    return Shown(adapters, json={"adapters": adapters})
 
 
 @command("show")
-def _show(session: Session, name: NameArgument) -> None:
+def _show(session: Session, name: NameArgument) -> "AdapterInfo":
     """Show one adapter."""
-    with session.client() as client:
-        session.show(client.adapter(name))
+    return session.client.adapter(name)
 
 
 @command("push", changes=True)
@@ -230,21 +262,16 @@ def _push(
     replace: Annotated[
         bool, typer.Option("--replace", help="Put it in the place of another adapter.")
     ] = False,
-) -> None:
+) -> "PushResult":
     """Upload an adapter in PEFT's format."""
-    with session.client() as client:
-        session.show(client.push(name, folder, replace=replace))
+    return session.client.push(name, folder, replace=replace)
 
 
 @command("delete", changes=True)
-def _delete(session: Session, name: NameArgument) -> None:
+def _delete(session: Session, name: NameArgument) -> Shown:
     """Delete an adapter that is not in the default mix."""
-    with session.client() as client:
-        client.delete(name)
-    if session.json:
-        _print_json({})
-    else:
-        typer.echo(f"deleted {name}")
+    session.client.delete(name)
+    return Shown(f"deleted {name}", json={})
 
 
 @command("add", changes=True)
@@ -256,19 +283,17 @@ def _add(
         typer.Option("--weight", metavar="W", help="Negative takes away. [default: 1]"),
     ] = None,
     expected_generation: ExpectedOption = None,
-) -> None:
+) -> "MixState":
     """Add a domain to the default mix."""
-    with session.client() as client:
-        session.show(client.add(name, weight, expected_generation=expected_generation))
+    return session.client.add(name, weight, expected_generation=expected_generation)
 
 
 @command("remove", changes=True)
 def _remove(
     session: Session, name: NameArgument, expected_generation: ExpectedOption = None
-) -> None:
+) -> "MixState":
     """Remove a domain from the default mix."""
-    with session.client() as client:
-        session.show(client.remove(name, expected_generation=expected_generation))
+    return session.client.remove(name, expected_generation=expected_generation)
 
 
 @command("set", changes=True)
@@ -276,31 +301,25 @@ def _set(
     session: Session,
     mix: Annotated[str, typer.Argument(metavar="MIX")],
     expected_generation: ExpectedOption = None,
-) -> None:
+) -> "MixState":
     """Make MIX the default mix."""
-    with session.client() as client:
-        session.show(client.set(mix, expected_generation=expected_generation))
+    return session.client.set(mix, expected_generation=expected_generation)
 
 
 @command("mix")
-def _mix(session: Session) -> None:
+def _mix(session: Session) -> "CurrentMix":
     """Show the default mix."""
-    with session.client() as client:
-        session.show(client.mix())
+    return session.client.mix()
 
 
 @command("watch")
 def _watch(session: Session) -> None:
     """Print the default mix now and at each change, until Ctrl-C."""
-    with session.client() as client, client.watch() as changes:
-        for mix in changes:
-            if session.json:
-                _print_json(mix)
-            else:
-                from superpose_client.screens import watch_line
+    from superpose_client.screens import watch_line
 
-                typer.echo(watch_line(mix))
-            sys.stdout.flush()
+    with session.client.watch() as changes:
+        for mix in changes:
+            session.show(Shown(watch_line(mix), json=mix))
 
 
 @command("analyze")
@@ -309,20 +328,48 @@ def _analyze(
     mix: Annotated[
         str | None, typer.Argument(metavar="[MIX]", help="[default: the default mix]")
     ] = None,
-) -> None:
+) -> "Analysis":
     """Report how the domains of MIX interfere."""
-    with session.client() as client:
-        session.show(client.analyze(mix))
+    return session.client.analyze(mix)
 
 
 @command("verify")
-def _verify(session: Session) -> None:
+def _verify(session: Session) -> Shown:
     """Check that the weights are what they should be."""
-    with session.client() as client:
-        result = client.verify()
-    session.show(result)
-    if not result.ok:
-        _fail("the weights are not what they should be")
+    result = session.client.verify()
+    fault = None if result.ok else "the weights are not what they should be"
+    return Shown(result, json=result, fault=fault)
+
+
+class GenerateFlags(TypedDict):
+    """`GenerateOptions` as flags; each goes out under its own name."""
+
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", callback=_within(_UINT32), help="[default: 64]")
+    ]
+    min_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", callback=_within(_UINT32), help="[default: 0]")
+    ]
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", help="0 is greedy. [default: 0]")
+    ]
+    top_k: Annotated[
+        int | None, typer.Option(metavar="K", callback=_within(_UINT32), help="[default: 0, off]")
+    ]
+    top_p: Annotated[float | None, typer.Option(metavar="P", help="[default: 1, off]")]
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", callback=_within(_UINT64), help="[default: random]")
+    ]
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End before this text. May be repeated."),
+    ]
+    ignore_eos: Annotated[
+        bool | None, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")
+    ]
+    logprobs: Annotated[
+        bool | None, typer.Option("--logprobs", help="Show the log-probability of each token.")
+    ]
 
 
 @command("generate")
@@ -333,45 +380,6 @@ def _generate(
         typer.Argument(metavar="PROMPT", help="- reads standard input, without its last newline."),
     ],
     mix: MixOption = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-new-tokens", metavar="N", callback=_within(_UINT32), help="[default: 64]"
-        ),
-    ] = None,
-    min_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--min-new-tokens", metavar="N", callback=_within(_UINT32), help="[default: 0]"
-        ),
-    ] = None,
-    temperature: Annotated[
-        float,
-        typer.Option(
-            "--temperature", metavar="T", help="0 is greedy. [default: 0]", show_default=False
-        ),
-    ] = 0.0,
-    top_k: Annotated[
-        int | None,
-        typer.Option("--top-k", metavar="K", callback=_within(_UINT32), help="[default: 0, off]"),
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option("--top-p", metavar="P", help="[default: 1, off]")
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", metavar="N", callback=_within(_UINT64), help="[default: random]"),
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option("--stop", metavar="TEXT", help="End before this text. May be repeated."),
-    ] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")
-    ] = False,
-    logprobs: Annotated[
-        bool, typer.Option("--logprobs", help="Show the log-probability of each token.")
-    ] = False,
     stream: Annotated[
         bool | None,
         typer.Option(
@@ -379,36 +387,27 @@ def _generate(
             help="Print the text as it is made. [default: stream, with --json no-stream]",
         ),
     ] = None,
+    **options: Unpack[GenerateFlags],
 ) -> None:
     """Generate the text that follows PROMPT. Greedy unless --temperature is given."""
-    options: GenerateOptions = {
-        "max_new_tokens": max_new_tokens,
-        "min_new_tokens": min_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
-        "stop": stop or [],
-        "ignore_eos": ignore_eos,
-        "logprobs": logprobs,
-    }
+    if options["temperature"] is None:
+        options["temperature"] = 0.0
     if prompt == "-":
         prompt = sys.stdin.read().removesuffix("\n")
+    arriving: Iterable[Generation | GenerationChunk]
+    if stream if stream is not None else not session.json:
+        arriving = session.client.stream(prompt, mix=mix, **options)
+    else:
+        arriving = [session.client.generate(prompt, mix=mix, **options)]
     chunks: list[Generation | GenerationChunk] = []
-    with session.client() as client:
-        arriving: Iterable[Generation | GenerationChunk]
-        if stream if stream is not None else not session.json:
-            arriving = client.stream(prompt, mix=mix, **options)
-        else:
-            arriving = [client.generate(prompt, mix=mix, **options)]
-        try:
-            for chunk in arriving:
-                chunks.append(chunk)
-                _print_chunk(session, chunk)
-        finally:
-            # An error message too shall begin a line of its own.
-            if chunks and not session.json:
-                sys.stdout.write("\n")
+    try:
+        for chunk in arriving:
+            chunks.append(chunk)
+            _print_chunk(session, chunk)
+    finally:
+        # An error message too shall begin a line of its own.
+        if chunks and not session.json:
+            sys.stdout.write("\n")
     if not session.json:
         _print_generation_end(chunks)
     if chunks and chunks[-1].finish_reason == "FINISH_REASON_ABORTED":
@@ -440,37 +439,24 @@ def _score(
         Scope,
         typer.Option("--scope", help="Tokens that count: all but the first, or the answer's."),
     ] = Scope.ALL,
-) -> None:
+) -> "ScoreResult":
     """Measure the perplexity of texts under a mix."""
     from superpose_client.score_file import read_texts
+    from superpose_client.screens import progress
 
     texts = read_texts(file)
-
-    def progress(done: int) -> None:
-        if sys.stderr.isatty():
-            line = f"{done} of {len(texts)} texts" if done < len(texts) else ""
-            sys.stderr.write(f"\r\x1b[K{line}")
-            sys.stderr.flush()
-
-    with session.client() as client:
-        session.show(
-            client.score(
-                texts, mix=mix, max_length=max_length, scope=scope.value, progress=progress
-            )
+    with progress(len(texts), "texts") as advance:
+        return session.client.score(
+            texts, mix=mix, max_length=max_length, scope=scope.value, progress=advance
         )
 
 
 @command("health")
-def _health(session: Session) -> None:
+def _health(session: Session) -> Shown:
     """Succeed if the server takes requests; wait 5 s by default."""
-    with session.client() as client:
-        status = client.health(timeout=5 if session.timeout is None else None)
-    if session.json:
-        _print_json({"status": status})
-    else:
-        typer.echo(status)
-    if status != "SERVING":
-        _fail("the server does not take requests")
+    status = session.client.health(timeout=5 if session.timeout is None else None)
+    fault = None if status == "SERVING" else "the server does not take requests"
+    return Shown(str(status), json={"status": status}, fault=fault)
 
 
 def _print_chunk(session: Session, chunk: "Generation | GenerationChunk") -> None:
@@ -524,7 +510,7 @@ def _fail(message: str, status: int = 1) -> NoReturn:
 
 
 @contextmanager
-def _one_line_errors(session: Session) -> Iterator[None]:
+def _one_line_errors(server: str, changes: bool) -> Iterator[None]:
     """Turn what a command may run into, and no fault of its own, into a line and a status."""
     from superpose_client.errors import CallError, MixSyntaxError, SuperposeError
 
@@ -540,7 +526,7 @@ def _one_line_errors(session: Session) -> Iterator[None]:
     except MixSyntaxError as error:
         _fail(error.message, 2)
     except CallError as error:
-        _fail(_describe(error, session))
+        _fail(_describe(error, server, changes))
     except UnicodeError:
         _fail("the text is not valid UTF-8")
     except OSError as error:
@@ -549,17 +535,17 @@ def _one_line_errors(session: Session) -> Iterator[None]:
         _fail(error.message)
 
 
-def _describe(error: "CallError", session: Session) -> str:
+def _describe(error: "CallError", server: str, changes: bool) -> str:
     """Return the message of a failed call, with what its details tell beyond it."""
     from superpose_client import errors
 
     text = error.message
     # Without a reason it is gRPC that speaks, not the server.
     if isinstance(error, errors.UnavailableError) and not error.reason:
-        text = f"cannot reach a server at {session.server}; is superpose-server running? ({text})"
+        text = f"cannot reach a server at {server}; is superpose-server running? ({text})"
     elif isinstance(error, errors.DeadlineExceededError) and not error.reason:
-        text = f"no answer from {session.server} in time; see --timeout"
-        if session.changes:
+        text = f"no answer from {server} in time; see --timeout"
+        if changes:
             text += ". The change may still take place; look before you repeat it"
     for violation in error.field_violations:
         if violation.description not in text:

@@ -28,21 +28,22 @@ _Generate = TypeVar("_Generate", inference_pb2.GenerateRequest, inference_pb2.Ge
 
 
 class GenerateOptions(TypedDict, total=False):
-    """The options of `generate` and `stream`. What is left out, or None, is the server's choice.
+    """The options of `generate` and `stream`, as inference.proto has and explains them.
 
-    Its choices: max_new_tokens 64, temperature 1 (0 is greedy), a random seed, all else off.
+    What is left out, or None, is the server's choice: max_new_tokens 64, temperature 1 (0 is
+    greedy), a random seed, all else off.
     """
 
     max_new_tokens: int | None
     min_new_tokens: int | None
-    ignore_eos: bool
-    stop_token_ids: Sequence[int]
+    ignore_eos: bool | None
+    stop_token_ids: Sequence[int] | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     seed: int | None
-    logprobs: bool
+    logprobs: bool | None
 
 
 class AdapterFiles(NamedTuple):

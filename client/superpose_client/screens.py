@@ -5,12 +5,17 @@ through grep and awk as well.
 """
 
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import singledispatch
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
+from rich.filesize import decimal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -47,6 +52,23 @@ def show(renderable: RenderableType) -> None:
         print(line.rstrip())
 
 
+@contextmanager
+def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """Draw a bar on standard error, if that is a terminal; yield what takes the number done."""
+    bar = Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        what,
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    with bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
 @singledispatch
 def screen(result: Any) -> RenderableType:
     """Return what to show for a result."""
@@ -60,7 +82,7 @@ def _(info: ServerInfo) -> RenderableType:
     if not info.weights_intact:
         sound = Text("DAMAGED: a verification failed; see adapterctl verify", style="bold red")
     return _fields(
-        ("server", f"superpose {info.version}, up {_duration(info.uptime_seconds)}"),
+        ("server", f"superpose {info.version}, up {timedelta(seconds=int(info.uptime_seconds))}"),
         ("base", info.base),
         ("base digest", info.base_digest),
         ("parameters", f"{info.dtype} on {info.device}"),
@@ -99,7 +121,7 @@ def _(adapters: tuple) -> RenderableType:  # type: ignore[type-arg]
             format_weight(adapter.weight) if adapter.weight else "-",
             str(adapter.rank),
             f"{adapter.parameters:,}",
-            _size(adapter.bytes),
+            decimal(adapter.bytes, precision=0),
             _source(adapter),
             _short(adapter.digest),
         )
@@ -116,7 +138,7 @@ def _(adapter: AdapterInfo) -> RenderableType:
         ("source", _source(adapter)),
         ("rank", str(adapter.rank)),
         ("parameters", f"{adapter.parameters:,}"),
-        ("size", _size(adapter.bytes)),
+        ("size", decimal(adapter.bytes)),
     ]
     if adapter.modules:
         fields.append((f"{len(adapter.modules)} modules", _by_layer(adapter.modules)))
@@ -283,25 +305,6 @@ def _source(adapter: AdapterInfo) -> str:
 
 def _short(digest: str) -> str:
     return digest[:12]
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} GB"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
-    # The two largest units tell enough.
-    while len(parts) > 1 and not parts[0][0]:
-        parts.pop(0)
-    return " ".join(f"{count} {unit}" for count, unit in parts[:2])
 
 
 def _by_layer(modules: Iterable[str]) -> str:

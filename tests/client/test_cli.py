@@ -29,7 +29,7 @@ from tests.client.fake_server import (
 from typer.testing import CliRunner, Result
 
 from superpose_client import results, screens
-from superpose_client.calls import DEFAULT_TARGET
+from superpose_client.call import DEFAULT_TARGET
 from superpose_client.cli import app
 from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2
 
@@ -109,7 +109,7 @@ MIX = {
 def test_status(ctl: Ctl) -> None:
     lines = ctl("status").stdout.splitlines()
     assert "base           mini" in lines
-    assert "server         superpose 0.1.0, up 2 h 3 min" in lines
+    assert "server         superpose 0.1.0, up 2:03:04" in lines
     assert "running        3 of 8" in lines
     assert "mix            math=1,medicine=0.5" in lines
     assert "weights        no fault found" in lines
@@ -160,6 +160,7 @@ def test_an_empty_list(ctl: Ctl, server: FakeServer) -> None:
 def test_show(ctl: Ctl, server: FakeServer) -> None:
     shown = ctl("show", "math").stdout
     assert server.request == adapter_pb2.GetAdapterRequest(domain="math")
+    assert "size           591.9 kB\n" in shown
     assert "4 modules" in shown
     assert "4 x transformer.h.*.attn.c_attn" in shown
     assert '{"r":4,"lora_alpha":64,"target_modules":["c_attn"]}' in shown
@@ -729,24 +730,44 @@ def test_a_terminal_that_cannot_write_a_character(
     assert (process.returncode, out, error) == (0, "5 ?\n", "")
 
 
-def test_a_terminal_is_told_the_mix_and_spared_control_characters(server: FakeServer) -> None:
+def on_a_terminal(server: FakeServer, *arguments: str, term: str = "dumb") -> str:
+    """What a terminal gets."""
     pty = pytest.importorskip("pty")
-    usage = inference_pb2.Usage(prompt_tokens=9, completion_tokens=3)
-    server.answers["GenerateStream"] = [
-        inference_pb2.GenerateStreamResponse(text="5\x1b[2J.\n", usage=usage, mix=state())
-    ]
     controller, terminal = pty.openpty()
-    command = [sys.executable, "-m", "superpose_client.cli", "generate", "x"]
     environment = {
         **os.environ,
         "SUPERPOSE_SERVER": server.address,
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "TERM": "dumb",
+        "TERM": term,
         "COLUMNS": "120",
     }
-    subprocess.run(command, stdout=terminal, env=environment, check=True, timeout=30)
+    command = [sys.executable, "-m", "superpose_client.cli", *arguments]
+    subprocess.run(
+        command, stdout=terminal, stderr=terminal, env=environment, check=True, timeout=30
+    )
     os.close(terminal)
     shown = os.read(controller, 10_000).decode().replace("\r\n", "\n")
     os.close(controller)
+    return shown
+
+
+def test_a_terminal_is_told_the_mix_and_spared_control_characters(server: FakeServer) -> None:
+    usage = inference_pb2.Usage(prompt_tokens=9, completion_tokens=3)
+    server.answers["GenerateStream"] = [
+        inference_pb2.GenerateStreamResponse(text="5\x1b[2J.\n", usage=usage, mix=state())
+    ]
+    shown = on_a_terminal(server, "generate", "x")
     assert shown.startswith("5[2J.\n\n[9 + 3 tokens, ")
     assert "mix math=1,medicine=0.5" in shown
+
+
+def test_a_long_score_tells_a_terminal_how_far_it_is(server: FakeServer, tmp_path: Path) -> None:
+    (tmp_path / "texts").write_text("one\n" * 600)
+    arguments = ("score", str(tmp_path / "texts"))
+    raw = on_a_terminal(server, *arguments, term="xterm")
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", raw)
+    assert "600/600 texts" in shown
+    assert re.search(r"texts +600 *\n", shown)
+    # Nothing of it is left on the screen.
+    assert raw.index("600/600") < raw.rindex("\x1b[2K") < raw.index("perplexity")
+    assert "600/600" not in on_a_terminal(server, *arguments)

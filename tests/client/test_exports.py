@@ -17,6 +17,7 @@ INTERNAL = {
     "MAX_ADAPTER_BYTES",
     "MAX_SCORE_ITEMS",
     "MAX_WEIGHT",
+    "P",
     "R",
     "ScoreBatches",
     "format_weight",

@@ -1,0 +1,113 @@
+"""One call: what it sends, what it makes of the answer, and how a client's method comes of it.
+
+Nothing here waits: `client` and `async_client` do, each in its own way.
+"""
+
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from inspect import Parameter
+from typing import Any, Generic, TypeVar, get_args
+
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2_grpc
+
+from superpose_client.keywords import spelled_out
+from superpose_client.requests import MAX_ADAPTER_BYTES
+from superpose_proto.v1 import (
+    adapter_pb2_grpc,
+    inference_pb2_grpc,
+    mix_pb2_grpc,
+    server_pb2_grpc,
+)
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+
+CONTROL = 60.0  # seconds, for calls that look something up or change the mix
+WORK = 600.0  # seconds, for calls that compute
+UNLIMITED = math.inf
+
+# The largest adapter that can be pushed, and room for the rest of the message.
+_MAX_MESSAGE_BYTES = MAX_ADAPTER_BYTES + 2**20
+
+# No retry policy: the caller decides, because an add or a remove that is sent twice does not mean
+# what it meant once.
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    # A gRPC server by default hangs up on clients that ping an idle stream (`watch`) more often
+    # than every 5 minutes; common load balancers drop connections idle for somewhat longer.
+    ("grpc.keepalive_time_ms", 330_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Call(Generic[R]):
+    """One call: `method` is Service.Method; `convert` turns a response into the result.
+
+    `timeout` is what the caller gave, `usual_timeout` what holds if the client has none either.
+    """
+
+    method: str
+    request: Message
+    convert: Callable[[Any], R]
+    timeout: float | None
+    usual_timeout: float = CONTROL
+
+    def __iter__(self) -> "Calls[R]":
+        """Yield the call itself and return what comes back, so that it runs like several."""
+        result: R = yield self
+        return result
+
+
+Calls = Generator[Call[Any], Any, R]
+"""Calls one after the other: each is yielded, its result sent in, and the end is the result."""
+
+
+class Stubs:
+    """The stubs of all services on one channel, of `grpc` or of `grpc.aio`."""
+
+    def __init__(self, channel: Any, timeout: float | None) -> None:
+        """Make the stubs; nothing is sent. `timeout` is that of calls that have none."""
+        self._timeout = timeout
+        self._stubs: dict[str, Any] = {
+            "Inference": inference_pb2_grpc.InferenceServiceStub(channel),
+            "Mix": mix_pb2_grpc.MixServiceStub(channel),
+            "Adapter": adapter_pb2_grpc.AdapterServiceStub(channel),
+            "Server": server_pb2_grpc.ServerServiceStub(channel),
+            "Health": health_pb2_grpc.HealthStub(channel),
+        }
+
+    def start(self, call: Call[Any]) -> Any:
+        """Invoke a call and return what the stub does."""
+        given = (call.timeout, self._timeout, call.usual_timeout)
+        seconds = next(timeout for timeout in given if timeout is not None)
+        service, method = call.method.split(".")
+        # gRPC writes no deadline as None, and takes no infinity.
+        return getattr(self._stubs[service], method)(
+            call.request, timeout=None if math.isinf(seconds) else seconds
+        )
+
+
+def as_method_of(call: Callable[..., Any], method: F, stream: Any = None) -> F:
+    """Give a method the name, the documentation and the signature of what makes its call.
+
+    It returns the result of the call, or a `stream` of them.
+    """
+    made = spelled_out(call)
+    result = get_args(made.return_annotation)[-1]
+    me = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
+    signature = made.replace(
+        parameters=[me, *made.parameters.values()],
+        return_annotation=result if stream is None else stream[result],
+    )
+    method.__name__ = method.__qualname__ = call.__name__
+    method.__doc__ = call.__doc__
+    method.__signature__ = signature  # type: ignore[attr-defined]
+    method.__annotations__ = {name: made.parameters[name].annotation for name in made.parameters}
+    method.__annotations__["return"] = signature.return_annotation
+    return method
