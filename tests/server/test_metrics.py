@@ -59,12 +59,13 @@ def test_an_engine_s_work_is_counted(bases: dict[str, Path]) -> None:
     bench.engine.step()
     assert value(metrics, "num_requests_running") == value(metrics, "kv_slots_used") == 2
     assert value(metrics, "num_requests_waiting") == 0
+    bench.engine.step()  # Two tokens have a time between them.
     row.cancelled = True
     bench.run()
     bench.fold(mix)
     tokens = GREEDY.max_new_tokens
     assert value(metrics, "prompt_tokens_total") == 5
-    assert value(metrics, "generation_tokens_total") == tokens + 1
+    assert value(metrics, "generation_tokens_total") == tokens + 2
     assert value(metrics, "corrected_rows_total") == tokens - 1  # prefill is no decode step
     assert value(metrics, "request_success_total", finish_reason="length") == 1
     assert value(metrics, "request_success_total", finish_reason="aborted") == 1
