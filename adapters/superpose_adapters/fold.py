@@ -1,5 +1,7 @@
 """Fold arithmetic: base + sum of weighted deltas, in one pass over concatenated factors.
 
+Elsewhere this is called merging adapters into the weights.
+
 A sum of adapters is a sum of *deltas*: factors are concatenated, A's and B's never added apart.
 Factors and accumulation are float32 whatever the parameter's dtype, with one rounding at the end.
 The result depends on the base, the factors and their order alone, never on what `out` held before:
@@ -16,8 +18,10 @@ from torch import Tensor
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.layout import ModuleLayout
 
-# Elements of float32 scratch of a fold into a narrower dtype: 4 MiB, so that it stays in cache.
-_TILE_ELEMENTS = 1 << 20
+# Elements of float32 scratch of a fold into a narrower dtype: on a CPU 4 MiB, so that it stays in
+# cache; elsewhere launching costs more than memory, and 256 MiB hold most parameters whole.
+_TILE_ELEMENTS = {"cpu": 1 << 20}
+_LARGEST_TILE = 1 << 26
 
 
 def concatenate_factors(
@@ -55,7 +59,8 @@ def fold_into(
         torch.addmm(base.to(out.device), left, right, out=out)
         return
     # A plain addmm in bfloat16 would round its factors and its partial sums as well.
-    rows = max(1, _TILE_ELEMENTS // out.shape[1])
+    elements = _TILE_ELEMENTS.get(out.device.type, _LARGEST_TILE)
+    rows = max(1, elements // out.shape[1])
     for start in range(0, out.shape[0], rows):
         tile = slice(start, start + rows)
         exact = base[tile].to(out.device, torch.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from tests.makers import save_base, tiny_llama
-from tests.server import helpers
 from tests.server.helpers import (
     GREEDY,
     Bench,
@@ -45,9 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bench(folder: Path) -> Bench:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(helpers, "open_model", functools.partial(open_model, graphs=True))
-        return Bench(folder, kernels=True, prefill_tokens=16)
+    return Bench(folder, kernels=True, graphs=True, prefill_tokens=16)
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ class Span:
         return len(self.ids) == 1 and self.start == 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Spans as tensors, one element a token: int64 (tokens,) on the model's device.
 
@@ -59,14 +59,19 @@ class Batch:
     @classmethod
     def of(cls, spans: Sequence[Span], device: torch.device) -> Batch:
         """Lay `spans` end to end."""
-        columns = [
-            (token, span.slot, span.position + i, span.start, row)
-            for row, span in enumerate(spans)
-            for i, token in enumerate(span.ids)
-        ]
-        tensors = torch.tensor(columns, dtype=torch.int64).T
-        # Each in storage of its own: a compiled graph is for one offset.
-        return cls(tuple(spans), *(column.contiguous().to(device) for column in tensors))
+        counts = [len(span.ids) for span in spans]
+        columns = (
+            [token for span in spans for token in span.ids],
+            [span.slot for span in spans for _ in span.ids],
+            [at for span in spans for at in range(span.position, span.end)],
+            [span.start for span in spans for _ in span.ids],
+            [row for row, count in enumerate(counts) for _ in range(count)],
+        )
+        tensors = torch.tensor(columns, dtype=torch.int64).to(device).unbind()
+        if device.type == "cpu":
+            # Each in storage of its own: a compiled graph is for one offset.
+            tensors = tuple(column.clone() for column in tensors)
+        return cls(tuple(spans), *tensors)
 
     def at_least(self, tokens: int) -> Batch:
         """Return the batch with its last token repeated until there are `tokens`."""
