@@ -248,7 +248,7 @@ def start(
             "metrics_listen": "127.0.0.1:0",
             "device": DEVICE,
             "dtype": "float32",
-            "compile": "off" if DEVICE == "cpu" else "auto",
+            "compile": "off" if config.get("device", DEVICE) == "cpu" else "auto",
             **config,
         }
     )

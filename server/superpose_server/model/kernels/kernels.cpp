@@ -7,7 +7,8 @@
 //
 // Every sum here runs in one fixed order that depends neither on the batch nor on the number of
 // threads: a row's bits do not depend on who shares its batch, nor a fold's bits on the machine's
-// cores. Arithmetic is float32 whatever the storage; results are rounded once.
+// cores. Arithmetic is float32 whatever the storage; a result is rounded once, that of a corrected row
+// once more, since its term is added to what the product has stored.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
