@@ -6,43 +6,108 @@ import argparse
 import ipaddress
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import NoReturn
+from types import NoneType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+# Prompt tokens of a step, unless told.
+PREFILL_TOKENS_CPU = 128
+PREFILL_TOKENS_GPU = 2048
 
 _LOOPBACK_NAMES = {"localhost"}
 _ON = {"1", "true", "yes", "on"}
 _OFF = {"", "0", "false", "no", "off"}
 
 
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
 @dataclass(frozen=True)
 class ServerConfig:
-    """Everything that `superpose-server` can be told; see `--help` for each field.
+    """Everything that `superpose-server` can be told; each field is a flag and a variable.
+
+    Names, types, choices and defaults of the command line are those declared here; a switch that
+    is on by default is turned off by `--no-NAME`.
 
     Raises:
         ValueError: A field with a value that means nothing, with the remedy.
     """
 
-    base: str
-    adapter_dir: Path | None = None
-    state_dir: Path | None = None
-    listen: str = "127.0.0.1:50051"
-    metrics_listen: str = "127.0.0.1:9464"
-    device: str = "auto"
-    dtype: str = "auto"
-    base_copy: str = "device"
-    max_batch: int = 16
-    max_queue: int = 256
-    max_length: int | None = None
-    residency: str = "default"
-    compile: str = "auto"
-    prefill_tokens: int | None = None
-    cache_mib: int | None = None
-    grace: float = 30.0
-    reflection: bool = True
-    insecure: bool = False
-    log_level: str = "info"
+    base: str = field(
+        metadata=_help("folder, Hub id such as openai-community/gpt2, or mini (bundled)")
+    )
+    adapter_dir: Path | None = field(
+        default=None, metadata=_help("PEFT folders to serve by folder name, read only")
+    )
+    state_dir: Path | None = field(
+        default=None,
+        metadata=_help(
+            "where the default mix and pushed adapters are kept; without it a folder for this base "
+            "below XDG_STATE_HOME or ~/.local/state"
+        ),
+    )
+    listen: str = field(
+        default="127.0.0.1:50051",
+        metadata=_help("address of the gRPC server; port 0: any free one"),
+    )
+    metrics_listen: str = field(
+        default="127.0.0.1:9464", metadata=_help("address of the Prometheus metrics")
+    )
+    device: str = field(
+        default="auto",
+        metadata=_help("auto, cpu, cuda or cuda:N; auto takes a GPU if there is one"),
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto",
+        metadata=_help(
+            "of weights and cache; auto: bfloat16 on a GPU, with AMX or AVX512-BF16, else float32"
+        ),
+    )
+    base_copy: Literal["device", "host"] = field(
+        default="device", metadata=_help("where the base of adapted modules is kept")
+    )
+    max_batch: int = field(default=16, metadata=_help("rows that run at once"))
+    max_queue: int = field(default=256, metadata=_help("requests that wait at most"))
+    max_length: int | None = field(
+        default=None, metadata=_help("tokens a row; without it the base's context")
+    )
+    residency: Literal["default", "auto"] = field(
+        default="default",
+        metadata=_help(
+            "which mix is in the weights: default: the default mix; auto: also what most rows "
+            "share, when correcting them costs more than a fold"
+        ),
+    )
+    compile: Literal["auto", "off"] = field(
+        default="auto",
+        metadata=_help(
+            "auto: on a CPU, kernels compiled for it (15 s, once a machine; needs g++), on a GPU "
+            "captured graphs; off: neither"
+        ),
+    )
+    prefill_tokens: int | None = field(
+        default=None,
+        metadata=_help(
+            "prompt tokens that a step runs at most, which is how long a running stream can be "
+            f"kept waiting; without it {PREFILL_TOKENS_CPU} on a CPU, {PREFILL_TOKENS_GPU} on a GPU"
+        ),
+    )
+    cache_mib: int | None = field(
+        default=None,
+        metadata=_help("memory of the key-value cache; lowers --max-batch to the rows that fit"),
+    )
+    grace: float = field(default=30, metadata=_help("seconds that running requests get at SIGTERM"))
+    log_level: Literal["debug", "info", "warning", "error"] = field(
+        default="info", metadata=_help("what stderr gets")
+    )
+    reflection: bool = field(default=True, metadata=_help("do not serve gRPC reflection"))
+    insecure: bool = field(
+        default=False,
+        metadata=_help("allow an address that other machines can reach, without access control"),
+    )
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
@@ -97,35 +162,53 @@ def parse_config(arguments: Sequence[str] | None = None) -> ServerConfig:
         epilog="Each option can also be set by an environment variable: --max-batch by "
         "SUPERPOSE_MAX_BATCH, and so on. A flag beats the environment.",
     )
-    for option in _OPTIONS:
-        value = os.environ.get(_variable(option.flag), option.default)
-        shown = option.help if option.default is None else f"{option.help} ({option.default})"
-        parser.add_argument(
-            f"--{option.flag}",
-            default=value,
-            help=shown,
-            type=option.type,
-            choices=option.choices or None,
-        )
-    for flag, text in _SWITCHES:
-        setting = os.environ.get(_variable(flag), "").lower()
-        if setting not in _ON | _OFF:
-            parser.error(f"{_variable(flag)} is {setting!r}: use 1 or 0")
-        parser.add_argument(f"--{flag}", action="store_true", default=setting in _ON, help=text)
+    types = get_type_hints(ServerConfig)
+    for option in fields(ServerConfig):
+        if types[option.name] is bool:
+            _add_switch(parser, option)
+        else:
+            _add_option(parser, option, types[option.name])
     values = vars(parser.parse_args(arguments))
-    for option in _OPTIONS:
+    for name, kind in types.items():
         # argparse checks the choices of flags, but not those of defaults.
-        value = values[option.flag.replace("-", "_")]
-        if option.choices and value not in option.choices:
-            choices = ", ".join(option.choices)
-            parser.error(f"{_variable(option.flag)} is {value!r}: use one of {choices}")
+        if get_origin(kind) is Literal and values[name] not in get_args(kind):
+            choices = ", ".join(get_args(kind))
+            parser.error(f"{_variable(name)} is {values[name]!r}: use one of {choices}")
     if values["base"] is None:
         parser.error("--base is needed: a folder, a Hub id, or mini for the bundled model")
-    values["reflection"] = not values.pop("no_reflection")
     try:
         return ServerConfig(**values)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _add_option(parser: argparse.ArgumentParser, option: Field[Any], kind: Any) -> None:
+    default = None if option.default is MISSING else option.default
+    text = option.metadata["help"]
+    literal = get_origin(kind) is Literal
+    # An optional option reads what it is when it is there.
+    read = str if literal else next((t for t in get_args(kind) if t is not NoneType), kind)
+    parser.add_argument(
+        _flag(option.name),
+        default=os.environ.get(_variable(option.name), default),
+        help=text if default is None else f"{text} ({default})",
+        type=read,
+        choices=get_args(kind) if literal else None,
+    )
+
+
+def _add_switch(parser: argparse.ArgumentParser, option: Field[Any]) -> None:
+    name = f"no_{option.name}" if option.default else option.name
+    setting = os.environ.get(_variable(name), "").lower()
+    if setting not in _ON | _OFF:
+        parser.error(f"{_variable(name)} is {setting!r}: use 1 or 0")
+    parser.add_argument(
+        _flag(name),
+        dest=option.name,
+        action="store_false" if option.default else "store_true",
+        default=option.default != (setting in _ON),
+        help=option.metadata["help"],
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -136,78 +219,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def _variable(flag: str) -> str:
-    return "SUPERPOSE_" + flag.upper().replace("-", "_")
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
-@dataclass(frozen=True)
-class _Option:
-    flag: str
-    default: str | None
-    help: str
-    type: Callable[[str], object] = str
-    choices: tuple[str, ...] = ()
-
-
-_OPTIONS = (
-    _Option("base", None, "folder, Hub id such as openai-community/gpt2, or mini (bundled)"),
-    _Option("adapter-dir", None, "PEFT folders to serve by folder name, read only", Path),
-    _Option(
-        "state-dir",
-        None,
-        "where the default mix and pushed adapters are kept; without it a folder for this base "
-        "below XDG_STATE_HOME or ~/.local/state",
-        Path,
-    ),
-    _Option("listen", "127.0.0.1:50051", "address of the gRPC server; port 0: any free one"),
-    _Option("metrics-listen", "127.0.0.1:9464", "address of the Prometheus metrics"),
-    _Option("device", "auto", "auto, cpu, cuda or cuda:N; auto takes a GPU if there is one"),
-    _Option(
-        "dtype",
-        "auto",
-        "of weights and cache; auto: bfloat16 on a GPU, with AMX or AVX512-BF16, else float32",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    ),
-    _Option(
-        "base-copy",
-        "device",
-        "where the base of adapted modules is kept",
-        choices=("device", "host"),
-    ),
-    _Option("max-batch", "16", "rows that run at once", int),
-    _Option("max-queue", "256", "requests that wait at most", int),
-    _Option("max-length", None, "tokens a row; without it the base's context", int),
-    _Option(
-        "residency",
-        "default",
-        "which mix is in the weights: default: the default mix; auto: also what most rows share, "
-        "when correcting them costs more than a fold",
-        choices=("default", "auto"),
-    ),
-    _Option(
-        "compile",
-        "auto",
-        "auto: on a CPU, kernels compiled for it (15 s, once a machine; needs g++), on a GPU "
-        "captured graphs; off: neither",
-        choices=("auto", "off"),
-    ),
-    _Option(
-        "prefill-tokens",
-        None,
-        "prompt tokens that a step runs at most, which is how long a running stream can be kept "
-        "waiting; without it 128 on a CPU, 2048 on a GPU",
-        int,
-    ),
-    _Option(
-        "cache-mib",
-        None,
-        "memory of the key-value cache; lowers --max-batch to the rows that fit",
-        int,
-    ),
-    _Option("grace", "30", "seconds that running requests get at SIGTERM", float),
-    _Option("log-level", "info", "what stderr gets", choices=("debug", "info", "warning", "error")),
-)
-_SWITCHES = (
-    ("no-reflection", "do not serve gRPC reflection"),
-    ("insecure", "allow an address that other machines can reach, without access control"),
-)
+def _variable(name: str) -> str:
+    return "SUPERPOSE_" + name.upper()

@@ -21,7 +21,7 @@ from superpose_adapters.mix import BoundEntry, BoundMix
 from superpose_adapters.peft.folder import CONFIG_NAME, DEFAULT_LIMITS, read_adapter
 from superpose_adapters.peft.folder import Limits as AdapterLimits
 from superpose_adapters.store import AdapterStore, StoreError
-from superpose_server.config import ServerConfig
+from superpose_server.config import PREFILL_TOKENS_CPU, PREFILL_TOKENS_GPU, ServerConfig
 from superpose_server.control.actions import Operator
 from superpose_server.control.default_mix import DefaultMix, MixState
 from superpose_server.control.integrity import Integrity
@@ -150,7 +150,7 @@ class Runtime:
             scheduler,
             Observers(self.metrics, self.integrity, observer),
             prefill_tokens=self.config.prefill_tokens
-            or (2048 if model.device.type == "cuda" else 128),
+            or (PREFILL_TOKENS_GPU if model.device.type == "cuda" else PREFILL_TOKENS_CPU),
             residency=Residency() if self.config.residency == "auto" else None,
         )
         self.default_mix = DefaultMix(journal, self._weights, self.engine, state)
@@ -332,11 +332,10 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
-            name
-        ]
-    return torch.bfloat16 if has_fast_bfloat16(device.type) else torch.float32
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device.type) else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _default_state_dir(base_digest: str) -> Path:
