@@ -56,6 +56,7 @@ def main() -> None:
     try:
         asyncio.run(_serve(config))
     except StartupError as error:
+        logging.getLogger(__name__).debug("the server cannot start", exc_info=error)
         sys.exit(f"superpose-server: {error}")
 
 

@@ -129,6 +129,21 @@ def test_a_base_that_is_not_there_exits_with_1_in_one_line(tmp_path: Path) -> No
     assert re.fullmatch(r"superpose-server: base .*: no config\.json .*\n", result.stderr)
 
 
+def test_a_base_that_is_not_there_is_traced_to_its_cause_for_who_debugs(tmp_path: Path) -> None:
+    result = command(
+        f"--base={tmp_path}",
+        f"--state-dir={tmp_path / 'state'}",
+        "--listen=127.0.0.1:0",
+        "--metrics-listen=127.0.0.1:0",
+        "--log-level=debug",
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "The above exception was the direct cause of the following exception" in result.stderr
+    assert re.fullmatch(
+        r"superpose-server: base .*: no config\.json .*", result.stderr.splitlines()[-1]
+    )
+
+
 def test_a_machine_without_a_compiler_is_told_of_the_remedy(gpt2: Family, tmp_path: Path) -> None:
     result = command(
         f"--base={gpt2.base}",
