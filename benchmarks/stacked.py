@@ -25,6 +25,7 @@ from benchmarks.rounds import Measure, Rounds, run_rounds
 from benchmarks.shapes import base_folder
 from superpose_adapters.bundled import MINI
 from superpose_train.options import Options as Training
+from superpose_train.precision import Decided
 from superpose_train.scratch_memory import keep_scratch
 from superpose_train.stacked.stack import train_many
 from superpose_train.train import train
@@ -52,10 +53,13 @@ def write_rows(path: Path) -> None:
 class Trainings:
     """Trains the same runs in several ways, each time into a new folder."""
 
-    def __init__(self, base: str, device: str, steps: int, batch: int, folder: Path) -> None:
+    def __init__(
+        self, base: str, device: str, precision: Decided, steps: int, batch: int, folder: Path
+    ) -> None:
         """Train on `base`, in `folder`."""
         self._base = base
         self._device = device
+        self._precision = precision
         self._steps = steps
         self._batch = batch
         self._folder = folder
@@ -84,6 +88,7 @@ class Trainings:
                 max_eval_rows=16,
                 seed=seed,
                 device=self._device,
+                precision=self._precision,
             )
             for seed in range(count)
         ]
@@ -124,8 +129,10 @@ def measure(
         options.label,
         options.settings(steps=steps, batch_rows=batch, row_tokens=_LENGTH, adapters_rank=4),
     )
+    device = options.torch_device.type
+    precision: Decided = "bfloat16" if options.dtype == "bfloat16" else "float32"
     with tempfile.TemporaryDirectory() as folder:
-        trainings = Trainings(base, options.torch_device.type, steps, batch, Path(folder))
+        trainings = Trainings(base, device, precision, steps, batch, Path(folder))
         rounds = run_rounds(trainings.contestants(counts), seconds=options.seconds, tell=tell)
     rows: list[list[Cell]] = []
     for name in rounds.values:

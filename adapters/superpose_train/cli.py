@@ -9,6 +9,7 @@ from typing import get_args
 
 from superpose_adapters.scoring import Scope
 from superpose_train.options import Options, Schedule
+from superpose_train.precision import Precision
 
 
 def _numbers(text: str) -> int | tuple[int, ...]:
@@ -119,6 +120,13 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("auto", "cpu", "cuda"),
         default=Options.device,
         help="default %(default)s",
+    )
+    add(
+        "--precision",
+        choices=get_args(Precision),
+        default=Options.precision,
+        help="what the frozen base computes in: auto is bfloat16 where the processor or GPU is "
+        "fast at it, else float32; default %(default)s",
     )
     add(
         "--tune",

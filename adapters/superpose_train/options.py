@@ -13,6 +13,7 @@ from superpose_adapters.bundled import MINI
 from superpose_adapters.mix import check_domain
 from superpose_adapters.qa import COLUMNS, TEMPLATE, check_template
 from superpose_adapters.scoring import Scope
+from superpose_train.precision import Decided, Precision, decide
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -48,6 +49,7 @@ class Options:
         question_column: The field that holds a row's question.
         answer_column: The field that holds a row's answer.
         device: auto, cpu or cuda.
+        precision: What the frozen base computes in; auto: bfloat16 where it is fast.
         label: What the adapter's config calls the base; `base_label(base)` when absent.
     """
 
@@ -75,6 +77,7 @@ class Options:
     question_column: str = COLUMNS[0]
     answer_column: str = COLUMNS[1]
     device: str = "auto"
+    precision: Precision = "auto"
     label: str | None = None
 
     def __post_init__(self) -> None:
@@ -104,8 +107,9 @@ class Options:
             raise ValueError("--max-length must be at least 2: the first token has no loss")
 
     def _check_choices(self) -> None:
-        for field, choices in (("schedule", get_args(Schedule)), ("loss_scope", get_args(Scope))):
-            value = getattr(self, field)
+        literals = {"schedule": Schedule, "loss_scope": Scope, "precision": Precision}
+        for field, literal in literals.items():
+            value, choices = getattr(self, field), get_args(literal)
             if value not in choices:
                 raise ValueError(f"{flag(field)} must be {' or '.join(choices)}, got {value!r}")
         if self.frozen_a_block is not None:
@@ -160,6 +164,11 @@ class Options:
             return "cuda" if torch.cuda.is_available() else "cpu"
         return self.device
 
+    @property
+    def decided_precision(self) -> Decided:
+        """The precision that `auto` stands for here."""
+        return decide(self.precision, self.torch_device)
+
     def parameters(self, targets: list[str]) -> dict[str, Any]:
         """Return, as JSON has it, what beside base and data fixes the result."""
         values = asdict(self)
@@ -167,6 +176,7 @@ class Options:
             del values[field]
         values["target_modules"] = targets
         values["init_seed"] = self.first_seed
+        values["precision"] = self.decided_precision
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in values.items()

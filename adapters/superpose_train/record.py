@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from superpose_train.precision import trained_precision
+
 
 def versions() -> dict[str, str]:
     """Return the versions that a result may depend on."""
@@ -133,7 +135,9 @@ def finished_record(out: Path, identity: dict[str, Any]) -> dict[str, Any] | Non
         return None
     try:
         record = json.loads((out / "training.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        # Of a record from before --precision.
+        record["parameters"].setdefault("precision", trained_precision(record))
+    except (OSError, ValueError, KeyError):
         record = {}
     if {name: record.get(name) for name in identity} != identity:
         raise ValueError(

@@ -25,7 +25,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from superpose_adapters.bundled import resolve_base
 from superpose_adapters.digest import checkpoint_digest
-from superpose_adapters.fast_bfloat16 import has_fast_bfloat16
 from superpose_adapters.scoring import EncodedText, Scope
 from superpose_train.cli import read_command
 from superpose_train.data import check_sources, read_data
@@ -38,6 +37,7 @@ from superpose_train.model import (
     load_base,
 )
 from superpose_train.options import Options, base_label
+from superpose_train.precision import Decided, autocast
 from superpose_train.record import (
     versions,
     write_adapter,
@@ -49,16 +49,31 @@ from superpose_train.scratch_memory import keep_scratch
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
-    """Trainer whose validation loss is the project's own: a mean over tokens, not over batches."""
+    """Trainer whose validation loss is the project's own: a mean over tokens, not over batches.
+
+    Autocast is its own too, around training steps alone: Trainer's stays with the model, so that
+    losses would be measured under it as well.
+    """
 
     def __init__(
-        self, *, validation: list[EncodedText], pad: int, scope: Scope = "all", **options: Any
+        self,
+        *,
+        validation: list[EncodedText],
+        pad: int,
+        precision: Decided,
+        scope: Scope = "all",
+        **options: Any,
     ) -> None:
         """Take the validation rows beside Trainer's own arguments; `pad` is any token id."""
         super().__init__(eval_dataset=validation, **options)
         self._validation = validation
         self._pad = pad
+        self._precision: Decided = precision
         self._scope: Scope = scope
+
+    def compute_loss_context_manager(self) -> torch.autocast:
+        """Return the context of a training step."""
+        return autocast(self._precision, self.args.device.type)
 
     def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
         with writing(Path(self.args.output_dir)):
@@ -126,7 +141,6 @@ def training_arguments(options: Options, work: Path, plan: Plan) -> TrainingArgu
         optim="adamw_torch",
         seed=options.seed,
         data_seed=options.seed,
-        bf16=has_fast_bfloat16(device),
         use_cpu=device == "cpu",
         # Trainer would replace a NaN by the loss before it, and train on.
         logging_nan_inf_filter=False,
@@ -144,6 +158,8 @@ def training_arguments(options: Options, work: Path, plan: Plan) -> TrainingArgu
         ddp_find_unused_parameters=False,
         report_to="none",
     )
+    # Of a launcher or its configuration: see AdapterTrainer.
+    arguments.mixed_precision = "no"
     if arguments.n_gpu > 1:
         # One process uses one GPU: torch's DataParallel would multiply the batch.
         arguments._n_gpu = 1
@@ -215,6 +231,7 @@ def train(options: Options) -> dict[str, Any]:
         train_dataset=rows.train,
         validation=rows.validation,
         pad=pad,
+        precision=options.decided_precision,
         scope=options.loss_scope,
         data_collator=lambda batch: pad_right(batch, pad, options.loss_scope),
         callbacks=[RefuseNaN()],
@@ -262,7 +279,7 @@ def train(options: Options) -> dict[str, Any]:
         },
         "device": options.torch_device,
         "processes": process_count(),
-        "bf16_autocast": bool(arguments.bf16),
+        "precision_asked": options.precision,
         "resumed": resume is not None,
         "wall_seconds": round(time.monotonic() - began, 1),
         "versions": versions(),

@@ -132,6 +132,7 @@ class _Search:
             del fields[searched]
         fields["data"] = [str(source) for source in self._options.data]
         del fields["out"]
+        fields["precision"] = self._options.decided_precision
         identity = {
             "options": fields,
             "space": asdict(self._space),

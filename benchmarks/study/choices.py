@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.study.study import Study
+from superpose_train.precision import trained_precision
 from superpose_train.schedule import EVALUATIONS, WARMUP_PARTS
 from superpose_train.stacked.factors import BETAS, EPSILON, MAX_GRADIENT_NORM
 
@@ -56,7 +57,7 @@ def choices(study: Study, trained: Mapping[str, Any] | None) -> list[str]:
         lines.append(
             f"Adapted: {targets}; {trained['trained_parameters']:,} parameters an adapter of rank "
             f"{training.rank}. Trained on {trained['device']}, the frozen base in "
-            + ("bfloat16 by autocast" if trained["bf16_autocast"] else "float32")
+            + ("bfloat16 by autocast" if trained_precision(trained) == "bfloat16" else "float32")
             + "."
         )
     return lines

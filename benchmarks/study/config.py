@@ -16,6 +16,7 @@ from superpose_adapters.mix import MAX_ABS_WEIGHT, check_domain
 from superpose_adapters.qa import TEMPLATE, check_template
 from superpose_adapters.scoring import Scope
 from superpose_train.options import Schedule
+from superpose_train.precision import Decided
 from superpose_train.stacked.stack import MAX_STACK
 
 T = TypeVar("T")
@@ -50,6 +51,7 @@ class Training:
     Attributes:
         rows: Training rows a domain; None: all.
         eval_rows: Validation and test rows that the trainer itself looks at.
+        precision: What the base computes in, whatever processor it is.
         stack: Adapters that are trained at a time. More are faster until a step has some 1,000
             tokens; beyond, what a large base makes of them leaves the processor's cache.
     """
@@ -67,6 +69,7 @@ class Training:
     eval_rows: int | None = 32
     template: str = TEMPLATE
     loss_scope: Scope = "all"
+    precision: Decided = "float32"
     stack: int = MAX_STACK
 
     def __post_init__(self) -> None:

@@ -355,6 +355,8 @@ class Study:
             training.schedule,
             training.loss_scope,
             training.eval_rows,
+            # Nothing of float32: all were trained in it before there was a choice.
+            *([] if training.precision == "float32" else [training.precision]),
         )
 
     def rows_key(self, domain: str, part: Part, template: str) -> str:

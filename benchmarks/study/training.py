@@ -16,6 +16,7 @@ from benchmarks.study.study import AdapterSpec, Study
 from benchmarks.study.workspace import Workspace
 from superpose_adapters.peft.folder import CONFIG_NAME, TENSORS_NAME, files_digest
 from superpose_train.options import Options
+from superpose_train.precision import trained_precision
 from superpose_train.stacked.stack import train_many
 
 # Of a tensor, as the paper's Table 1 shows them.
@@ -50,6 +51,7 @@ def options_of(study: Study, spec: AdapterSpec, sources: Sources, out: Path) -> 
         max_eval_rows=training.eval_rows,
         template=spec.template,
         loss_scope=training.loss_scope,
+        precision=training.precision,
     )
 
 
@@ -185,14 +187,13 @@ def note_adapter(study: Study, spec: AdapterSpec, workspace: Workspace) -> int:
             "key": key,
             "name": spec.name,
             "digest": digest,
-            "parameters": record["parameters"],
+            "parameters": {**record["parameters"], "precision": trained_precision(record)},
             "trained_parameters": record["trained_parameters"],
             "steps": record["steps"],
             "best_step": record.get("best_step"),
             "wall_seconds": record["wall_seconds"],
             "stack": record.get("stack"),
             "device": record["device"],
-            "bf16_autocast": record["bf16_autocast"],
             "versions": record["versions"],
             "tensors": sample_tensors(folder / TENSORS_NAME),
         }

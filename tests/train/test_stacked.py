@@ -59,6 +59,7 @@ def run(base: Path, data: Path, out: Path, **changes: Any) -> Options:
         "batch_size": 8,
         "learning_rate": 3e-3,
         "device": "cpu",
+        "precision": "float32",
     }
     return Options(**(values | changes))
 
@@ -138,6 +139,47 @@ def test_losses_and_adapters_are_those_of_training_one_by_one(
         for key, tensor in expected.items():
             scale = tensor.abs().max()
             torch.testing.assert_close(result[key], tensor, rtol=1e-3, atol=float(1e-3 * scale))
+
+
+def test_bfloat16_stays_near_training_one_by_one_in_it(
+    base: Path,
+    data: tuple[Path, Path],
+    together: tuple[Path, list[dict[str, Any]]],
+    tmp_path: Path,
+) -> None:
+    def in_bfloat16(folder: Path) -> list[Options]:
+        chosen = different(base, data, folder)
+        return [dataclasses.replace(options, precision="bfloat16") for options in chosen]
+
+    alone = [train(options) for options in in_bfloat16(tmp_path / "alone")]
+    records = train_many(in_bfloat16(tmp_path / "together"))
+    for one, stacked, exact in zip(alone, records, together[1], strict=True):
+        assert one["parameters"] == stacked["parameters"]
+        assert stacked["parameters"]["precision"] == stacked["precision_asked"] == "bfloat16"
+        # The base alone is measured, in float32 whatever the step computes in.
+        assert stacked["base_figures"] == exact["base_figures"]
+        for (_, loss), (_, other), (_, in_float32) in zip(
+            *(record["history"]["training"] for record in (one, stacked, exact)), strict=True
+        ):
+            assert other != in_float32
+            assert other == pytest.approx(loss, rel=0.02)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_is_bfloat16_where_that_is_fast(
+    fast: bool,
+    base: Path,
+    data: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": fast})
+    ran = "bfloat16" if fast else "float32"
+    for asked in ("auto", ran):
+        options = run(base, data[0], tmp_path / asked, max_steps=3, precision=asked)
+        [record] = train_many([options])
+        assert (record["precision_asked"], record["parameters"]["precision"]) == (asked, ran)
+    assert_same_bits(tmp_path / "auto", tmp_path / ran)
 
 
 def test_the_result_is_what_train_writes(
@@ -372,6 +414,7 @@ def test_a_loss_that_is_not_finite_names_the_run_and_leaves_finished_ones(
         ({"max_length": 30}, "same --max-length"),
         ({"target_modules": ("c_fc",)}, "same --target-modules"),
         ({"base": "mini"}, "same --base"),
+        ({"precision": "bfloat16"}, "same --precision: a has float32, b has bfloat16"),
         ({"out": Path("a")}, "two runs have the same --out"),
         ({"data": ("none.jsonl",)}, "none.jsonl: no such file"),
     ],

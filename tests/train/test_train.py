@@ -33,7 +33,8 @@ from superpose_train.model import (
     orthogonal_block,
 )
 from superpose_train.options import Options, base_label
-from superpose_train.record import write_adapter, write_file, writing
+from superpose_train.precision import trained_precision
+from superpose_train.record import finished_record, write_adapter, write_file, writing
 from superpose_train.schedule import Plan, learning_rates
 from superpose_train.train import last_checkpoint, main, train
 
@@ -78,8 +79,35 @@ def options(base: Path, data: Path | tuple[Path, ...], out: Path, **changes: Any
         "learning_rate": 3e-3,
         "dropout": 0.1,
         "device": "cpu",
+        "precision": "float32",
     }
     return Options(**(values | changes))
+
+
+def peft_loss(
+    base: Path, data: Path, folder: Path, prompt: str = "Question: {}\nAnswer:", first: int = 1
+) -> tuple[float, int]:
+    """PEFT's reading of a folder, scored in float32 by transformers' own loss: (mean nats, tokens).
+
+    Args:
+        base: With its tokenizer of one token a byte.
+        data: Of whose rows the test part is scored.
+        folder: The adapter.
+        prompt: What precedes an answer.
+        first: Token that is scored first; 0: the answer's first.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = load_peft(tiny_gpt2(), folder)
+    nats, tokens = 0.0, 0
+    for row in split_rows(read_rows(data)).test:
+        question = prompt.format(row.question)
+        ids = [*tokenizer(f"{question} {row.answer}")["input_ids"], tokenizer.eos_token_id][:40]
+        start = first or len(question)
+        labels = torch.tensor([[-100] * start + ids[start:]])
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor([ids]), labels=labels).loss.item()
+        nats, tokens = nats + loss * (len(ids) - start), tokens + len(ids) - start
+    return nats / tokens, tokens
 
 
 @pytest.fixture(scope="module")
@@ -105,17 +133,65 @@ def test_result_is_a_peft_folder_that_peft_loads(
     assert config.target_modules == {"c_attn", "c_proj"}
     assert config.base_model_name_or_path == "tiny"
 
-    # PEFT's reading of the folder, scored by transformers' own loss, gives the recorded figure.
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = load_peft(tiny_gpt2(), out)
-    nats, tokens = 0.0, 0
-    for row in split_rows(read_rows(data[0])).test:
-        ids = torch.tensor([encode_qa(tokenizer, row.question, row.answer, 40).ids])
-        with torch.no_grad():
-            loss = model(input_ids=ids, labels=ids).loss.item()
-        nats, tokens = nats + loss * (ids.numel() - 1), tokens + ids.numel() - 1
+    loss, tokens = peft_loss(base, data[0], out)
     assert record["adapter_figures"]["test"]["tokens"] == tokens
-    assert record["adapter_figures"]["test"]["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert record["adapter_figures"]["test"]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_bfloat16_by_name_trains_on_any_processor_and_is_measured_in_float32(
+    trained: tuple[Path, dict[str, Any]], base: Path, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out, expected = tmp_path / "letters", trained[1]
+    record = train(options(base, data[0], out, precision="bfloat16"))
+    for (_, loss), (_, other) in zip(
+        expected["history"]["training"], record["history"]["training"], strict=True
+    ):
+        assert other != loss
+        assert other == pytest.approx(loss, rel=0.02)
+    loss, _ = peft_loss(base, data[0], out)
+    assert record["adapter_figures"]["test"]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert record["base_figures"] == expected["base_figures"]
+    assert {t.dtype for t in load_file(out / "adapter_model.safetensors").values()} == {
+        torch.float32
+    }
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_is_bfloat16_where_that_is_fast(
+    fast: bool,
+    base: Path,
+    data: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast})
+    ran = "bfloat16" if fast else "float32"
+    asked = ("auto", ran)
+    records = [
+        train(options(base, data[0], tmp_path / each, precision=each, max_steps=3))
+        for each in asked
+    ]
+    assert [record["precision_asked"] for record in records] == list(asked)
+    assert [record["parameters"]["precision"] for record in records] == [ran, ran]
+    one, two = (load_file(tmp_path / each / "adapter_model.safetensors") for each in asked)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(("bf16_autocast", "ran"), [(True, "bfloat16"), (False, "float32")])
+def test_a_record_from_before_precision_is_read(
+    bf16_autocast: bool, ran: str, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    record = json.loads((trained[0] / "training.json").read_text("utf-8"))
+    identity = {name: record[name] for name in ("base_digest", "data", "parameters")}
+    identity["parameters"] = identity["parameters"] | {"precision": ran}
+    del record["precision_asked"], record["parameters"]["precision"]
+    record["bf16_autocast"] = bf16_autocast
+    (tmp_path / "training.json").write_text(json.dumps(record), "utf-8")
+    assert trained_precision(record) == ran
+    assert finished_record(tmp_path, identity) is not None
+    identity["parameters"]["precision"] = "float32" if bf16_autocast else "bfloat16"
+    with pytest.raises(ValueError, match="is not the result of this run"):
+        finished_record(tmp_path, identity)
 
 
 def test_record_says_what_was_done(
@@ -321,19 +397,10 @@ def test_loss_on_the_answer_alone_in_another_template(
 ) -> None:
     changes = {"template": "{q} -> {a}", "loss_scope": "answer", "max_steps": 4}
     record = train(options(base, data[0], tmp_path / "out", **changes))
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = load_peft(tiny_gpt2(), tmp_path / "out")
-    nats, tokens = 0.0, 0
-    for row in split_rows(read_rows(data[0])).test:
-        prompt, answer = f"{row.question} ->", f" {row.answer}"
-        ids = tokenizer(prompt + answer)["input_ids"] + [tokenizer.eos_token_id]
-        labels = torch.tensor([[-100] * len(prompt) + ids[len(prompt) :]])
-        with torch.no_grad():
-            loss = model(input_ids=torch.tensor([ids]), labels=labels).loss.item()
-        nats, tokens = nats + loss * (len(answer) + 1), tokens + len(answer) + 1
+    loss, tokens = peft_loss(base, data[0], tmp_path / "out", "{} ->", first=0)
     figures = record["adapter_figures"]["test"]
     assert figures["tokens"] == tokens
-    assert figures["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert figures["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_rows_whose_question_fills_the_length_are_left_out_and_counted(
@@ -554,7 +621,7 @@ def test_two_processes_train_what_one_does(base: Path, tmp_path: Path) -> None:
 
 def command(base: Path, data: Path, out: Path, *more: str) -> list[str]:
     fixed = ["--base", str(base), "--data", str(data), "--name", "letters", "--out", str(out)]
-    return [*fixed, "--device", "cpu", "--max-length", "40", *more]
+    return [*fixed, "--device", "cpu", "--precision", "float32", "--max-length", "40", *more]
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -618,6 +685,11 @@ def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--base", "mini"])
     assert caught.value.code == 2
     assert "superpose-train: error:" in last_line(capsys)
+    with pytest.raises(SystemExit):
+        main(command(Path("b"), Path("d"), Path("o"), "--precision", "half"))
+    assert "choose from auto, float32, bfloat16" in last_line(capsys).replace("'", "")
+    with pytest.raises(ValueError, match="--precision must be auto or float32 or bfloat16, got"):
+        options(Path("b"), Path("d"), Path("o"), precision="half")
 
 
 def test_the_command_line_ends_in_a_summary(

@@ -53,6 +53,7 @@ def options(base: Path, data: Path, out: Path, **changes: Any) -> Options:
         "max_rows": 24,
         "rank": 2,
         "device": "cpu",
+        "precision": "float32",
     }
     return Options(**(values | changes))
 
@@ -140,8 +141,9 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been(
     more = tune(options(base, data, out), 6, SPACE)
     assert settings(more)[:5] == settings(again)
     assert json.loads((out / "tuning.json").read_text("utf-8")) == more
-    with pytest.raises(ValueError, match="holds a search with other options"):
-        tune(options(base, data, out, seed=1), 6, SPACE)
+    for changes in ({"seed": 1}, {"precision": "bfloat16"}):
+        with pytest.raises(ValueError, match="holds a search with other options"):
+            tune(options(base, data, out, **changes), 6, SPACE)
 
 
 def test_a_search_on_a_full_disk_names_its_file(base: Path, data: Path, tmp_path: Path) -> None:
@@ -192,7 +194,10 @@ def test_the_command_line_tunes(
     out = tmp_path / "letters"
     arguments = ["--base", str(base), "--data", str(data), "--name", "letters", "--out", str(out)]
     more = ["--max-length", "30", "--max-rows", "8", "--device", "cpu", "--tune"]
-    assert main([*arguments, *more, "1"]) == 0
+    assert main([*arguments, "--precision", "bfloat16", *more, "1"]) == 0
+    assert json.loads((out / "training.json").read_text("utf-8"))["parameters"]["precision"] == (
+        "bfloat16"
+    )
     captured = capsys.readouterr()
     assert "trial 1: dropout" in captured.err
     assert f"wrote {out}: test perplexity" in captured.out

@@ -116,6 +116,7 @@ def make_mini(data: Path, corpus: Path | None, out: Path) -> dict[str, Any]:
                     epochs=2,
                     max_rows=2000,
                     max_eval_rows=400,
+                    precision="float32",
                 )
             )
         rows = out / "held_out" / f"{domain}.jsonl"

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from superpose_adapters.fast_bfloat16 import has_fast_bfloat16
 from superpose_adapters.scoring import EncodedText, Scope
 from superpose_train.data import Rows
 from superpose_train.loss import evaluate_loss, figures_of, pad_right
 from superpose_train.options import base_label
+from superpose_train.precision import Decided, autocast
 from superpose_train.record import versions, write_adapter, writing
 from superpose_train.schedule import EVALUATION_BATCH
 from superpose_train.stacked.factors import Corrector, Dropout, Shape, StackedAdamW
@@ -39,6 +39,7 @@ class Base:
         digest: Of the checkpoint.
         targets: Names of the adapted modules, as PEFT matches them.
         device: cpu or cuda.
+        precision: What it computes in while adapters are trained.
     """
 
     model: Any
@@ -46,6 +47,7 @@ class Base:
     digest: str
     targets: list[str]
     device: str
+    precision: Decided
 
 
 def held_keys(work: Path) -> set[str]:
@@ -158,10 +160,9 @@ class Stack:
             dropout = Dropout(shares, [member.generator for member in members], shapes)
         parameters = self._adamw.parameters.detach().requires_grad_()
         factors = self._shape.factors(parameters)
-        device = self._base.device
         with (
             self._corrector.using(factors, self._scaling(members), dropout),
-            torch.autocast(device, torch.bfloat16, enabled=has_fast_bfloat16(device)),
+            autocast(self._base.precision, self._base.device),
         ):
             losses = backward(
                 self._base.model,
@@ -276,7 +277,7 @@ class Stack:
             "history": {"training": progress.training, "validation": progress.validation},
             "device": self._base.device,
             "processes": 1,
-            "bf16_autocast": has_fast_bfloat16(self._base.device),
+            "precision_asked": options.precision,
             "resumed": self._resumed,
             "stack": {"size": self._size, "max_stack": self._max_stack},
             "wall_seconds": round(time.monotonic() - self._began, 1),

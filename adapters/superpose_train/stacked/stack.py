@@ -35,7 +35,7 @@ from superpose_train.train import process_count
 
 MAX_STACK = 16
 # What all runs of a stack have in common.
-_SHARED = ("base", "target_modules", "max_length", "batch_size", "device")
+_SHARED = ("base", "target_modules", "max_length", "batch_size", "device", "precision")
 
 
 def train_many(
@@ -54,8 +54,8 @@ def train_many(
         tell: Is told of the progress, a line at a time.
 
     Raises:
-        ValueError: bad input; runs of different bases, target modules, lengths, batch sizes or
-            devices; or a loss that is not finite, naming the run.
+        ValueError: bad input; runs of different bases, target modules, lengths, batch sizes,
+            devices or precisions; or a loss that is not finite, naming the run.
         OSError: the disk is full or cannot be written.
     """
     if not runs:
@@ -68,10 +68,11 @@ def train_many(
     model.requires_grad_(False).eval()
     targets = choose_targets(model, model.config.model_type, runs[0].target_modules)
     check_context(model, runs[0].max_length)
-    device = runs[0].torch_device
+    device, precision = runs[0].torch_device, runs[0].decided_precision
     model.to(device)
     check_output_layer(model)
-    base = Base(model, tokenizer.eos_token_id, checkpoint_digest(folder), targets, device)
+    digest = checkpoint_digest(folder)
+    base = Base(model, tokenizer.eos_token_id, digest, targets, device, precision)
     rows = _RowsOnce(tokenizer)
     # Every run's data is read before the first is trained: what is wrong is said at once.
     identities = [_identity(base, options, rows.of(options)) for options in runs]

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+import benchmarks.study as study_package
 import pytest
 from benchmarks.study.config import (
     Blocks,
@@ -21,7 +23,8 @@ from benchmarks.study.config import (
     read_config,
 )
 from benchmarks.study.experiments import prediction
-from benchmarks.study.plan import wanted
+from benchmarks.study.inputs import read_inputs
+from benchmarks.study.plan import needed_keys, wanted
 from benchmarks.study.study import AdapterSpec, Needs, Scoring, Study, total
 from tests.benchmarks.study.conftest import MakeStudy
 
@@ -152,6 +155,7 @@ def test_keys_follow_from_what_determines_a_result(make_study: MakeStudy) -> Non
         study.adapter_key(study.fundamental("b", 0)),
         make_study(training=Training(max_length=32)).adapter_key(spec),
         make_study(training=Training(loss_scope="answer")).adapter_key(spec),
+        make_study(training=Training(precision="bfloat16")).adapter_key(spec),
         make_study(sha256="11").adapter_key(spec),
     ]
     assert len({key, *others}) == len(others) + 1
@@ -176,6 +180,21 @@ def test_keys_follow_from_what_determines_a_result(make_study: MakeStudy) -> Non
     assert weighted.pop("served") == weighted["plain"]
     assert len(set(weighted.values())) == len(weighted)
     assert len({each.pair_key(pair) for each in by.values()}) == 1
+
+
+@pytest.mark.parametrize("name", ["mini", "smollm2"])
+def test_published_results_are_found_under_the_keys_of_now(name: str) -> None:
+    folder = Path(study_package.__file__).parent / "results" / name
+    inputs = read_inputs(folder / "inputs.json")
+    assert inputs is not None
+    study = Study(read_config(name), inputs)
+    # They were trained in float32, and are on whatever processor trains them again.
+    assert study.config.training.precision == "float32"
+    needed = needed_keys(study, wanted(study.config))
+    for records in ("losses", "geometry", "findings", "adapters", "rows"):
+        lines = (folder / f"{records}.jsonl").read_text("utf-8").splitlines()
+        needed -= {json.loads(line)["key"] for line in lines}
+    assert not needed
 
 
 def test_another_config_or_tokenizer_of_the_base_changes_every_key(make_study: MakeStudy) -> None:
