@@ -9,7 +9,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_reflection.v1alpha import reflection_pb2
 from tests.integration.harness import (
     PATIENCE,
     PROMPT,
@@ -437,20 +438,49 @@ def test_health_turns_before_the_running_rows_have_ended(
     served._stopped = True
 
 
-def test_reflection_lists_the_services_unless_it_is_off(
-    served: Served, loop: LoopThread, gpt2: Family, tmp_path: Path
-) -> None:
-    request = reflection_pb2.ServerReflectionRequest(list_services="")
-    stub = reflection_pb2_grpc.ServerReflectionStub(served.channel)
-    answer = next(iter(stub.ServerReflectionInfo(iter([request]))))
+def reflect(
+    served: Served, version: str, request: reflection_pb2.ServerReflectionRequest
+) -> reflection_pb2.ServerReflectionResponse:
+    """Ask for a part of the contract; the messages of both versions are the same bytes."""
+    ask = served.channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    answer: reflection_pb2.ServerReflectionResponse = next(iter(ask(iter([request]))))
+    return answer
+
+
+LIST = reflection_pb2.ServerReflectionRequest(list_services="")
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_reflection_lists_the_services_and_describes_each(served: Served, version: str) -> None:
+    answer = reflect(served, version, LIST)
     names = {service.name for service in answer.list_services_response.service}
-    assert names >= {*SERVICES, "grpc.health.v1.Health"}
+    assert names == {
+        *SERVICES,
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection",
+        "grpc.reflection.v1alpha.ServerReflection",
+    }
+    for name in names:
+        asked = reflection_pb2.ServerReflectionRequest(file_containing_symbol=name)
+        described = reflect(served, version, asked).file_descriptor_response
+        pool = DescriptorPool()
+        for serialized in reversed(described.file_descriptor_proto):  # what is imported comes last
+            pool.AddSerializedFile(serialized)
+        for method in pool.FindServiceByName(name).methods:
+            assert method.input_type.file.package == name.rpartition(".")[0]
+
+
+def test_reflection_may_be_off(loop: LoopThread, gpt2: Family, tmp_path: Path) -> None:
     silent = start(loop, gpt2.base, tmp_path / "silent", reflection=False)
     try:
-        stub = reflection_pb2_grpc.ServerReflectionStub(silent.channel)
-        with pytest.raises(grpc.RpcError) as caught:
-            next(iter(stub.ServerReflectionInfo(iter([request]))))
-        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        for version in ("v1", "v1alpha"):
+            with pytest.raises(grpc.RpcError) as caught:
+                reflect(silent, version, LIST)
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
     finally:
         silent.stop()
 

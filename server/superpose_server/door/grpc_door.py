@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from superpose_proto.v1 import (
     adapter_pb2,
@@ -20,6 +19,7 @@ from superpose_server.config import split_address
 from superpose_server.door.adapter_service import AdapterService
 from superpose_server.door.inference_service import InferenceService
 from superpose_server.door.mix_service import MixService
+from superpose_server.door.reflection import serve_reflection
 from superpose_server.door.server_service import ServerService
 from superpose_server.door.status import ErrorInterceptor
 from superpose_server.inference.inference import Inference
@@ -70,8 +70,7 @@ class GrpcDoor:
         server_pb2_grpc.add_ServerServiceServicer_to_server(ServerService(runtime), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if runtime.config.reflection:
-            names = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, server)
+            serve_reflection((*_SERVICES, health.SERVICE_NAME), server)
 
     async def open(self) -> None:
         """See `Door`."""
