@@ -23,7 +23,7 @@ from superpose_server.errors import FailedPrecondition, Internal, QueueFull, Shu
 from superpose_server.model.batch import Batch
 from superpose_server.model.packed import PackedLinear
 from superpose_server.weights.dense_correction import DenseCorrection
-from superpose_server.weights.kernel_correction import KernelTerm
+from superpose_server.weights.kernel_correction import KernelCorrection
 from superpose_server.weights.parameter_format import PackedFormat, PlainFormat
 
 PROMPTS = [[72, 101, 108], [65], [10, 20, 30, 40, 50, 60, 70], [200, 3]]
@@ -224,18 +224,18 @@ def test_each_prompt_of_a_pass_has_its_head_corrected_by_its_own_mix(
 def corrected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one entry, the rank, for each module that a pass corrects."""
     calls: list[int] = []
-    dense, kernel = DenseCorrection.attach, KernelTerm.attach
+    dense, kernel = DenseCorrection.attach, KernelCorrection.attach
 
     def dense_counting(self: DenseCorrection, *arguments: Any) -> None:
         calls.extend([self.stack.ranks] * len(self.stack.a))
         dense(self, *arguments)
 
-    def kernel_counting(self: KernelTerm, module: PackedLinear, rows: Tensor) -> None:
-        calls.append(self.ranks)
-        kernel(self, module, rows)
+    def kernel_counting(self: KernelCorrection, *arguments: Any) -> None:
+        calls.extend(rank for rank in self.ranks if rank)
+        kernel(self, *arguments)
 
     monkeypatch.setattr(DenseCorrection, "attach", dense_counting)
-    monkeypatch.setattr(KernelTerm, "attach", kernel_counting)
+    monkeypatch.setattr(KernelCorrection, "attach", kernel_counting)
     return calls
 
 

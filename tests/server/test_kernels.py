@@ -176,7 +176,9 @@ class Layer:
         self.weight = randn(inputs, OUT, seed=90, size=0.2).to(dtype)
         self.bias = randn(OUT, seed=91).to(dtype)
         self.module = PackedLinear(pack(self.weight, transposed=True), self.bias, OUT)
-        self.corrections = Corrections({"m": self.module}, torch.device("cpu"), kernels=True)
+        self.corrections = Corrections(
+            {"m": self.module}, torch.device("cpu"), terms=self.module.term[None]
+        )
 
     def run(
         self, x: Tensor, counts: list[int], mixes: list[BoundMix], resident: BoundMix

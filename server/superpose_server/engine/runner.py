@@ -50,7 +50,7 @@ class Runner:
             {name: model.module.get_submodule(name) for name in model.layout},
             model.device,
             heads=heads,
-            kernels=model.packed,
+            terms=model.terms,
             pool=None if self._captured is None else self._captured.pool,
         )
         if self._captured is not None:
@@ -149,7 +149,7 @@ class _Captured:
     @torch.inference_mode()
     def capture(self, corrections: Corrections, capture: Callable[[Step], Step]) -> None:
         model = self._model
-        static = DenseCorrection(self.pool, self._gates)
+        static = corrections.dense(self.pool, self._gates)
 
         def corrected(batch: Batch, keep: Tensor) -> Tensor:
             with corrections.applied(static, batch, keep):

@@ -37,6 +37,7 @@ class Model:
         max_batch: Rows that run at once.
         scratch_slot: A slot that no row runs in, for texts that are only scored.
         packed: True if the CPU kernels run it, on packed parameters.
+        terms: What corrects the next pass on packed parameters; see `pack_modules`.
         capturable: True if its decode steps should be captured (`graphs.py`).
     """
 
@@ -101,8 +102,9 @@ class Model:
                 f"base {folder} attends to {window} tokens only: set --max-length {window}"
             )
         self.layout: Layout = read_layout(self.module)
+        self.terms: Tensor | None = None
         if self.packed:
-            pack_modules(self.module, self.layout)
+            self.terms = pack_modules(self.module, self.layout)
             replace_activations(self.module)
         self._forward: Callable[[Batch, Tensor], Tensor] = self._pass
         self.capturable = kernels and graphs and device.type == "cuda"

@@ -23,14 +23,17 @@ class PackedLinear(nn.Module):
 
     term: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, out_features: int) -> None:
-        """Take a packed weight (panels, in, 16) and a bias (out,)."""
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, out_features: int, term: Tensor | None = None
+    ) -> None:
+        """Take a packed weight (panels, in, 16), a bias (out,) and a place for the term, (4,)."""
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = bias if bias is None else nn.Parameter(bias, requires_grad=False)
         self.out_features = out_features
-        # The correction of the batch that runs; see `KernelTerm`. All zeros: none.
-        self.register_buffer("term", torch.zeros(4, dtype=torch.int64), persistent=False)
+        # The correction of the batch that runs; see `KernelCorrection`. All zeros: none.
+        term = torch.zeros(4, dtype=torch.int64) if term is None else term
+        self.register_buffer("term", term, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W + bias + correction in x's dtype.
@@ -71,20 +74,26 @@ def pack(parameter: Tensor, *, transposed: bool) -> Tensor:
 
 
 @torch.no_grad()
-def pack_modules(module: nn.Module, layout: Layout) -> None:
+def pack_modules(module: nn.Module, layout: Layout) -> Tensor:
     """Replace every module of `layout` by a PackedLinear, one after the other to save memory.
 
     Embeddings that share the parameter of a tied head read the packed one from then on. One that
     does more than look up keeps its own.
+
+    Returns:
+        The terms of all of them in their order, int64 (modules, 4): side by side, so that one copy
+        corrects the next pass.
     """
-    for name, shape in layout.items():
+    terms = torch.zeros(len(layout), 4, dtype=torch.int64)
+    for (name, shape), term in zip(layout.items(), terms, strict=True):
         old = module.get_submodule(name)
         weight = pack(cast(Tensor, old.weight), transposed=shape.transposed)
         bias = cast("Tensor | None", getattr(old, "bias", None))
-        new = PackedLinear(weight, bias, shape.out_features)
+        new = PackedLinear(weight, bias, shape.out_features, term)
         module.set_submodule(name, new)
         for other in _lookups(module, old) if shape.tied else ():
             module.set_submodule(other, PackedEmbedding(new.weight))
+    return terms
 
 
 def _lookups(module: nn.Module, tied: nn.Module) -> list[str]:

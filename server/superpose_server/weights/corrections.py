@@ -25,13 +25,10 @@ from superpose_server.weights.kernel_correction import KernelCorrection
 class Correction(Protocol):
     """The low-rank terms of one batch of rows."""
 
-    def attach(
-        self, modules: Mapping[str, nn.Module], tokens: Tensor, logits: Tensor, until: ExitStack
-    ) -> None:
+    def attach(self, tokens: Tensor, logits: Tensor, until: ExitStack) -> None:
         """Let modules add their terms to what they give, until `until` is closed.
 
         Args:
-            modules: {name: module}, all that can be adapted.
             tokens: int64 (tokens,), the row of each token that runs meanwhile.
             logits: int64 (logits,), the row of each token that the head sees.
             until: Undoes it.
@@ -48,7 +45,7 @@ class Corrections:
         device: torch.device,
         *,
         heads: Sequence[str] = (),
-        kernels: bool = False,
+        terms: Tensor | None = None,
         pool: FactorStack | None = None,
     ) -> None:
         """Take the modules to correct.
@@ -57,13 +54,14 @@ class Corrections:
             modules: {name: module}.
             device: Where they are.
             heads: Names of those that see only the tokens whose logits are wanted.
-            kernels: The modules are packed, and corrected by the CPU kernels.
+            terms: The terms of packed modules, int64 (modules, 4) in their order, which the CPU
+                kernels read; None: the modules are plain.
             pool: Where factors are put as long as they fit, so that captured steps find them.
         """
         self._heads = frozenset(heads)
         self._modules = modules
         self._device = device
-        self._kernels = kernels
+        self._terms = terms
         self._pool = pool
         # The factors of the last batch that the pool had no room for, and whose they are.
         self._stack: FactorStack | None = None
@@ -81,7 +79,7 @@ class Corrections:
             yield
             return
         with ExitStack() as until:
-            correction.attach(self._modules, batch.rows, batch.rows[keep], until)
+            correction.attach(batch.rows, batch.rows[keep], until)
             yield
 
     def plan(self, rows: Sequence[BoundMix], resident: BoundMix) -> Correction | None:
@@ -125,10 +123,14 @@ class Corrections:
             [[gates.get(adapter, 0.0) for adapter in adapters] for gates in differences],
             dtype=torch.float64,
         )
-        if self._kernels:
-            return KernelCorrection(adapters, table, self._heads)
+        if self._terms is not None:
+            return KernelCorrection(adapters, table, self._terms, list(self._modules), self._heads)
         stack = self._place(tuple(adapters))
-        return DenseCorrection(stack, stack.spread(adapters, table), self._heads)
+        return self.dense(stack, stack.spread(adapters, table))
+
+    def dense(self, stack: FactorStack, gates: Tensor) -> DenseCorrection:
+        """Return the correction of plain modules by `stack`, with float32 gates (rows, ranks)."""
+        return DenseCorrection(stack, gates, self._modules, self._heads)
 
     def _gates_of(self, mix: BoundMix, resident: BoundMix) -> Mapping[Adapter, float]:
         """Return m - r per adapter, where it is not 0."""

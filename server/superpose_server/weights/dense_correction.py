@@ -108,23 +108,23 @@ class DenseCorrection:
     Attributes:
         stack: The factors.
         gates: float32 (rows, ranks of the stack).
+        modules: {name: module}, those of the stack among them.
         heads: Modules that see only the tokens whose logits are wanted.
     """
 
     stack: FactorStack
     gates: Tensor
-    heads: frozenset[str] = frozenset()
+    modules: Mapping[str, nn.Module]
+    heads: frozenset[str]
 
-    def attach(
-        self, modules: Mapping[str, nn.Module], tokens: Tensor, logits: Tensor, until: ExitStack
-    ) -> None:
+    def attach(self, tokens: Tensor, logits: Tensor, until: ExitStack) -> None:
         """See `Correction`."""
         of_tokens = self.gates[tokens]
         of_logits = self.gates[logits] if self.heads & self.stack.a.keys() else of_tokens
         for name, a in self.stack.a.items():
             gates = of_logits if name in self.heads else of_tokens
             hook = _Hook(a, self.stack.b[name], gates)
-            until.callback(modules[name].register_forward_hook(hook).remove)
+            until.callback(self.modules[name].register_forward_hook(hook).remove)
 
 
 class _Hook:

@@ -345,7 +345,7 @@ void product(const float* x, int64_t rows, int64_t depth, const T* w, T* y, int6
 
 // ---- corrections -------------------------------------------------------------------------------
 
-// The low-rank term of one module for one batch, as `KernelTerm` lays it out: addresses, since a
+// The low-rank term of one module for one batch, as `KernelCorrection` lays it out: addresses, since a
 // compiled graph must take any number of adapters without being compiled anew.
 struct Term {
   int64_t domains;         // 0: no correction.
