@@ -57,7 +57,7 @@ class Metrics(EngineObserver):
             self._gauge(name, text).set_function(read)
 
     def stepped(self, rows: tuple[Sequence, ...], waiting: int, corrected: int) -> None:
-        """Count a decode step."""
+        """Count a decode step, and its rows that were corrected (served as unmerged LoRA)."""
         self._generated.inc(len(rows))
         self._corrected.inc(corrected)
 
@@ -78,7 +78,7 @@ class Metrics(EngineObserver):
             self._each.observe((times.finished - times.first_token) / (count - 1))
 
     def folded(self, seconds: float, succeeded: bool, resident: BoundMix) -> None:
-        """Count a fold and show what is resident."""
+        """Count a fold (a merge into the weights) and show what is resident."""
         self._folds.labels("ok" if succeeded else "failed").inc()
         self._fold.observe(seconds)
         self.resident(resident)

@@ -192,7 +192,7 @@ class Operator:
             _log.warning("adapters that are no longer used could not be removed", exc_info=True)
 
     def prepare(self, mix: BoundMix) -> PreparedMix:
-        """Make what a fold of `mix` needs; see `ResidentWeights.prepare`."""
+        """Make what a fold (merge) of `mix` needs; see `ResidentWeights.prepare`."""
         return self._weights.prepare(mix)
 
     def analyze(self, prepared: PreparedMix) -> Analysis:

@@ -1,8 +1,8 @@
 """The default mix: what a request that names no mix gets, and the only way to change it.
 
-A change is validated, prepared, made durable in the journal, folded at a step boundary, and only
-then visible: its call returns when every later request gets it. If the fold fails, the journal
-goes back to what it held and nothing has changed.
+A change is validated, prepared, made durable in the journal, folded at a step boundary (merged into
+the weights), and only then visible: its call returns when every later request gets it. If the fold
+fails, the journal goes back to what it held and nothing has changed.
 """
 
 from __future__ import annotations
