@@ -48,11 +48,15 @@ bench() {
 mkdir -p "$out"
 "$python" -m benchmarks.machine || exit 1
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    # What warns elsewhere than in the tested environment is no failure.
+    pytest="$python -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib -W default"
     if has pytest; then
-        run 60 "$python" -m pytest -q -p no:cacheprovider -o addopts="--import-mode=importlib" \
-            -o timeout=0 tests/server/test_cuda.py
+        run 60 $pytest -o timeout=0 tests/server/test_cuda.py
+        # Through a socket: meaning, exact bits, verification.
+        TEST_DEVICE=cuda run 80 $pytest -o timeout=0 -x tests/integration/test_semantics.py \
+            tests/integration/test_bits.py tests/integration/test_verify.py
     else
-        echo "gpu.sh: pytest is absent: tests/server/test_cuda.py left out"
+        echo "gpu.sh: pytest is absent: the tests were left out"
     fi
     bench 60 correctness --model small --dtype float32
     bench 40 correctness --model small --dtype bfloat16

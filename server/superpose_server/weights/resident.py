@@ -1,4 +1,4 @@
-"""The one place where the resident weights change.
+"""The one place where the resident weights change: folds, which others call merges.
 
 Invariants: every adaptable parameter equals base + sum of weighted deltas of `resident`, to the
 last bit a function of that mix alone; no parameter changes its address. Removal copies the base
