@@ -61,6 +61,7 @@ def stream_all(served: Served, run: Run) -> dict[str, list[GenerationChunk]]:
     recorder = served.recorder
     changes_left = len(CHANGES)
     together = 0
+    begun = False
 
     def gate(step: Step) -> None:
         """Make the test as quick as the machine, and as true on a slow one.
@@ -68,8 +69,9 @@ def stream_all(served: Served, run: Run) -> dict[str, list[GenerationChunk]]:
         The first step waits until all four requests are in; then every `pace` steps of all four
         one more change must have been asked for.
         """
-        nonlocal changes_left, together
-        if together == 0 and len(step.rows) < len(REQUESTS):
+        nonlocal changes_left, together, begun
+        if not begun:
+            begun = True
             for _ in range(len(REQUESTS)):
                 assert recorder.submitted.acquire(timeout=PATIENCE)
         if len(step.rows) == len(REQUESTS):
