@@ -1,4 +1,4 @@
-"""What can go wrong, in the server's own words; `status` turns it into gRPC statuses.
+"""What can go wrong, in the server's own words; every door turns it into those of its wire.
 
 ServerError
 ├── InvalidArgument      the request is wrong whatever the state of the server

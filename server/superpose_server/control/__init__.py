@@ -1,1 +1,1 @@
-"""What operators change: which adapter a domain names, and the default mix."""
+"""What operators change and watch: the names of adapters, the default mix, the weights' state."""
