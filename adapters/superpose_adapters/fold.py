@@ -63,5 +63,5 @@ def fold_into(
     rows = max(1, elements // out.shape[1])
     for start in range(0, out.shape[0], rows):
         tile = slice(start, start + rows)
-        exact = base[tile].to(out.device, torch.float32)
-        out[tile].copy_(torch.addmm(exact, left[tile], right))
+        exact = base[tile].to(out.device, torch.float32)  # A copy, since `out` is narrower.
+        out[tile].copy_(exact.addmm_(left[tile], right))

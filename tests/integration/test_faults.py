@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from tests.integration.harness import PROMPT, Family, Fingerprint, Served
 
 from superpose_client import Client, FailedPreconditionError, InternalError
-from superpose_server.model.batch import Batch
+from superpose_server.model.batch import Span
 from superpose_server.weights.parameter_format import PackedFormat, PlainFormat
 
 SET: Callable[[Client], Any] = lambda client: client.set({"b": 1.0, "c": -0.5})  # noqa: E731
@@ -167,17 +167,17 @@ def test_a_fault_in_a_step_ends_its_rows_and_no_others(
     served: Served, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
     before = state_of(served)
-    model = served.runtime.model
-    real = model.run
+    runner = served.runtime.engine.runner
+    real = runner.run
     with monkeypatch.context() as patch:
 
-        def fails_once(batch: Batch, keep: torch.Tensor) -> torch.Tensor:
-            if (batch.spans[0].position == 0) != (phase == "prefill"):
-                return real(batch, keep)
-            patch.setattr(model, "run", real)
+        def fails_once(spans: Sequence[Span], *arguments: Any) -> torch.Tensor:
+            if (spans[0].position == 0) != (phase == "prefill"):
+                return real(spans, *arguments)
+            patch.setattr(runner, "run", real)
             raise RuntimeError("secret detail")
 
-        patch.setattr(model, "run", fails_once)
+        patch.setattr(runner, "run", fails_once)
         with pytest.raises(InternalError, match=r"^internal error$") as caught:
             list(served.client.stream(PROMPT, max_new_tokens=20, ignore_eos=True))
     assert caught.value.reason == "INTERNAL"

@@ -12,6 +12,7 @@ import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_reflection.v1alpha import reflection_pb2
 from tests.integration.harness import (
+    DEVICE,
     PATIENCE,
     PROMPT,
     Family,
@@ -540,7 +541,7 @@ def test_metrics_move_with_what_happens(served: Served) -> None:
 def test_the_server_info_tells_what_runs(served: Served, gpt2: Family) -> None:
     info = served.client.info()
     assert info.base == str(gpt2.base)
-    assert (info.dtype, info.device, info.context_length) == ("float32", "cpu", 1024)
+    assert (info.dtype, info.device, info.context_length) == ("float32", DEVICE, 1024)
     assert (info.limits.max_batch, info.limits.max_queue) == (16, 256)
     assert (info.running, info.waiting, info.adapters) == (0, 0, 3)
     assert info.weights_intact

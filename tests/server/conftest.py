@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 from tests.makers import save_base, tiny_gpt2, tiny_llama
+from tests.server.helpers import NEEDS_COMPILER
 
 # The machine that runs the tests is shared: a slow example is no failure. Derandomized, so that a
 # red run can be repeated.
@@ -25,11 +25,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "gpt2": save_base(tiny_gpt2(), root / "gpt2"),
         "llama": save_base(tiny_llama(), root / "llama"),
     }
-
-
-NEEDS_COMPILER = pytest.mark.skipif(
-    shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler"
-)
 
 
 # Not a fixture of each test, which hypothesis would not reset between examples.

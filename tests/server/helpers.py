@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import shutil
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -30,6 +32,9 @@ from superpose_server.model.batch import Span
 from superpose_server.model.model import Model
 from superpose_server.weights.resident import ResidentWeights
 
+NEEDS_COMPILER = pytest.mark.skipif(
+    shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler"
+)
 GREEDY = SamplingParams(max_new_tokens=8, temperature=0.0, ignore_eos=True)
 
 # References are slow: a text that several tests want is made once.

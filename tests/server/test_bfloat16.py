@@ -16,6 +16,7 @@ import pytest
 import torch
 from tests.makers import make_adapter, save_base, tiny_gpt2, tiny_llama
 from tests.server.helpers import (
+    NEEDS_COMPILER,
     Bench,
     bound,
     dense_model,
@@ -39,7 +40,7 @@ IDS = torch.randint(0, 256, (4, 48), generator=torch.Generator().manual_seed(3))
 class Study:
     """One base in bfloat16, some mixes, and the error of each on any resident mix."""
 
-    def __init__(self, family: str, root: Path, *, kernels: bool) -> None:
+    def __init__(self, family: str, root: Path, way: str) -> None:
         if family == "gpt2":
             base = tiny_gpt2(n_layer=4, n_embd=128, initializer_range=0.02)
         else:
@@ -50,11 +51,13 @@ class Study:
                 initializer_range=0.02,
             )
         folder = save_base(base, root / "base")
-        self.model = open_model(folder, torch.bfloat16, kernels=kernels)
+        self.model = open_model(folder, torch.bfloat16, kernels=way == "kernels")
+        # As on a GPU: corrected by factors in bfloat16 that captured steps can read.
+        self.model.capturable = way == "captured"
         rounded = load_reference(folder, torch.bfloat16)
         self.base = dense_model(rounded, BoundMix("base"), self.model.layout)
         self.weights = open_weights(self.model)
-        self.runner = Runner(self.model, self.weights)
+        self.runner = Runner(self.model, self.weights, capture=lambda: lambda step: step)
 
         def adapter(name: str, seed: int, size: float) -> Adapter:
             folder = make_adapter(base, root / name, seed, size=size)
@@ -83,11 +86,18 @@ class Study:
         return float((logits.double().log_softmax(-1) - self.exact[name]).abs().mean())
 
 
+@pytest.fixture(
+    scope="module", params=["torch", "captured", pytest.param("kernels", marks=NEEDS_COMPILER)]
+)
+def way(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def study(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, kernels: bool
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, way: str
 ) -> Study:
-    return Study(request.param, tmp_path_factory.mktemp("bfloat16"), kernels=kernels)
+    return Study(request.param, tmp_path_factory.mktemp("bfloat16"), way)
 
 
 def foldable(study: Study) -> Iterator[str]:

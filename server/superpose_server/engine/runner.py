@@ -141,9 +141,13 @@ class _Captured:
             for name, shape in model.layout.items()
             if not shape.head
         }
-        self.pool = FactorStack(shapes, _CAPTURED_RANKS, model.device)
+        # float16 has too small a range for factors.
+        dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32
+        self.pool = FactorStack(shapes, _CAPTURED_RANKS, model.device, dtype)
         # Of the row in each slot.
-        self._gates = torch.zeros(model.max_batch, _CAPTURED_RANKS, device=model.device)
+        self._gates = torch.zeros(
+            model.max_batch, _CAPTURED_RANKS, dtype=dtype, device=model.device
+        )
         self._gated: tuple[Correction | None, list[int]] = (None, [])
 
     @torch.inference_mode()

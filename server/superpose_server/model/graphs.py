@@ -6,8 +6,10 @@ their addresses, so that folds write under a captured step and a replay sees wha
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -25,6 +27,9 @@ class GpuCapture:
     def __init__(self) -> None:
         """Begin with an empty pool."""
         self._pool = torch.cuda.graph_pool_handle()
+        # What garbage holds on the device would be freed by a collection within a capture, which
+        # ends it with an error.
+        gc.collect()
 
     def __call__(self, step: Step) -> Step:
         """Return a replay of `step`, which must allocate nothing that outlives it but its result.
@@ -37,7 +42,9 @@ class GpuCapture:
             step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # What other threads do on the device is theirs.
+        mode = "thread_local"
+        with _no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
             result = step()
 
         def replay() -> Tensor:
@@ -45,6 +52,17 @@ class GpuCapture:
             return result
 
         return replay
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class DecodeGraphs:

@@ -13,7 +13,6 @@ from superpose_adapters.adapter import Adapter
 
 # Elements between the beginnings of two modules' factors are a multiple of this, 16 bytes.
 _ALIGNED = 4
-_FINITE = torch.finfo(torch.float32).max
 
 
 class FactorStack:
@@ -24,12 +23,16 @@ class FactorStack:
     adapter gets there by one copy. Addresses stay, so that captured steps can read from here.
 
     Attributes:
-        a: {module: float32 (ranks, in)}.
-        b: {module: float32 (ranks, out)}, scaling included.
+        a: {module: (ranks, in)}.
+        b: {module: (ranks, out)}, scaling included.
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, int]], ranks: int, device: torch.device
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        ranks: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Make an empty stack.
 
@@ -37,6 +40,8 @@ class FactorStack:
             shapes: {module: (in, out)} of those that may be adapted.
             ranks: Room, in ranks of all adapters together.
             device: Where it lies.
+            dtype: Of the factors. In that of the model a term needs fewer launches on a GPU; in
+                bfloat16 it loses as much, relatively, as its output loses by its own rounding.
         """
         self.ranks = ranks
         self._places: dict[tuple[str, int], slice] = {}
@@ -45,7 +50,7 @@ class FactorStack:
             for side, features in enumerate(shape):
                 self._places[name, side] = slice(width, width + features)
                 width += -(-features // _ALIGNED) * _ALIGNED
-        self._all = torch.zeros(ranks, width, dtype=torch.float32, device=device)
+        self._all = torch.zeros(ranks, width, dtype=dtype, device=device)
         self.a = {name: self._all[:, self._places[name, 0]] for name in shapes}
         self.b = {name: self._all[:, self._places[name, 1]] for name in shapes}
         # By digest, so that no adapter is kept alive for having been here.
@@ -79,26 +84,27 @@ class FactorStack:
         fits = used + sum(adapter.rank for adapter in new) <= self.ranks
         if not fits or not all(adapter.modules.keys() <= self.a.keys() for adapter in new):
             return False
+        largest = torch.finfo(self._all.dtype).max
         for adapter in new:
             rows = torch.zeros(adapter.rank, self._all.shape[1], dtype=torch.float32)
             for name, factors in adapter.modules.items():
                 # Finite, since rows whose gate is 0 are multiplied by it too.
-                a = factors.a.clamp(-_FINITE, _FINITE)
-                b = (factors.b.double() * factors.scaling).float().clamp(-_FINITE, _FINITE)
+                a = factors.a.clamp(-largest, largest)
+                b = (factors.b.double() * factors.scaling).float().clamp(-largest, largest)
                 rows[: len(a), self._places[name, 0]] = a
                 rows[: len(a), self._places[name, 1]] = b.T
             columns = slice(used, used + adapter.rank)
-            self._all[columns] = rows.to(self._all.device)
+            self._all[columns] = rows.to(self._all)
             self._columns[adapter.digest] = columns
             used = columns.stop
         return True
 
     def spread(self, adapters: Sequence[Adapter], gates: Tensor) -> Tensor:
-        """Return float32 (rows, ranks) from gates (rows, adapters) of adapters that are here."""
+        """Return gates (rows, ranks) from those (rows, adapters) of adapters that are here."""
         spread = torch.zeros(len(gates), self.ranks, dtype=torch.float32)
         for adapter, of_rows in zip(adapters, gates.T, strict=True):
             spread[:, self._columns[adapter.digest]] = of_rows[:, None].float()
-        return spread.to(self._all.device)
+        return spread.to(self._all)
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ class DenseCorrection:
 
     Attributes:
         stack: The factors.
-        gates: float32 (rows, ranks of the stack).
+        gates: (rows, ranks of the stack), in its dtype.
         modules: {name: module}, those of the stack among them.
         heads: Modules that see only the tokens whose logits are wanted.
     """
@@ -119,21 +125,24 @@ class DenseCorrection:
 
     def attach(self, tokens: Tensor, logits: Tensor, until: ExitStack) -> None:
         """See `Correction`."""
-        of_tokens = self.gates[tokens]
-        of_logits = self.gates[logits] if self.heads & self.stack.a.keys() else of_tokens
+        of_tokens = (gates := self.gates[tokens]), gates == 0
+        of_logits = of_tokens
+        if self.heads & self.stack.a.keys():
+            of_logits = (gates := self.gates[logits]), gates == 0
         for name, a in self.stack.a.items():
-            gates = of_logits if name in self.heads else of_tokens
-            hook = _Hook(a, self.stack.b[name], gates)
+            hook = _Hook(a, self.stack.b[name], *(of_logits if name in self.heads else of_tokens))
             until.callback(self.modules[name].register_forward_hook(hook).remove)
 
 
 class _Hook:
     """Adds a module's term to its output (..., tokens, out)."""
 
-    def __init__(self, a: Tensor, b: Tensor, gates: Tensor) -> None:
-        self._a, self._b, self._gates = a.T, b, gates
+    def __init__(self, a: Tensor, b: Tensor, gates: Tensor, silent: Tensor) -> None:
+        self._a, self._b, self._gates, self._silent = a.T, b, gates, silent
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        low = inputs[0].to(self._a.dtype) @ self._a
         # A gate of 0 must win over factors so large that the product overflows.
-        low = torch.where(self._gates == 0, 0.0, (inputs[0].float() @ self._a) * self._gates)
-        return (output.float() + low @ self._b).to(output.dtype)
+        low = (low * self._gates).masked_fill(self._silent, 0.0)
+        flat = output.view(-1, output.shape[-1]).to(low.dtype)
+        return flat.addmm(low.view(-1, low.shape[-1]), self._b).view_as(output).to(output.dtype)

@@ -156,8 +156,10 @@ class ResidentWeights:
             self._keep_base(module)
             pair = concatenate_factors(weights, module)
             if pair is not None:
+                # From the factors where they are: on a GPU every norm would wait for the device.
+                largest = float(pair[0].norm()) * float(pair[1].norm())
                 factors[module] = self._formats[module].arrange(*pair)
-                self._refuse_infinite(mix, module, factors[module])
+                self._refuse_infinite(mix, module, factors[module], largest)
         energy = {module: self._rounding[module] for module in factors}
         error = expected_fold_error(energy, mix_norm(weights)) if factors else 0.0
         return PreparedMix(mix, factors, error)
@@ -178,10 +180,10 @@ class ResidentWeights:
             self._largest[module] = float(torch.maximum(-low, high))
             self._base[module] = lasting_copy(live, self._keep_base_on)
 
-    def _refuse_infinite(self, mix: BoundMix, module: str, pair: Pair) -> None:
+    def _refuse_infinite(self, mix: BoundMix, module: str, pair: Pair, largest: float) -> None:
         limit = torch.finfo(self.dtype).max
         # |sum| <= max |W| + |B| |A|; only where this bound is no help is the sum itself formed.
-        if self._largest[module] + float(pair[0].norm()) * float(pair[1].norm()) < limit:
+        if self._largest[module] + largest < limit:
             return
         folded = self._fresh(module, pair)
         if not bool(torch.isfinite(folded).all()):
