@@ -24,6 +24,7 @@ from typing import Any
 
 from superpose_adapters.adapter import Adapter, AdapterError
 from superpose_adapters.digest import canonical_json
+from superpose_adapters.durable import sync, write_synced
 from superpose_adapters.layout import Layout
 from superpose_adapters.mix import check_domain
 from superpose_adapters.peft.folder import (
@@ -124,16 +125,16 @@ class AdapterStore:
         try:
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir()
-            _write(fresh / CONFIG_NAME, config)
-            _write(fresh / TENSORS_NAME, tensors)
-            _sync_directory(fresh)
+            write_synced(fresh / CONFIG_NAME, config)
+            write_synced(fresh / TENSORS_NAME, tensors)
+            sync(fresh)
             if final.exists():  # damaged: mended file by file, so that it is never missing
                 for name in (CONFIG_NAME, TENSORS_NAME):
                     (fresh / name).replace(final / name)
-                _sync_directory(final)
+                sync(final)
             else:
                 fresh.rename(final)
-                _sync_directory(self._objects)
+                sync(self._objects)
         except OSError as error:
             raise self._refused(error) from error
         finally:
@@ -240,12 +241,12 @@ class AdapterStore:
     def _write_names(self, names: Mapping[str, str]) -> None:
         fresh, former = self._temporary / "names.json", self._temporary / "former.json"
         try:
-            _write(fresh, canonical_json(dict(names)))
+            write_synced(fresh, canonical_json(dict(names)))
             if self._index.exists():
                 os.link(self._index, former)
             fresh.replace(self._index)
             try:
-                _sync_directory(self._folder)
+                sync(self._folder)
             except OSError:
                 # Not known to be durable, so it must not be in force either.
                 if former.exists():
@@ -268,20 +269,3 @@ class AdapterStore:
     @staticmethod
     def _damaged(path: Path, why: str) -> StoreError:
         return StoreError(f"{path}: damaged ({why}): restore it, or remove it and push again")
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    """Wait until the directory's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.config import Config
-from benchmarks.study.records import write_whole
 from benchmarks.study.synthetic import write_topic
 from superpose_adapters.bundled import MINI, resolve_base
 from superpose_adapters.digest import canonical_digest, checkpoint_digest
+from superpose_adapters.durable import write_file
 from superpose_adapters.layout import read_layout
 from superpose_adapters.qa import (
     Part,
@@ -94,7 +94,7 @@ class Inputs:
 
     def write(self, path: Path) -> None:
         """Keep it beside the results."""
-        write_whole(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
+        write_file(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
 
 def read_inputs(path: Path) -> Inputs | None:

@@ -15,10 +15,10 @@ from benchmarks.study.document import Picture, Section
 from benchmarks.study.front import Front, front
 from benchmarks.study.page import html, markdown
 from benchmarks.study.plan import needed_keys, needs_of, reportable
-from benchmarks.study.records import write_whole
 from benchmarks.study.results import Results
 from benchmarks.study.study import Study
 from benchmarks.study.workspace import Workspace
+from superpose_adapters.durable import write_file
 
 _DPI = 110
 _COLUMNS = ("key", "model", "mix", "domain", "part", "template", "row", "nats", "tokens")
@@ -32,10 +32,10 @@ def publish(study: Study, workspace: Workspace) -> str:
     pictures = {each.name: render(each) for section in sections for each in section.pictures}
     out = workspace.out
     for name, data in pictures.items():
-        write_whole(out / "figures" / f"{name}.png", data)
-    write_whole(out / "report.html", html(first, sections, pictures).encode())
-    write_whole(out / "report.md", markdown(first, sections).encode())
-    write_whole(out / "results.json", _json(study, first, sections))
+        write_file(out / "figures" / f"{name}.png", data)
+    write_file(out / "report.html", html(first, sections, pictures).encode())
+    write_file(out / "report.md", markdown(first, sections).encode())
+    write_file(out / "results.json", _json(study, first, sections))
     _write_parquet(study, workspace, out / "losses.parquet")
     return str(out / "report.html")
 
@@ -129,4 +129,4 @@ def _write_parquet(study: Study, workspace: Workspace, path: Path) -> None:
             columns["tokens"].append(count)
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns), buffer, compression="zstd")
-    write_whole(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())

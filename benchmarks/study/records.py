@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from superpose_adapters.durable import write_file
+
 Record = dict[str, Any]
 
 
@@ -85,21 +87,10 @@ class Records:
         dropped = len(self._by_key) - len(kept)
         if dropped:
             data = b"".join(_line(record) for record in kept.values())
-            write_whole(self._path, data)
+            write_file(self._path, data)
             self._by_key, self._whole = kept, len(data)
         return dropped
 
 
 def _line(record: Record) -> bytes:
     return json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import json
 import random
 from pathlib import Path
 
-from benchmarks.study.records import write_whole
+from superpose_adapters.durable import write_file
 
 _WORDS: dict[str, tuple[str, ...]] = {
     "birds": (
@@ -121,5 +121,5 @@ def write_topic(topic: str, count: int, folder: Path) -> Path:
     path = folder / f"{topic}-{count}.jsonl"
     data = "".join(json.dumps(row) + "\n" for row in rows_of(topic, count)).encode()
     if not path.exists() or path.read_bytes() != data:
-        write_whole(path, data)
+        write_file(path, data)
     return path

@@ -156,7 +156,7 @@ def fail_write(monkeypatch: pytest.MonkeyPatch) -> None:
     def opening(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         file = real(self, mode, *args, **kwargs)
         if "w" in mode:
-            file.write("half of it")
+            file.write(b"half of it")
             file.flush()
             monkeypatch.setattr(file, "write", no_space)
         return file

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from superpose_adapters.digest import canonical_digest
+from superpose_adapters.durable import sync, write_synced
 
 _FORMAT = 1
 
@@ -92,10 +93,7 @@ class Journal:
             {"format": _FORMAT, "body": body, "checksum": canonical_digest(body)}, indent=1
         )
         try:
-            with self._temporary.open("w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            write_synced(self._temporary, text.encode())
             self._previous.unlink(missing_ok=True)
             if self.path.exists():
                 os.link(self.path, self._previous)
@@ -104,7 +102,7 @@ class Journal:
             self._temporary.unlink(missing_ok=True)
             raise
         try:
-            self._sync_folder()
+            sync(self.path.parent)
         except OSError:
             self.undo()
             raise
@@ -115,11 +113,4 @@ class Journal:
             self._previous.replace(self.path)
         else:
             self.path.unlink(missing_ok=True)
-        self._sync_folder()
-
-    def _sync_folder(self) -> None:
-        descriptor = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(self.path.parent)

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from benchmarks.study.records import Records, write_whole
+from benchmarks.study.records import Records
+from tests.full_disk import files_of_at_most
 
 
 def test_records_are_found_again(tmp_path: Path) -> None:
@@ -59,21 +60,6 @@ def test_a_full_disk_leaves_no_record(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [record["key"] for record in Records(path)] == ["a", "c"]
 
 
-def test_a_whole_file_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_whole(path, b"first")
-
-    def fail(self: Path, data: bytes) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", fail)
-        with pytest.raises(OSError, match="No space left"):
-            write_whole(path, b"second")
-    assert path.read_bytes() == b"first"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_what_is_dropped_is_gone_from_the_file_too(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     records = Records(path)
@@ -84,3 +70,15 @@ def test_what_is_dropped_is_gone_from_the_file_too(tmp_path: Path) -> None:
     assert "b" not in records
     records.add({"key": "d", "of": []})
     assert [record["key"] for record in Records(path)] == ["a", "c", "d"]
+
+
+def test_a_full_disk_drops_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    records = Records(path)
+    for key in "abc":
+        records.add({"key": key})
+    with files_of_at_most(20), pytest.raises(OSError, match=r"records.jsonl: cannot be written: F"):
+        records.drop(lambda record: record["key"] == "a")
+    assert "a" in records
+    assert len(Records(path)) == 3
+    assert list(tmp_path.iterdir()) == [path]

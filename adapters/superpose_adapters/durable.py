@@ -1,0 +1,95 @@
+"""Files and folders that are there whole or not at all, whatever instant the machine stops at.
+
+What is new is written beside its place, waited for until it is on the disk, and takes the place by
+one rename, which is waited for too.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file in its place and wait until its bytes are on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file, in place of what is there; its folder is made if need be.
+
+    Raises:
+        OSError: It could not be written; what was there is there still.
+    """
+    with replacing(path) as fresh:
+        fresh.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a file's name beside `path` to write to; what is written takes the place of `path`.
+
+    Raises:
+        OSError: It could not be written; what was there is there still.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = _beside(path)
+    try:
+        with naming(path):
+            yield fresh
+            sync(fresh)
+            fresh.replace(path)
+            sync(path.parent)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path` to fill; it becomes `path`, where nothing may be.
+
+    Raises:
+        OSError: It could not be written; nothing is left.
+    """
+    fresh = _beside(path)
+    fresh.mkdir(parents=True)
+    try:
+        with naming(path):
+            yield fresh
+            for each in (*fresh.rglob("*"), fresh):
+                sync(each)
+            fresh.rename(path)
+            sync(path.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError that names no file name `path`: a write to a full disk raises one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _beside(path: Path) -> Path:
+    # The process's number: two that write one thing at a time must not share it.
+    return path.with_name(f".{path.name}.{os.getpid()}")
