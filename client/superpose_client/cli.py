@@ -357,6 +357,7 @@ class GenerateFlags(TypedDict):
         int | None, typer.Option(metavar="K", callback=_within(_UINT32), help="[default: 0, off]")
     ]
     top_p: Annotated[float | None, typer.Option(metavar="P", help="[default: 1, off]")]
+    min_p: Annotated[float | None, typer.Option(metavar="P", help="[default: 0, off]")]
     seed: Annotated[
         int | None, typer.Option(metavar="N", callback=_within(_UINT64), help="[default: random]")
     ]

@@ -44,6 +44,7 @@ class GenerateOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     seed: int | None
     logprobs: bool | None
+    min_p: float | None
 
 
 class AdapterFiles(NamedTuple):

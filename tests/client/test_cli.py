@@ -310,6 +310,7 @@ def test_generate_without_stream(ctl: Ctl, server: FakeServer) -> None:
 def test_every_option_of_generate(ctl: Ctl, server: FakeServer) -> None:
     options = """
         --mix math=-1 --max-new-tokens 9 --min-new-tokens 2 --temperature 0.5 --top-k 4 --top-p 0.9
+        --min-p 0.05
         --seed 18446744073709551615 --stop a --stop b --ignore-eos --logprobs
     """
     ctl("generate", "x", *options.split())
@@ -320,6 +321,7 @@ def test_every_option_of_generate(ctl: Ctl, server: FakeServer) -> None:
         temperature=0.5,
         top_k=4,
         top_p=0.9,
+        min_p=0.05,
         seed=2**64 - 1,
         stop=["a", "b"],
         ignore_eos=True,

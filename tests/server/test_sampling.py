@@ -39,9 +39,9 @@ def draw_many(
 
 
 def plain_probabilities(
-    logits: NDArray[np.float64], temperature: float, top_k: int, top_p: float
+    logits: NDArray[np.float64], temperature: float, top_k: int, top_p: float, min_p: float
 ) -> NDArray[np.float64]:
-    """Temperature, then the top_k likeliest, then the fewest of them that sum to top_p."""
+    """Temperature, the top_k likeliest, the fewest that sum to top_p, those of at least min_p."""
     scaled = np.exp((logits - logits.max()) / temperature)
     probabilities = scaled / scaled.sum()
     order = sorted(range(len(logits)), key=lambda i: (-probabilities[i], i))
@@ -50,19 +50,32 @@ def plain_probabilities(
         kept.append(index)
         if top_p < 1 and probabilities[kept].sum() >= top_p:
             break
+    kept = [index for index in kept if scaled[index] >= min_p]
     result: NDArray[np.float64] = np.zeros_like(probabilities)
     result[kept] = probabilities[kept] / probabilities[kept].sum()
     return result
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 3, 1.0), (1.0, 0, 0.75), (1.5, 5, 0.8)],
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (1.0, 0, 1.0, 0.0),
+        (0.5, 0, 1.0, 0.0),
+        (2.0, 0, 1.0, 0.0),
+        (1.0, 3, 1.0, 0.0),
+        (1.0, 0, 0.75, 0.0),
+        (1.5, 5, 0.8, 0.0),
+        (1.0, 0, 1.0, 0.2),
+        (2.0, 0, 0.9, 0.3),
+    ],
 )
-def test_draws_follow_the_distribution(temperature: float, top_k: int, top_p: float) -> None:
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=11)
+def test_draws_follow_the_distribution(
+    temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=11)
     counts = np.bincount(draw_many(params), minlength=len(LOGITS))
-    expected = DRAWS * plain_probabilities(LOGITS.double().numpy(), temperature, top_k, top_p)
+    exact = plain_probabilities(LOGITS.double().numpy(), temperature, top_k, top_p, min_p)
+    expected = DRAWS * exact
     assert counts[expected == 0].sum() == 0
     likely = expected > 0
     chi_square = float(((counts - expected)[likely] ** 2 / expected[likely]).sum())
@@ -75,14 +88,17 @@ def test_draws_follow_the_distribution(temperature: float, top_k: int, top_p: fl
     temperature=st.sampled_from([0.25, 1.0, 3.0]),
     top_k=st.integers(0, 14),
     top_p=st.sampled_from([1.0, 0.99, 0.9, 0.5, 0.1, 1e-6]),
+    min_p=st.sampled_from([0.0, 1e-6, 0.05, 0.3, 1.0]),
     seed=st.integers(0, 2**64 - 1),
 )
-def test_only_tokens_of_the_plain_top_k_and_top_p_set_are_drawn(
-    logits: list[int], temperature: float, top_k: int, top_p: float, seed: int
+def test_only_tokens_of_the_plain_set_are_drawn(
+    logits: list[int], temperature: float, top_k: int, top_p: float, min_p: float, seed: int
 ) -> None:
     values = torch.tensor(logits, dtype=torch.float32) / 8
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    plain = plain_probabilities(values.double().numpy(), temperature, top_k, top_p)
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+    )
+    plain = plain_probabilities(values.double().numpy(), temperature, top_k, top_p, min_p)
     assert set(draw_many(params, 20, values)) <= set(np.flatnonzero(plain).tolist())
 
 
@@ -215,6 +231,9 @@ BAD: list[tuple[str, Callable[[], SamplingParams]]] = [
     ("top_p", lambda: SamplingParams(top_p=1.01)),
     ("top_p", lambda: SamplingParams(top_p=-1.0)),
     ("top_p", lambda: SamplingParams(top_p=float("nan"))),
+    ("min_p", lambda: SamplingParams(min_p=-0.01)),
+    ("min_p", lambda: SamplingParams(min_p=1.01)),
+    ("min_p", lambda: SamplingParams(min_p=float("nan"))),
     ("stop", lambda: SamplingParams(stop=("a",) * 17)),
     ("stop", lambda: SamplingParams(stop=("",))),
     ("stop", lambda: SamplingParams(stop=("a" * 257,))),

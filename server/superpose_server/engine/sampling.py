@@ -34,6 +34,7 @@ class SamplingParams:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: bool = False
@@ -52,6 +53,8 @@ class SamplingParams:
             _refuse("temperature", self.temperature, "from 0 (greedy) to 100")
         if not 0 < self.top_p <= 1:
             _refuse("top_p", self.top_p, "above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            _refuse("min_p", self.min_p, "from 0 to 1")
         if len(self.stop) > _MAX_STOPS:
             _refuse("stop", f"{len(self.stop)} strings", f"at most {_MAX_STOPS}")
         if len(self.stop_token_ids) > _MAX_STOP_TOKENS:
@@ -65,7 +68,7 @@ class SamplingParams:
     @property
     def filters(self) -> bool:
         """True if only some of the likeliest tokens may be drawn."""
-        return self.top_k > 0 or self.top_p < 1
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     def generator(self) -> random.Random:
         """Return the row's own source of random numbers.
@@ -147,7 +150,10 @@ def _draw_any(scaled: Tensor, params: Sequence[SamplingParams], uniform: Tensor)
 
 
 def _draw_filtered(scaled: Tensor, params: Sequence[SamplingParams], uniform: Tensor) -> Tensor:
-    """Draw from the tokens that top_k and top_p keep; the likeliest first, ties by token id."""
+    """Draw from what top_k, top_p and min_p keep; the likeliest first, ties by token id.
+
+    min_p: Minh et al., Turning up the heat, 2024 (arXiv 2407.01082).
+    """
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(dim=-1)
     rank = torch.arange(ordered.shape[1], device=scaled.device)
@@ -155,6 +161,9 @@ def _draw_filtered(scaled: Tensor, params: Sequence[SamplingParams], uniform: Te
     top_k = _column([p.top_k or everything for p in params], scaled.device)
     top_p = _column([p.top_p for p in params], scaled.device)
     before = probabilities.cumsum(dim=-1) - probabilities
+    min_p = _column([p.min_p for p in params], scaled.device)
     kept = (rank < top_k) & ((before < top_p) | (top_p >= 1))
+    # Over that of the likeliest, whose logit was taken out.
+    kept &= ordered.exp() >= min_p
     choice = _draw(torch.where(kept, probabilities, 0.0), uniform)
     return order.gather(1, choice[:, None])[:, 0]
