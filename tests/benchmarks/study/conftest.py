@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from benchmarks.study.__main__ import main
 from benchmarks.study.config import Config, Data, Seeds
 from benchmarks.study.inputs import DataFile, Inputs
 from benchmarks.study.study import Study
+from benchmarks.study.workspace import Workspace
 
 MakeStudy = Callable[..., Study]
 
@@ -52,7 +54,7 @@ def make_study() -> MakeStudy:
     return make
 
 
-def write_little(tiny: Path, folder: Path) -> Path:
+def _write_little(tiny: Path, folder: Path) -> Path:
     """Write the config of a study that takes seconds: the tiny base, made-up domains, few rows."""
     path = folder / "little.toml"
     path.write_text(_LITTLE.format(base=tiny))
@@ -61,4 +63,19 @@ def write_little(tiny: Path, folder: Path) -> Path:
 
 @pytest.fixture
 def little(tiny: Path, tmp_path: Path) -> Path:
-    return write_little(tiny, tmp_path)
+    return _write_little(tiny, tmp_path)
+
+
+def run_little(config: Path, folder: Path, *flags: str, only: str = "compositions") -> Workspace:
+    """Run a study in `out` and `cache` of a folder."""
+    places = [f"--out={folder / 'out'}", f"--cache={folder / 'cache'}"]
+    assert main(["run", f"--config={config}", f"--only={only}", *places, *flags]) == 0
+    return Workspace(folder / "out", folder / "cache")
+
+
+@pytest.fixture(scope="session")
+def little_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the little study has run; whoever changes it works on a copy."""
+    folder = tmp_path_factory.mktemp("little")
+    run_little(_write_little(tiny, folder), folder)
+    return folder

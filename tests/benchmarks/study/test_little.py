@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
-from benchmarks.study.__main__ import main
 from benchmarks.study.config import Config, read_config
 from benchmarks.study.evaluator import Local
 from benchmarks.study.inputs import Inputs, Sources, read_inputs
@@ -16,29 +15,15 @@ from benchmarks.study.records import Record
 from benchmarks.study.study import Study
 from benchmarks.study.workspace import Workspace
 from safetensors.torch import load_file, save_file
-from tests.benchmarks.study.conftest import write_little
+from tests.benchmarks.study.conftest import run_little
 
 pytestmark = pytest.mark.timeout(400)
 
 
-def _run(config: Path, folder: Path, *flags: str, only: str = "compositions") -> Workspace:
-    places = [f"--out={folder / 'out'}", f"--cache={folder / 'cache'}"]
-    assert main(["run", f"--config={config}", f"--only={only}", *places, *flags]) == 0
-    return Workspace(folder / "out", folder / "cache")
-
-
-@pytest.fixture(scope="module")
-def done(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study that has run, in `out` and `cache` of this folder."""
-    folder = tmp_path_factory.mktemp("done")
-    _run(write_little(tiny, folder), folder)
-    return folder
-
-
 @pytest.fixture
-def folder(done: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
-    shutil.copytree(done, tmp_path, dirs_exist_ok=True)
+def folder(little_run: Path, tmp_path: Path) -> Path:
+    """A study that has run, in `out` and `cache` of this folder."""
+    shutil.copytree(little_run, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -60,7 +45,7 @@ def _by_model(records: list[Record], workspace: Workspace) -> dict[object, list[
 
 def test_a_server_scores_all_anew_and_agrees(little: Path, folder: Path) -> None:
     local = list(Workspace(folder / "out", folder / "cache").losses)
-    workspace = _run(little, folder, "--via-server")
+    workspace = run_little(little, folder, "--via-server")
     served = [record for record in workspace.losses if record not in local]
     assert len(served) == len(local) > 20
     expected, found = (_by_model(records, workspace) for records in (local, served))
@@ -104,7 +89,7 @@ def test_results_of_two_trainings_of_one_adapter_are_not_mixed(little: Path, fol
     changed = {name: 1.5 * tensor for name, tensor in load_file(tensors).items()}
     save_file(changed, tensors, metadata={"format": "pt"})
 
-    after = _run(little, folder)
+    after = run_little(little, folder)
     old, new = ({r["key"]: r for r in each.losses} for each in (before, after))
     assert new.keys() == old.keys()
     of_it = [each for each in old if key in dict(old[each]["mix"])]
@@ -123,7 +108,7 @@ def test_results_of_two_trainings_of_one_adapter_are_not_mixed(little: Path, fol
 def test_the_base_of_the_command_line_is_recorded(little: Path, tiny: Path, tmp_path: Path) -> None:
     base = tmp_path / "tuned-elsewhere"
     shutil.copytree(tiny, base)
-    workspace = _run(little, tmp_path, f"--base={base}", "--all-rows", only="seeds")
+    workspace = run_little(little, tmp_path, f"--base={base}", "--all-rows", only="seeds")
     inputs = _inputs(workspace)
     assert inputs.base == "tuned-elsewhere"
     assert inputs.overrides == ("--base=tuned-elsewhere", "--all-rows")
