@@ -50,23 +50,26 @@ mkdir -p "$out"
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     # What warns elsewhere than in the tested environment is no failure.
     pytest="$python -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib -W default"
+    has xdist && pytest="$pytest -n 8"
     if has pytest; then
         run 60 $pytest -o timeout=0 tests/server/test_cuda.py
-        # Through a socket: meaning, exact bits, verification.
-        TEST_DEVICE=cuda run 80 $pytest -o timeout=0 -x tests/integration/test_semantics.py \
-            tests/integration/test_bits.py tests/integration/test_verify.py
+        # Through a socket: meaning, exact bits, verification, faults.
+        TEST_DEVICE=cuda run 90 $pytest -o timeout=0 tests/integration/test_semantics.py \
+            tests/integration/test_bits.py tests/integration/test_verify.py \
+            tests/integration/test_faults.py
     else
         echo "gpu.sh: pytest is absent: the tests were left out"
     fi
+    # The most telling first: what comes last may find no time left.
     bench 60 correctness --model small --dtype float32
     bench 40 correctness --model small --dtype bfloat16
-    bench 40 fold --model small --dtype bfloat16 --seconds 8
+    bench 40 fold --model small --dtype bfloat16 --seconds 6
+    bench 120 serving --model small --dtype bfloat16 --seconds 24 --streams 1,8,32
+    bench 90 swaps --model small --dtype bfloat16 --seconds 24 --variants default,engine
+    bench 90 swaps --model small --dtype float32 --seconds 24 --variants default,churn
     bench 40 fold --model small --dtype float32 --seconds 5
-    bench 40 fold --model medium --dtype bfloat16 --seconds 8
-    bench 120 serving --model small --dtype bfloat16 --seconds 40 --streams 1,32 --no-grpc
-    bench 100 serving --model medium --dtype bfloat16 --seconds 20 --streams 1 --new-tokens 100 --no-grpc
-    bench 90 swaps --model small --dtype float32 --seconds 40 --variants default,churn
-    bench 90 swaps --model small --dtype bfloat16 --seconds 30 --variants default,engine
+    bench 40 fold --model medium --dtype bfloat16 --seconds 6
+    bench 100 serving --model medium --dtype bfloat16 --seconds 16 --streams 1,8 --no-grpc
 else
     echo "gpu.sh: no GPU: the CPU with tiny settings, figures mean nothing"
     bench 60 correctness --model tiny --dtype float32 --new-tokens 8
