@@ -19,6 +19,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import grpc
@@ -93,14 +94,14 @@ class Recorder(EngineObserver):
 
     Attributes:
         gate: Called on the engine thread in every step; while it waits, the engine is held.
-        submitted: Released once for each row that the engine was given.
+        submitted: The rows that the engine was given.
         folds_asked: Released once for each fold that the engine was asked for.
     """
 
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.gate: Callable[[Step], None] = lambda step: None
-        self.submitted = threading.Semaphore(0)
+        self.submitted: SimpleQueue[Sequence] = SimpleQueue()
         self.folds_asked = threading.Semaphore(0)
         self._changed = threading.Condition()
 
@@ -125,9 +126,9 @@ class Recorder(EngineObserver):
         """Begin anew, as if nothing had happened yet."""
         with self._changed:
             self.events.clear()
-        for semaphore in (self.submitted, self.folds_asked):
-            while semaphore.acquire(blocking=False):
-                pass
+        self.submitted = SimpleQueue()
+        while self.folds_asked.acquire(blocking=False):
+            pass
 
     def _record(self, event: Event) -> None:
         with self._changed:
@@ -280,7 +281,7 @@ def _watch(runtime: Runtime, recorder: Recorder) -> None:
 
     def counted_submit(sequence: Sequence) -> None:
         submit(sequence)
-        recorder.submitted.release()
+        recorder.submitted.put(sequence)
 
     def counted_fold(target: PreparedMix) -> Future[BoundMix]:
         future = fold(target)

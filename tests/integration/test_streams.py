@@ -73,7 +73,7 @@ def stream_all(served: Served, run: Run) -> dict[str, list[GenerationChunk]]:
         if not begun:
             begun = True
             for _ in range(len(REQUESTS)):
-                assert recorder.submitted.acquire(timeout=PATIENCE)
+                recorder.submitted.get(timeout=PATIENCE)
         if len(step.rows) == len(REQUESTS):
             together += 1
             if together % run.pace == 0 and changes_left:
