@@ -18,11 +18,6 @@ from superpose_server.engine.observer import EngineObserver
 from superpose_server.model.threads import compute_with
 from superpose_server.runtime import Runtime
 
-pytestmark = pytest.mark.filterwarnings(
-    # torch's compiler still imports what torch deprecates.
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
-)
-
 
 class Threads(EngineObserver):
     """Notes how many threads torch computes with on the engine thread."""
@@ -45,8 +40,10 @@ def three_threads() -> Iterator[None]:
 @pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("compile", ["off", "auto"])  # auto: the fold is the kernels' own.
 def test_the_operators_number_of_threads_does_not_become_the_engines(
-    base: Path, tmp_path: Path, compile: Literal["off", "auto"]
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compile: Literal["off", "auto"]
 ) -> None:
+    # Passes need no graph here, which would take most of a minute on a machine that has none yet.
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
     seen = Threads()
     config = ServerConfig(base=str(base), state_dir=tmp_path, compile=compile)
     runtime = Runtime(config, observer=seen)
