@@ -4,7 +4,6 @@ import gzip
 import json
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,15 +20,6 @@ from superpose_train.mini.pretrain import Settings
 TINY = Settings(
     vocabulary=280, layers=1, heads=2, width=16, context=16, batch_size=4, warmup_steps=3
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    # Tiny tensors: a second thread costs more than it brings, most of all on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
