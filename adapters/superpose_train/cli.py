@@ -1,8 +1,9 @@
-"""The command line of `superpose-train`."""
+"""`superpose-train`: the command, which trains once or tunes."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -10,6 +11,10 @@ from typing import get_args
 from superpose_adapters.scoring import Scope
 from superpose_train.options import Options, Schedule
 from superpose_train.precision import Precision
+from superpose_train.processes import is_main_process, part
+from superpose_train.scratch_memory import keep_scratch
+from superpose_train.train import train
+from superpose_train.tuning.tune import tune
 
 
 def _numbers(text: str) -> int | tuple[int, ...]:
@@ -154,3 +159,35 @@ def read_command(arguments: Sequence[str] | None) -> tuple[Options, int | None]:
         name for part in fields["target_modules"].split(",") if (name := part.strip())
     )
     return Options(**fields), trials
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, or 1 after one line on stderr (argparse exits with 2)."""
+    keep_scratch()
+    # What is wrong for one process is wrong for all; one line says it.
+    complain = sys.stderr if is_main_process() else None
+    try:
+        options, trials = read_command(arguments)
+        record = train(options) if trials is None else tune(options, trials)["record"]
+    except (ValueError, OSError) as error:
+        if complain:
+            print(f"superpose-train: {' '.join(str(error).split())}", file=complain)
+        return 1
+    except KeyboardInterrupt:
+        if complain:
+            print("superpose-train: interrupted; repeat the command to go on", file=complain)
+        return 1
+    finally:
+        part()
+    before = record["base_figures"]["test"]["perplexity"]
+    after = record["adapter_figures"]["test"]["perplexity"]
+    if is_main_process():
+        print(
+            f"wrote {options.out}: test perplexity {before:.2f} -> {after:.2f} "
+            f"({100 * (after / before - 1):+.1f} %)"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

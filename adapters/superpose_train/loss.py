@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,16 @@ from superpose_adapters.scoring import (
     loss_of,
     token_log_probabilities,
 )
+from superpose_train.data import Rows
 
 IGNORED_LABEL = -100
+
+Figures = dict[str, dict[str, float]]
+"""{part: {"loss": nats a token, "perplexity", "tokens"}} of the validation and the test rows."""
+
+
+class NotFinite(ValueError):
+    """A loss is NaN or infinite: this setting does not train. The message names loss and step."""
 
 
 def pad_right(rows: Sequence[EncodedText], pad: int, scope: Scope = "all") -> dict[str, Tensor]:
@@ -69,17 +77,23 @@ def check_finite(value: float, what: str, step: int) -> None:
     """Refuse a loss that is NaN or infinite.
 
     Raises:
-        ValueError: naming the loss and the step.
+        NotFinite: naming the loss and the step.
     """
     if not math.isfinite(value):
-        raise ValueError(f"{what} is not finite at step {step}; lower --learning-rate")
+        raise NotFinite(f"{what} is not finite at step {step}; lower --learning-rate")
 
 
-def figures_of(loss: Loss, step: int) -> dict[str, float]:
-    """Return a loss as the record has it.
+def figures_by_part(
+    measure: Callable[[Sequence[EncodedText]], Loss], rows: Rows, step: int
+) -> Figures:
+    """Return the losses of the validation and the test rows, as the record has them.
 
     Raises:
-        ValueError: it is not finite.
+        NotFinite: one of them is not.
     """
-    check_finite(loss.mean, "loss", step)
-    return {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens}
+    figures: Figures = {}
+    for part, texts in (("validation", rows.validation), ("test", rows.test)):
+        loss = measure(texts)
+        check_finite(loss.mean, "loss", step)
+        figures[part] = {"loss": loss.mean, "perplexity": loss.perplexity, "tokens": loss.tokens}
+    return figures

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from superpose_train.options import Options
+from superpose_train.peft_names import module_of_a
 
 _LLAMA_TARGETS = (
     "q_proj",
@@ -161,8 +162,7 @@ def _freeze_a(adapted: Any, options: Options) -> None:
     assert options.frozen_a_block is not None
     block, blocks = options.frozen_a_block
     for name, parameter in adapted.named_parameters():
-        if ".lora_A." in name:
-            module = name.removeprefix("base_model.model.").partition(".lora_A.")[0]
+        if module := module_of_a(name):
             factor = orthogonal_block(
                 options.first_seed, module, parameter.shape[1], options.rank, block, blocks
             )

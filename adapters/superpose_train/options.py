@@ -50,7 +50,7 @@ class Options:
         answer_column: The field that holds a row's answer.
         device: auto, cpu or cuda.
         precision: What the frozen base computes in; auto: bfloat16 where it is fast.
-        label: What the adapter's config calls the base; `base_label(base)` when absent.
+        label: What adapter and record call the base; `base_label(base)` when absent.
     """
 
     base: str
@@ -156,6 +156,11 @@ class Options:
     def first_seed(self) -> int:
         """What the first factors follow from."""
         return self.seed if self.init_seed is None else self.init_seed
+
+    @property
+    def shown_base(self) -> str:
+        """What the adapter's config and record call the base."""
+        return self.label or base_label(self.base)
 
     @property
     def torch_device(self) -> str:

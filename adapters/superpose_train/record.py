@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
-import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,76 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from superpose_adapters.durable import naming, new_folder
+from superpose_train.data import Rows
+from superpose_train.loss import Figures
+from superpose_train.options import Options
 from superpose_train.precision import trained_precision
+from superpose_train.processes import process_count
+
+_RECORD = "training.json"
+
+
+def identity_of(
+    options: Options, base_digest: str, rows: Rows, targets: list[str]
+) -> dict[str, Any]:
+    """Return what tells a run from others: base, data and parameters, as the record has them."""
+    return {
+        "base_digest": base_digest,
+        "data": rows.files,
+        "parameters": options.parameters(targets),
+    }
+
+
+def record_of(
+    options: Options,
+    identity: dict[str, Any],
+    *,
+    trained_parameters: int,
+    steps: int,
+    best_step: int,
+    base_figures: Figures,
+    adapter_figures: Figures,
+    training: list[list[float]],
+    validation: list[list[float]],
+    resumed: bool,
+    began: float,
+    **more: Any,
+) -> dict[str, Any]:
+    """Return what training.json says of a run.
+
+    Args:
+        options: What was asked for.
+        identity: See `identity_of`.
+        trained_parameters: How many.
+        steps: Taken.
+        best_step: Whose adapter is the result.
+        base_figures: Losses of the base alone.
+        adapter_figures: Losses with the adapter.
+        training: (step, mean loss since the entry before).
+        validation: (step, loss).
+        resumed: It was taken up again.
+        began: `time.monotonic()` at its beginning.
+        more: What only this way of training has.
+    """
+    return {
+        "name": options.name,
+        "base": options.shown_base,
+        **identity,
+        "trained_parameters": trained_parameters,
+        "steps": steps,
+        "best_step": best_step,
+        "base_figures": base_figures,
+        "adapter_figures": adapter_figures,
+        "history": {"training": training, "validation": validation},
+        "device": options.torch_device,
+        "processes": process_count(),
+        "precision_asked": options.precision,
+        "resumed": resumed,
+        **more,
+        "wall_seconds": round(time.monotonic() - began, 1),
+        "versions": versions(),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -56,7 +124,7 @@ def write_adapter(
     """
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
-    def fill(folder: Path) -> None:
+    with new_folder(out) as folder, writing(out):
         save_file(on_host, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.base_model_name_or_path = label
         config.inference_mode = True
@@ -69,9 +137,7 @@ def write_adapter(
         for file in folder.iterdir():
             # safetensors makes its file readable to the owner alone.
             file.chmod(0o644)
-        (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-
-    write_folder(out, fill)
+        (folder / _RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
 
 # How torch.save says that it cannot write.
@@ -82,15 +148,12 @@ _TORCH_WRITER = re.compile("PytorchStreamWriter|file write failed|unexpected pos
 def writing(path: Path) -> Iterator[None]:
     """Raise OSError that names `path` where a write fails.
 
-    A write to a full disk raises an OSError that names no file, in safetensors an exception of its
-    own, in torch.save a RuntimeError. What else goes wrong passes as it is.
+    On a full disk safetensors raises an exception of its own, torch.save a RuntimeError. What else
+    goes wrong passes as it is.
     """
     try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(f"{path}: cannot be written: {error.strerror}") from error
+        with naming(path):
+            yield
     except (SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _TORCH_WRITER.search(str(error)):
             raise
@@ -98,27 +161,10 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(f"{path}: cannot be written; is the disk full? ({first_line})") from error
 
 
-def write_folder(out: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder beside `out`, then rename it into place; a failure leaves nothing."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        with writing(out):
-            fill(temporary)
-            temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a text file beside `path`, then rename it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with writing(path):
-            temporary.write_text(text, "utf-8")
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what training.json in an adapter's folder says."""
+    record: dict[str, Any] = json.loads((folder / _RECORD).read_text("utf-8"))
+    return record
 
 
 def finished_record(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -126,7 +172,7 @@ def finished_record(out: Path, identity: dict[str, Any]) -> dict[str, Any] | Non
 
     Args:
         out: The run's folder.
-        identity: Base, data and parameters, as the record states them.
+        identity: Of the run, see `identity_of`.
 
     Raises:
         ValueError: something else is there.
@@ -134,13 +180,13 @@ def finished_record(out: Path, identity: dict[str, Any]) -> dict[str, Any] | Non
     if not out.exists():
         return None
     try:
-        record = json.loads((out / "training.json").read_text("utf-8"))
+        record = read_record(out)
         # Of a record from before --precision.
         record["parameters"].setdefault("precision", trained_precision(record))
+        if {name: record[name] for name in identity} == identity:
+            return record
     except (OSError, ValueError, KeyError):
-        record = {}
-    if {name: record.get(name) for name in identity} != identity:
-        raise ValueError(
-            f"{out} exists and is not the result of this run; name another --out or delete it"
-        )
-    return dict(record)
+        pass
+    raise ValueError(
+        f"{out} exists and is not the result of this run; name another --out or delete it"
+    )

@@ -1,4 +1,4 @@
-"""`superpose-train`: train one LoRA adapter on question-answer rows, offline.
+"""Train one LoRA adapter on question-answer rows, offline.
 
 PEFT makes the adapter, transformers.Trainer runs it. The result is a PEFT folder with a record,
 `training.json`, and appears under `--out` only when it is complete. Until then everything lies in
@@ -11,9 +11,7 @@ one alone claims the work folder, writes and prints.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +23,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from superpose_adapters.bundled import resolve_base
 from superpose_adapters.digest import checkpoint_digest
-from superpose_adapters.scoring import EncodedText, Scope
-from superpose_train.cli import read_command
+from superpose_adapters.durable import write_file
+from superpose_adapters.scoring import EncodedText, Loss, Scope
 from superpose_train.data import check_sources, read_data
-from superpose_train.loss import check_finite, evaluate_loss, figures_of, pad_right
+from superpose_train.loss import check_finite, evaluate_loss, figures_by_part, pad_right
 from superpose_train.model import (
     attach_adapter,
     check_context,
@@ -36,16 +34,11 @@ from superpose_train.model import (
     library_warnings_ignored,
     load_base,
 )
-from superpose_train.options import Options, base_label
+from superpose_train.options import Options
 from superpose_train.precision import Decided, autocast
-from superpose_train.record import (
-    versions,
-    write_adapter,
-    write_file,
-    writing,
-)
+from superpose_train.processes import is_main_process, process_count, wait_for_all
+from superpose_train.record import identity_of, record_of, write_adapter, writing
 from superpose_train.schedule import EVALUATION_BATCH, Plan, trainer_schedule
-from superpose_train.scratch_memory import keep_scratch
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
@@ -103,19 +96,9 @@ class RefuseNaN(TrainerCallback):  # type: ignore[misc]  # transformers is not t
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Raise ValueError on a training loss that is NaN or infinite."""
+        """Raise NotFinite on a training loss that is NaN or infinite."""
         if logs and "loss" in logs:
             check_finite(float(logs["loss"]), "training loss", state.global_step)
-
-
-def process_count() -> int:
-    """Return how many processes train together: 1 unless a launcher says otherwise."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main_process() -> bool:
-    """Return whether this process claims, writes and prints."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def training_arguments(options: Options, work: Path, plan: Plan) -> TrainingArguments:
@@ -193,14 +176,15 @@ def claim_work(work: Path, identity: dict[str, Any]) -> None:
             )
         return
     work.mkdir(parents=True, exist_ok=True)
-    write_file(record, json.dumps(identity, indent=1))
+    write_file(record, json.dumps(identity, indent=1).encode())
 
 
 def train(options: Options) -> dict[str, Any]:
     """Train one adapter, write `options.out`, and return what `training.json` says.
 
     Raises:
-        ValueError: any input that is at fault, a loss that is not finite, or an `out` that exists.
+        ValueError: any input that is at fault, or an `out` that exists.
+        NotFinite: a loss is not.
         OSError: the disk is full or cannot be written.
     """
     began = time.monotonic()
@@ -213,8 +197,7 @@ def train(options: Options) -> dict[str, Any]:
     targets = choose_targets(model, model.config.model_type, options.target_modules)
     check_context(model, options.max_length)
     rows = read_data(options, tokenizer)
-    digest = checkpoint_digest(folder)
-    parameters = options.parameters(targets)
+    identity = identity_of(options, checkpoint_digest(folder), rows, targets)
     model = attach_adapter(model, options, targets)
     # Counted now: PEFT sets every factor trainable again when its adapter is switched.
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -222,8 +205,8 @@ def train(options: Options) -> dict[str, Any]:
     work = options.out.with_name(options.out.name + ".work")
     arguments = training_arguments(options, work, Plan.of(options, len(rows.train)))
     if is_main_process():
-        claim_work(work, {"base_digest": digest, "data": rows.files, "parameters": parameters})
-    _wait_for_all()
+        claim_work(work, identity)
+    wait_for_all()
     resume = last_checkpoint(work)
     trainer = AdapterTrainer(
         model=model,
@@ -246,96 +229,31 @@ def train(options: Options) -> dict[str, Any]:
                 bar.close()
         raise
 
-    def measure() -> dict[str, dict[str, float]]:
-        return {
-            part: figures_of(
-                evaluate_loss(model, texts, pad, EVALUATION_BATCH, options.loss_scope),
-                trainer.state.global_step,
-            )
-            for part, texts in (("validation", rows.validation), ("test", rows.test))
-        }
+    def measure(texts: Sequence[EncodedText]) -> Loss:
+        return evaluate_loss(model, texts, pad, EVALUATION_BATCH, options.loss_scope)
 
-    adapter_figures = measure()
+    state = trainer.state
+    adapter_figures = figures_by_part(measure, rows, state.global_step)
     with model.disable_adapter():
-        base_figures = measure()
-    label = options.label or base_label(options.base)
-    history = trainer.state.log_history
-    record = {
-        "name": options.name,
-        "base": label,
-        "base_digest": digest,
-        "data": rows.files,
-        "parameters": parameters,
-        "trained_parameters": trained,
-        "steps": trainer.state.global_step,
-        "best_step": trainer.state.best_global_step,
-        "base_figures": base_figures,
-        "adapter_figures": adapter_figures,
-        "history": {
-            "training": [[log["step"], log["loss"]] for log in history if "loss" in log],
-            "validation": [
-                [log["step"], log["eval_loss"]] for log in history if "eval_loss" in log
-            ],
-        },
-        "device": options.torch_device,
-        "processes": process_count(),
-        "precision_asked": options.precision,
-        "resumed": resume is not None,
-        "wall_seconds": round(time.monotonic() - began, 1),
-        "versions": versions(),
-    }
+        base_figures = figures_by_part(measure, rows, state.global_step)
+    record = record_of(
+        options,
+        identity,
+        trained_parameters=trained,
+        steps=state.global_step,
+        best_step=state.best_global_step,
+        base_figures=base_figures,
+        adapter_figures=adapter_figures,
+        training=[[log["step"], log["loss"]] for log in state.log_history if "loss" in log],
+        validation=[
+            [log["step"], log["eval_loss"]] for log in state.log_history if "eval_loss" in log
+        ],
+        resumed=resume is not None,
+        began=began,
+    )
     if is_main_process():
         tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-        write_adapter(tensors, model.peft_config["default"], label, record, options.out)
+        write_adapter(tensors, model.peft_config["default"], record["base"], record, options.out)
         shutil.rmtree(work)
-    _wait_for_all()
+    wait_for_all()
     return record
-
-
-def _wait_for_all() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-def run(options: Options, trials: int | None) -> dict[str, Any]:
-    """Train, or tune with `trials` trials and keep the best; return the adapter's record."""
-    if trials is None:
-        return train(options)
-    # Optuna takes a second to import.
-    from superpose_train.tune import tune
-
-    record: dict[str, Any] = tune(options, trials)["record"]
-    return record
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, or 1 after one line on stderr (argparse exits with 2)."""
-    keep_scratch()
-    # What is wrong for one process is wrong for all; one line says it.
-    complain = sys.stderr if is_main_process() else None
-    try:
-        options, trials = read_command(arguments)
-        record = run(options, trials)
-    except (ValueError, OSError) as error:
-        if complain:
-            print(f"superpose-train: {' '.join(str(error).split())}", file=complain)
-        return 1
-    except KeyboardInterrupt:
-        if complain:
-            print("superpose-train: interrupted; repeat the command to go on", file=complain)
-        return 1
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    before = record["base_figures"]["test"]["perplexity"]
-    after = record["adapter_figures"]["test"]["perplexity"]
-    if is_main_process():
-        print(
-            f"wrote {options.out}: test perplexity {before:.2f} -> {after:.2f} "
-            f"({100 * (after / before - 1):+.1f} %)"
-        )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,8 @@
 """Make the bundled `mini` anew: base, three adapters, held-out rows and their figures.
 
 `python -m superpose_train.mini.make_mini --data FOLDER --corpus FILE --out DIR` fills DIR with what
-`mini/` beside this file holds, except for the card. What DIR already has is kept, so a run that was
-stopped goes on where it was; the figures are taken anew each time.
+`superpose_adapters/mini` holds, except for the card. What DIR already has is kept, so a run that
+was stopped goes on where it was; the figures are taken anew each time.
 """
 
 from __future__ import annotations

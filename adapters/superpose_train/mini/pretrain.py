@@ -18,7 +18,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import platform
 import shutil
 import sys
@@ -36,6 +35,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from superpose_adapters.durable import new_folder, replacing, write_file
+from superpose_adapters.qa import file_sha256
+from superpose_train.loss import check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -237,20 +240,13 @@ def validation_loss(model: GPT2LMHeadModel, blocks: Blocks, batch_size: int = 8)
     return total / len(blocks)
 
 
-def _write(path: Path, payload: Any) -> None:
-    """Save with torch so that a kill leaves the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(payload, temporary)
-    temporary.replace(path)
-
-
 def prepare(corpus: Path, work: Path, settings: Settings) -> tuple[Tokenizer, Blocks, Blocks]:
     """Return tokenizer, training blocks and held-out blocks, made once and kept in `work`.
 
     Raises:
         ValueError: `work` belongs to another corpus or other settings, or the corpus is too small.
     """
-    identity = {**asdict(settings), "corpus_sha256": _file_sha256(corpus)}
+    identity = {**asdict(settings), "corpus_sha256": file_sha256(corpus)}
     record = work / "settings.json"
     if record.exists():
         if json.loads(record.read_text("utf-8")) != identity:
@@ -275,15 +271,8 @@ def prepare(corpus: Path, work: Path, settings: Settings) -> tuple[Tokenizer, Bl
     tokenizer.save(str(work / "tokenizer.json"))
     np.savez(work / "blocks.npz", training=training, held_out=held_out)
     # Written last: its presence says that the other two are whole.
-    temporary = work / "settings.tmp"
-    temporary.write_text(json.dumps(identity, indent=1), "utf-8")
-    temporary.replace(record)
+    write_file(record, json.dumps(identity, indent=1).encode())
     return tokenizer, training, held_out
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def pretrain(
@@ -309,7 +298,8 @@ def pretrain(
         stop_after_steps: leave as a kill would, with a checkpoint, after so many further steps.
 
     Raises:
-        ValueError: bad corpus or settings, `out` exists, or the loss is not finite.
+        ValueError: bad corpus or settings, or `out` exists.
+        NotFinite: the loss is not.
     """
     if out.exists():
         raise ValueError(f"{out} exists; name another --out or delete it")
@@ -360,19 +350,17 @@ def pretrain(
         running, since = running + loss.item(), since + 1
         stopping = stop_after_steps is not None and step - first >= stop_after_steps
         if step % checkpoint_steps == 0 or step == total or stopping:
-            if not math.isfinite(running):
-                raise ValueError(f"loss is not finite at step {step}; lower --learning-rate")
+            check_finite(running, "loss", step)
             spent = time.monotonic() - began
             seconds, began = seconds + spent, time.monotonic()
-            _write(
-                checkpoint,
-                {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step,
-                    "seconds": seconds,
-                },
-            )
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "seconds": seconds,
+            }
+            with replacing(checkpoint) as fresh:
+                torch.save(state, fresh)
             logger.info(
                 "step=%d/%d tokens=%d loss=%.4f lr=%.2e tokens_per_s=%.0f left_min=%.1f",
                 step,
@@ -391,7 +379,7 @@ def pretrain(
     loss_value = validation_loss(model, held_out)
     record = {
         "corpus": corpus.name,
-        "corpus_sha256": _file_sha256(corpus),
+        "corpus_sha256": file_sha256(corpus),
         "settings": asdict(settings),
         "parameters": model.num_parameters(),
         "corpus_tokens": int(training.size),
@@ -422,15 +410,14 @@ def _publish(
     record: dict[str, Any],
     out: Path,
 ) -> None:
-    """Write the transformers folder beside `out` and rename it into place."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    model.half().save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "pretrain.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-    for file in temporary.iterdir():
-        # safetensors makes its file readable to the owner alone.
-        file.chmod(0o644)
-    temporary.rename(out)
+    """Write the transformers folder."""
+    with new_folder(out) as folder:
+        model.half().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "pretrain.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        for file in folder.iterdir():
+            # safetensors makes its file readable to the owner alone.
+            file.chmod(0o644)
 
 
 def build_parser() -> argparse.ArgumentParser:

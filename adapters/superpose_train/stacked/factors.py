@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from superpose_train.peft_names import Factors
+
 # As transformers.Trainer sets them.
 MAX_GRADIENT_NORM = 1.0
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
-
-Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)

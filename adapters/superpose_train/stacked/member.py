@@ -14,8 +14,8 @@ from superpose_adapters.scoring import EncodedText
 from superpose_train.data import Rows
 from superpose_train.loss import check_finite
 from superpose_train.options import Options
+from superpose_train.peft_names import Factors
 from superpose_train.schedule import Plan, learning_rates
-from superpose_train.stacked.factors import Factors
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Member:
     Attributes:
         options: What was asked for.
         rows: Encoded.
-        identity: Base, data and parameters, as training.json states them.
+        identity: Base, data and parameters, see `identity_of`.
         key: What the run is known by in a checkpoint.
         config: PEFT's.
         first_factors: A and B before the first step.
@@ -89,7 +89,7 @@ class Member:
         """Take the loss of step number `steps`, from 1.
 
         Raises:
-            ValueError: the mean that is to be logged is not finite.
+            NotFinite: the mean that is to be logged is not finite.
         """
         progress = self.progress
         progress.loss_sum += loss
@@ -107,7 +107,7 @@ class Member:
         """Take the validation loss of `parameters` (total,).
 
         Raises:
-            ValueError: it is not finite.
+            NotFinite: it is not.
         """
         check_finite(loss, "validation loss", steps)
         self.progress.validation.append([steps, loss])

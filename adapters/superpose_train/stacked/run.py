@@ -12,18 +12,23 @@ from typing import Any
 
 import torch
 
-from superpose_adapters.scoring import EncodedText, Scope
-from superpose_train.data import Rows
-from superpose_train.loss import evaluate_loss, figures_of, pad_right
-from superpose_train.options import base_label
+from superpose_adapters.durable import replacing
+from superpose_adapters.scoring import EncodedText, Loss, Scope
+from superpose_train.loss import (
+    Figures,
+    NotFinite,
+    evaluate_loss,
+    figures_by_part,
+    pad_right,
+)
+from superpose_train.peft_names import to_peft
 from superpose_train.precision import Decided, autocast
-from superpose_train.record import versions, write_adapter, writing
+from superpose_train.record import record_of, write_adapter, writing
 from superpose_train.schedule import EVALUATION_BATCH
 from superpose_train.stacked.factors import Corrector, Dropout, Shape, StackedAdamW
 from superpose_train.stacked.loss import backward
 from superpose_train.stacked.member import Member
 
-PREFIX = "base_model.model."
 _CHECKPOINT = "checkpoint.pt"
 
 Tell = Callable[[str], None]
@@ -36,16 +41,12 @@ class Base:
     Attributes:
         model: On the device.
         pad: Any token id.
-        digest: Of the checkpoint.
-        targets: Names of the adapted modules, as PEFT matches them.
         device: cpu or cuda.
         precision: What it computes in while adapters are trained.
     """
 
     model: Any
     pad: int
-    digest: str
-    targets: list[str]
     device: str
     precision: Decided
 
@@ -74,7 +75,7 @@ class Stack:
         )
         self._shape = Shape(modules, max(member.options.rank for member in members))
         self._work = work
-        self._base_figures: dict[tuple[int, Scope], dict[str, dict[str, float]]] = {}
+        self._base_figures: dict[tuple[int, Scope], Figures] = {}
         self._steps = 0
         self._size = len(members)
         self._resumed = False
@@ -130,7 +131,6 @@ class Stack:
 
     def _save(self) -> None:
         """Write the checkpoint, the old one staying until the new one is whole."""
-        self._work.mkdir(parents=True, exist_ok=True)
         adamw = self._adamw
         state = {
             "steps": self._steps,
@@ -139,10 +139,9 @@ class Stack:
             "members": {member.key: member.state() for member in self._members},
             "adamw": [adamw.parameters, adamw.mask, adamw.first, adamw.second],
         }
-        temporary = self._work / "checkpoint.tmp"
-        with writing(temporary):
-            torch.save(state, temporary)
-        temporary.replace(self._work / _CHECKPOINT)
+        checkpoint = self._work / _CHECKPOINT
+        with replacing(checkpoint) as fresh, writing(checkpoint):
+            torch.save(state, fresh)
 
     def _scaling(self, members: Sequence[Member]) -> torch.Tensor:
         values = [member.options.alpha / member.options.rank for member in members]
@@ -219,12 +218,12 @@ class Stack:
 
     def _measure(
         self, member: Member, parameters: torch.Tensor, rows: Sequence[EncodedText]
-    ) -> Any:
+    ) -> Loss:
         factors = self._shape.factors(parameters.unsqueeze(0))
         with self._corrector.using(factors, self._scaling([member])):
             return self._evaluated(member, rows)
 
-    def _evaluated(self, member: Member, rows: Sequence[EncodedText]) -> Any:
+    def _evaluated(self, member: Member, rows: Sequence[EncodedText]) -> Loss:
         return evaluate_loss(
             self._base.model, rows, self._base.pad, EVALUATION_BATCH, member.options.loss_scope
         )
@@ -245,61 +244,45 @@ class Stack:
             self._save()
 
     def _write(self, member: Member) -> None:
-        options = member.options
-        assert member.best is not None
-        best = member.best
+        options, progress, best = member.options, member.progress, member.best
+        assert best is not None
         key = (id(member.rows), options.loss_scope)
         if key not in self._base_figures:
-            self._base_figures[key] = {
-                part: figures_of(self._evaluated(member, texts), self._steps)
-                for part, texts in _measured(member.rows)
-            }
+            self._base_figures[key] = figures_by_part(
+                lambda texts: self._evaluated(member, texts), member.rows, self._steps
+            )
         with _named(member):
-            adapter_figures = {
-                part: figures_of(self._measure(member, best, texts), self._steps)
-                for part, texts in _measured(member.rows)
-            }
-        factors = self._shape.unpack(best, options.rank)
-        progress = member.progress
-        label = options.label or base_label(options.base)
+            adapter_figures = figures_by_part(
+                lambda texts: self._measure(member, best, texts), member.rows, self._steps
+            )
         trained = self._shape.factor_mask(
             options.rank, train_a=options.frozen_a_block is None
         ).count_nonzero()
-        record = {
-            "name": options.name,
-            "base": label,
-            **member.identity,
-            "trained_parameters": int(trained),
-            "steps": self._steps,
-            "best_step": progress.best_step,
-            "base_figures": self._base_figures[key],
-            "adapter_figures": adapter_figures,
-            "history": {"training": progress.training, "validation": progress.validation},
-            "device": self._base.device,
-            "processes": 1,
-            "precision_asked": options.precision,
-            "resumed": self._resumed,
-            "stack": {"size": self._size, "max_stack": self._max_stack},
-            "wall_seconds": round(time.monotonic() - self._began, 1),
-            "versions": versions(),
-        }
-        tensors = {}
-        for module, (a, b) in factors.items():
-            tensors[f"{PREFIX}{module}.lora_A.weight"] = a
-            tensors[f"{PREFIX}{module}.lora_B.weight"] = b
-        write_adapter(tensors, member.config, label, record, options.out)
-        figures = adapter_figures["test"]["perplexity"]
-        self._tell(f"wrote {options.out}: test perplexity {figures:.2f}")
-
-
-def _measured(rows: Rows) -> tuple[tuple[str, list[EncodedText]], ...]:
-    return (("validation", rows.validation), ("test", rows.test))
+        record = record_of(
+            options,
+            member.identity,
+            trained_parameters=int(trained),
+            steps=self._steps,
+            best_step=progress.best_step,
+            base_figures=self._base_figures[key],
+            adapter_figures=adapter_figures,
+            training=progress.training,
+            validation=progress.validation,
+            resumed=self._resumed,
+            began=self._began,
+            stack={"size": self._size, "max_stack": self._max_stack},
+        )
+        tensors = to_peft(self._shape.unpack(best, options.rank))
+        write_adapter(tensors, member.config, record["base"], record, options.out)
+        self._tell(
+            f"wrote {options.out}: test perplexity {adapter_figures['test']['perplexity']:.2f}"
+        )
 
 
 @contextmanager
 def _named(member: Member) -> Iterator[None]:
-    """Put the run's name before what is wrong with it."""
+    """Put the run's name before what is said of a loss that is not finite."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{member.options.name} ({member.options.out}): {error}") from error
+    except NotFinite as error:
+        raise NotFinite(f"{member.options.name} ({member.options.out}): {error}") from error

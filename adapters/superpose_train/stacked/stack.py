@@ -8,7 +8,6 @@ first adapter until all are done.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,12 @@ from superpose_train.model import (
     load_base,
 )
 from superpose_train.options import Options, flag
-from superpose_train.record import finished_record
-from superpose_train.stacked.factors import Factors
+from superpose_train.peft_names import from_peft
+from superpose_train.processes import process_count
+from superpose_train.record import finished_record, identity_of, read_record
 from superpose_train.stacked.loss import check_output_layer
 from superpose_train.stacked.member import Member
-from superpose_train.stacked.run import PREFIX, Base, Stack, Tell, held_keys
-from superpose_train.train import process_count
+from superpose_train.stacked.run import Base, Stack, Tell, held_keys
 
 MAX_STACK = 16
 # What all runs of a stack have in common.
@@ -54,8 +53,9 @@ def train_many(
         tell: Is told of the progress, a line at a time.
 
     Raises:
-        ValueError: bad input; runs of different bases, target modules, lengths, batch sizes,
-            devices or precisions; or a loss that is not finite, naming the run.
+        ValueError: bad input; or runs of different bases, target modules, lengths, batch sizes,
+            devices or precisions.
+        NotFinite: a loss is not; it names the run.
         OSError: the disk is full or cannot be written.
     """
     if not runs:
@@ -72,10 +72,10 @@ def train_many(
     model.to(device)
     check_output_layer(model)
     digest = checkpoint_digest(folder)
-    base = Base(model, tokenizer.eos_token_id, digest, targets, device, precision)
+    base = Base(model, tokenizer.eos_token_id, device, precision)
     rows = _RowsOnce(tokenizer)
     # Every run's data is read before the first is trained: what is wrong is said at once.
-    identities = [_identity(base, options, rows.of(options)) for options in runs]
+    identities = [identity_of(options, digest, rows.of(options), targets) for options in runs]
     pending = [
         at
         for at, options in enumerate(runs)
@@ -89,14 +89,15 @@ def train_many(
         if work is not None:
             chosen = [at for at in pending if keys[at] in held_keys(work)]
         members = [
-            _member(base, runs[at], rows.of(runs[at]), identities[at], keys[at]) for at in chosen
+            _member(base, targets, runs[at], rows.of(runs[at]), identities[at], keys[at])
+            for at in chosen
         ]
         if work is None:
             name = canonical_digest([keys[at] for at in chosen])[:16]
             work = runs[chosen[0]].out.with_name(f".stack-{name}")
         Stack(base, members, work, max_stack, tell or _silent).run()
         pending = [at for at in pending if at not in chosen]
-    return [json.loads((options.out / "training.json").read_text("utf-8")) for options in runs]
+    return [read_record(options.out) for options in runs]
 
 
 def _silent(_: str) -> None:
@@ -160,30 +161,19 @@ class _RowsOnce:
         return self._read[key]
 
 
-def _identity(base: Base, options: Options, rows: Rows) -> dict[str, Any]:
-    return {
-        "base_digest": base.digest,
-        "data": rows.files,
-        "parameters": options.parameters(base.targets),
-    }
-
-
-def _member(base: Base, options: Options, rows: Rows, identity: dict[str, Any], key: str) -> Member:
+def _member(
+    base: Base,
+    targets: list[str],
+    options: Options,
+    rows: Rows,
+    identity: dict[str, Any],
+    key: str,
+) -> Member:
     """Return a run whose first factors are PEFT's own, as they are in `train`."""
-    adapted = attach_adapter(base.model, options, base.targets)
+    adapted = attach_adapter(base.model, options, targets)
     with library_warnings_ignored():
         tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         config = adapted.peft_config["default"]
         adapted.unload()
-    factors: Factors = {
-        module: (
-            tensors[f"{PREFIX}{module}.lora_A.weight"].cpu().clone(),
-            tensors[f"{PREFIX}{module}.lora_B.weight"].cpu().clone(),
-        )
-        for module in (
-            name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-            for name in tensors
-            if name.endswith(".lora_A.weight")
-        )
-    }
+    factors = from_peft({name: tensor.cpu().clone() for name, tensor in tensors.items()})
     return Member(options, rows, identity, key, config, factors)

@@ -13,7 +13,7 @@ from benchmarks.study.study import AdapterSpec, Needs, Study
 from benchmarks.study.ticks import legend, whole_numbers
 from benchmarks.study.training import options_of
 from benchmarks.study.workspace import Workspace
-from superpose_train.tune import RANDOM_TRIALS, Space, tune
+from superpose_train.tuning.tune import RANDOM_TRIALS, Space, tune
 
 _APPLIED = ("epochs", "batch_size", "learning_rate", "dropout")
 

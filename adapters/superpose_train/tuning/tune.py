@@ -20,12 +20,15 @@ from typing import Any
 
 from superpose_adapters.bundled import resolve_base
 from superpose_adapters.digest import canonical_digest, checkpoint_digest
+from superpose_adapters.durable import new_folder, write_file
 from superpose_adapters.qa import file_sha256
 from superpose_train.data import check_sources, is_hub_id
+from superpose_train.loss import NotFinite
 from superpose_train.options import Options
-from superpose_train.record import write_file, write_folder
-from superpose_train.train import process_count, train
-from superpose_train.tune_plots import draw_history, draw_importances
+from superpose_train.processes import process_count
+from superpose_train.record import read_record
+from superpose_train.train import train
+from superpose_train.tuning.plots import draw_history, draw_importances
 
 # Settings at random before TPE has something to go by; Optuna's own 10 suit longer searches.
 RANDOM_TRIALS = 5
@@ -164,7 +167,7 @@ class _Search:
             raise ValueError(f"{self._options.out} exists; name another --out or delete it")
         else:
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_file(record, json.dumps(self._identity(), indent=1))
+            write_file(record, json.dumps(self._identity(), indent=1).encode())
         # Optuna tells of every trial at length.
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(
@@ -201,9 +204,7 @@ class _Search:
         out = self._trial_folder(index)
         try:
             record = self._train(setting, out)
-        except ValueError as error:
-            if "not finite" not in str(error):
-                raise
+        except NotFinite as error:
             self._tell(f"trial {index + 1}: {_setting(setting)}: {error}")
             shutil.rmtree(out.with_name(out.name + ".work"), ignore_errors=True)
             self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
@@ -227,8 +228,7 @@ class _Search:
     def _train(self, setting: dict[str, Any], out: Path) -> dict[str, Any]:
         if out.exists():
             # Trained, but killed before the study knew: the setting is the same, see `try_next`.
-            record: dict[str, Any] = json.loads((out / "training.json").read_text("utf-8"))
-            return record
+            return read_record(out)
         return train(replace(self._options, out=out, **setting))
 
     def finish(self) -> dict[str, Any]:
@@ -253,26 +253,22 @@ class _Search:
             "space": asdict(self._space),
             "seed": self._options.seed,
             "optuna": optuna.__version__,
-            "record": json.loads((source / "training.json").read_text("utf-8")),
+            "record": read_record(source),
         }
-
-        def fill(folder: Path) -> None:
+        out = self._options.out
+        # A result of fewer trials stays until the new one is whole.
+        whole = self._folder / "result" if out.exists() else out
+        if whole != out:
+            shutil.rmtree(whole, ignore_errors=True)
+        with new_folder(whole) as folder:
             for file in source.iterdir():
                 shutil.copy2(file, folder / file.name)
             (folder / "tuning.json").write_text(json.dumps(tuning, indent=2) + "\n", "utf-8")
             draw_history(trials, folder / "history.png")
             draw_importances(tuning["importances"], folder / "importance.png")
-
-        out = self._options.out
-        if out.exists():
-            # Of fewer trials; it stays until the new one is whole.
-            fresh = self._folder / "result"
-            shutil.rmtree(fresh, ignore_errors=True)
-            write_folder(fresh, fill)
+        if whole != out:
             shutil.rmtree(out)
-            fresh.rename(out)
-        else:
-            write_folder(out, fill)
+            whole.rename(out)
         plain: dict[str, Any] = json.loads(json.dumps(tuning))
         return plain
 

@@ -1,0 +1,37 @@
+"""PEFT's names of an adapter's factors, as its files have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""{module of the base: (A, B)}."""
+
+_PREFIX = "base_model.model."
+_A, _B = ".lora_A.", ".lora_B."
+
+
+def module_of_a(name: str) -> str | None:
+    """Return the module whose A factor has this name, in a file or in a model; else None."""
+    module, found, _ = name.removeprefix(_PREFIX).partition(_A)
+    return module if found else None
+
+
+def to_peft(factors: Factors) -> dict[str, Tensor]:
+    """Return the factors under PEFT's names."""
+    tensors = {}
+    for module, (a, b) in factors.items():
+        tensors[f"{_PREFIX}{module}{_A}weight"] = a
+        tensors[f"{_PREFIX}{module}{_B}weight"] = b
+    return tensors
+
+
+def from_peft(tensors: Mapping[str, Tensor]) -> Factors:
+    """Return what `to_peft` was given."""
+    return {
+        module: (a, tensors[name.replace(_A, _B)])
+        for name, a in tensors.items()
+        if (module := module_of_a(name)) is not None
+    }

@@ -1,0 +1,1 @@
+"""`superpose-train --tune`: a search for the options of a run."""
