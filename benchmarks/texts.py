@@ -68,7 +68,12 @@ class Texts:
 
     def margins(self, client: Client, prompts: Sequence[Sequence[int]]) -> list[float]:
         """Return for each difference how far the log-probabilities of its two tokens are apart."""
-        return [self._margin(client, prompts, difference) for difference in self.differences]
+        # The same text parts the same way round after round.
+        known = {
+            difference: self._margin(client, prompts, difference)
+            for difference in dict.fromkeys(self.differences)
+        }
+        return [known[difference] for difference in self.differences]
 
     def _margin(
         self, client: Client, prompts: Sequence[Sequence[int]], difference: Difference
