@@ -9,21 +9,47 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 
-from superpose_server.config import ServerConfig, parse_config
+from superpose_adapters.bundled import resolve_base
+from superpose_server.config import ServerConfig, parse_config, split_address
+from superpose_server.errors import StartupError
+
+
+def _check(config: ServerConfig) -> None:
+    """Refuse what can be seen at once: torch takes seconds to import, and a base minutes to load.
+
+    Raises:
+        StartupError: No base, or an address that is taken.
+    """
+    for flag, address in (("listen", config.listen), ("metrics-listen", config.metrics_listen)):
+        host, port = split_address(flag, address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise StartupError(
+                    f"cannot listen on --{flag} {address} ({error.strerror}): choose a free port, "
+                    "or 0 for any"
+                ) from error
+    try:
+        resolve_base(config.base)
+    except ValueError as error:
+        raise StartupError(str(error)) from error
 
 
 async def _serve(config: ServerConfig) -> None:
-    # Imported here, so that --help and usage errors do not wait for torch.
-    from superpose_server.door.server import Server, check_addresses
+    # Imported here, so that nothing that is refused before waits for torch.
+    from superpose_server.door.server import Server
     from superpose_server.runtime import Runtime
 
     ending = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
-    check_addresses(config)
     server = Server(Runtime(config))
     try:
         await server.start()
@@ -51,9 +77,8 @@ def main() -> None:
     )
     # Loading a checkpoint is no matter for a progress bar in a server's log.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from superpose_server.runtime import StartupError
-
     try:
+        _check(config)
         asyncio.run(_serve(config))
     except StartupError as error:
         logging.getLogger(__name__).debug("the server cannot start", exc_info=error)

@@ -16,6 +16,10 @@ ServerError
 from __future__ import annotations
 
 
+class StartupError(Exception):
+    """The server cannot start; one line that names the thing and the remedy."""
+
+
 class ServerError(Exception):
     """Base of all errors that a client is told of.
 

@@ -33,7 +33,7 @@ from superpose_server.engine.observer import EngineObserver, Observers
 from superpose_server.engine.residency import Residency
 from superpose_server.engine.scheduler import RETRY_AFTER_SECONDS, Scheduler
 from superpose_server.engine.tokenizer import Tokenizer
-from superpose_server.errors import DataLoss, QueueFull, ServerError, ShuttingDown
+from superpose_server.errors import DataLoss, QueueFull, ServerError, ShuttingDown, StartupError
 from superpose_server.metrics import Metrics
 from superpose_server.model.memory import MIB
 from superpose_server.model.model import Model
@@ -42,10 +42,6 @@ from superpose_server.weights.resident import ResidentWeights, Verification
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-
-
-class StartupError(Exception):
-    """The server cannot start; one line that names the thing and the remedy."""
 
 
 @dataclass(frozen=True)

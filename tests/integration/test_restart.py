@@ -14,7 +14,7 @@ import pytest
 from tests.integration.harness import Family, LoopThread, Served, ServerProcess, start
 
 from superpose_client import CallError, Client, MixState
-from superpose_server.runtime import StartupError
+from superpose_server.errors import StartupError
 
 
 def entries(state: MixState) -> list[tuple[str, float, str]]:

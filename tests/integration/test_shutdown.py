@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.harness import PATIENCE, PROMPT, Family, ServerProcess
+from tests.integration.harness import (
+    PATIENCE,
+    PROMPT,
+    Family,
+    LoopThread,
+    ServerProcess,
+    start,
+)
 
 from superpose_client import Client, HealthStatus, UnavailableError
+from superpose_server.errors import StartupError
 
 NEW_WORK: list[Callable[[Client], Any]] = [
     lambda client: client.generate(PROMPT),
@@ -160,17 +168,10 @@ def test_a_machine_without_a_compiler_is_told_of_the_remedy(gpt2: Family, tmp_pa
 
 
 def test_an_adapter_in_place_of_a_folder_of_adapters_is_refused(
-    gpt2: Family, tmp_path: Path
+    loop: LoopThread, gpt2: Family, tmp_path: Path
 ) -> None:
-    result = command(
-        f"--base={gpt2.base}",
-        f"--adapter-dir={gpt2.adapters['a']}",
-        f"--state-dir={tmp_path / 'state'}",
-        "--listen=127.0.0.1:0",
-        "--metrics-listen=127.0.0.1:0",
-    )
-    assert result.returncode == 1
-    assert "is an adapter itself: name the folder that holds it" in result.stderr.splitlines()[-1]
+    with pytest.raises(StartupError, match="is an adapter itself: name the folder that holds it"):
+        start(loop, gpt2.base, tmp_path / "state", adapter_dir=gpt2.adapters["a"])
 
 
 @pytest.mark.parametrize("flag", ["listen", "metrics-listen"])

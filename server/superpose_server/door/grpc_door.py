@@ -22,8 +22,9 @@ from superpose_server.door.mix_service import MixService
 from superpose_server.door.reflection import serve_reflection
 from superpose_server.door.server_service import ServerService
 from superpose_server.door.status import ErrorInterceptor
+from superpose_server.errors import StartupError
 from superpose_server.inference.inference import Inference
-from superpose_server.runtime import Runtime, StartupError
+from superpose_server.runtime import Runtime
 
 _SERVICES = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name

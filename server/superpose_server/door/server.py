@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 
 from prometheus_client import start_http_server
 
-from superpose_server.config import ServerConfig, split_address
+from superpose_server.config import split_address
 from superpose_server.door.door import Door
 from superpose_server.door.grpc_door import GrpcDoor
+from superpose_server.errors import StartupError
 from superpose_server.inference.inference import Inference
-from superpose_server.runtime import Runtime, StartupError
-
-
-def check_addresses(config: ServerConfig) -> None:
-    """Refuse an address that is taken, before a base is loaded for minutes in vain.
-
-    Raises:
-        StartupError: Names the flag and the address.
-    """
-    for flag, address in (("listen", config.listen), ("metrics-listen", config.metrics_listen)):
-        host, port = split_address(flag, address)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise StartupError(
-                    f"cannot listen on --{flag} {address} ({error.strerror}): choose a free port, "
-                    "or 0 for any"
-                ) from error
+from superpose_server.runtime import Runtime
 
 
 class Server:
