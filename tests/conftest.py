@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 
-# Read when transformers is imported, and handed on to the processes that tests start.
+# Read when torch and transformers are imported, and handed on to the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 # A process that a test starts forks while gRPC's threads run here; gRPC's own handling of forks can
 # then abort the child before it becomes another program.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+# Threads only wait for one another on matrices as small as most here, and the other cores have
+# tests of their own to run.
+os.environ["OMP_NUM_THREADS"] = "1"
 for name in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy"):
     os.environ.pop(name, None)
     os.environ.pop(name.upper(), None)

@@ -2,11 +2,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from socketserver import BaseServer
 
 import pytest
 from tests.integration.harness import Family, LoopThread, Served, start
 from tests.makers import make_adapter, save_base, tiny_gpt2, tiny_llama
 from torch import nn
+
+# The thread of a server's metrics looks up twice a second whether it shall end; with a server a
+# test, most of the time would go into waiting for that.
+BaseServer.serve_forever.__defaults__ = (0.01,)
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,8 @@ class Reference:
 
 
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler")
-def test_a_compiled_server_serves_the_sums(tmp_path: Path) -> None:
+def test_a_compiled_server_serves_the_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")  # By default it has all threads.
     flags = ("--compile=auto", "--max-batch=4", "--max-length=64")
     with ServerProcess("mini", tmp_path / "state", *flags) as server:
         reference = Reference()

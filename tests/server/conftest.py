@@ -3,7 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 from tests.makers import save_base, tiny_gpt2, tiny_llama
 from tests.server.helpers import NEEDS_COMPILER
@@ -12,9 +11,6 @@ from tests.server.helpers import NEEDS_COMPILER
 # red run can be repeated.
 settings.register_profile("server", deadline=None, max_examples=12, derandomize=True)
 settings.load_profile("server")
-
-# Threads only wait for one another on matrices as small as these.
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
