@@ -169,17 +169,16 @@ def test_a_fault_in_a_step_ends_its_rows_and_no_others(
     before = state_of(served)
     runner = served.runtime.engine.runner
     real = runner.run
-    with monkeypatch.context() as patch:
+    faults = [RuntimeError("secret detail")]
 
-        def fails_once(spans: Sequence[Span], *arguments: Any) -> torch.Tensor:
-            if (spans[0].position == 0) != (phase == "prefill"):
-                return real(spans, *arguments)
-            patch.setattr(runner, "run", real)
-            raise RuntimeError("secret detail")
+    def fails_once(spans: Sequence[Span], *arguments: Any) -> torch.Tensor:
+        if faults and (spans[0].position == 0) == (phase == "prefill"):
+            raise faults.pop()
+        return real(spans, *arguments)
 
-        patch.setattr(runner, "run", fails_once)
-        with pytest.raises(InternalError, match=r"^internal error$") as caught:
-            list(served.client.stream(PROMPT, max_new_tokens=20, ignore_eos=True))
+    monkeypatch.setattr(runner, "run", fails_once)
+    with pytest.raises(InternalError, match=r"^internal error$") as caught:
+        list(served.client.stream(PROMPT, max_new_tokens=20, ignore_eos=True))
     assert caught.value.reason == "INTERNAL"
     assert served.client.info().running == 0
     check_serves(served, before)
@@ -192,16 +191,17 @@ def test_a_fault_outside_of_every_phase_hangs_nobody(
     engine = served.runtime.engine
     stream = served.client.stream(PROMPT, max_new_tokens=900, ignore_eos=True)
     next(stream)
-    with monkeypatch.context() as patch:
-        real = engine._do_slice
+    real = engine._do_slice
+    faults = [RuntimeError("secret detail")]
 
-        def fails_once() -> None:
-            patch.setattr(engine, "_do_slice", real)
-            raise RuntimeError("secret detail")
+    def fails_once() -> None:
+        if faults:
+            raise faults.pop()
+        real()
 
-        patch.setattr(engine, "_do_slice", fails_once)
-        with pytest.raises(InternalError, match=r"^internal error$"):
-            list(stream)
+    monkeypatch.setattr(engine, "_do_slice", fails_once)
+    with pytest.raises(InternalError, match=r"^internal error$"):
+        list(stream)
     check_serves(served, before)
 
 
