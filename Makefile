@@ -7,11 +7,12 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test lint types imports stubs pytest proto format clean
+.PHONY: help setup demo test check lint types imports stubs pytest proto format clean
 
 help:
 	@echo "make demo    serve the bundled model, mix its three domains, verify the weights (1 minute)"
 	@echo "make test    every check: lint, types, import rules, stubs, tests"
+	@echo "make check   what continuous integration runs: make test, and what needs more than it does"
 	@echo "make setup   only the set-up of both, in .venv"
 	@echo "make pytest  only the tests, for example: make pytest ARGS='tests/server -k fold'"
 	@echo "make proto   generate the stubs anew after a change of a .proto file"
@@ -32,6 +33,10 @@ demo: setup
 
 test: lint types imports stubs pytest
 
+# Checks that need more than .venv holds, such as clients of others, a browser or a cluster, are
+# targets of their own, each with its dependency group and environment, and are added here.
+check: test
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,8 +50,10 @@ imports: setup
 stubs: setup
 	$(BIN)/python proto/generate.py --check
 
+# A worker a core, as far as memory goes. Tests of a module share a worker, as they share what is slow
+# to make. All in one process, as a debugger needs it: ARGS='-n 0 ...'.
 pytest: setup
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadscope $(ARGS)
 
 proto: setup
 	$(BIN)/python proto/generate.py

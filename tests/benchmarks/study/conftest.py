@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from benchmarks.study.__main__ import main
 from benchmarks.study.config import Config, Data, Seeds
 from benchmarks.study.inputs import DataFile, Inputs
@@ -26,15 +25,6 @@ training.eval_rows = 2
 evaluation.test_rows = 2
 evaluation.resamples = 100
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    # Small tensors gain little from a second thread, and lose much on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
