@@ -1,7 +1,8 @@
 """Files and folders that are there whole or not at all, whatever instant the machine stops at.
 
 What is new is written beside its place, waited for until it is on the disk, and takes the place by
-one rename, which is waited for too.
+one rename, which is waited for too. Only if that last wait fails is the new thing there and yet an
+error raised: whole, but nobody knows whether it outlasts the machine.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def write_file(path: Path, data: bytes) -> None:
     """Write a file, in place of what is there; its folder is made if need be.
 
     Raises:
-        OSError: It could not be written; what was there is there still.
+        OSError: It could not be written; what was there is there still, or the whole of the new.
     """
     with replacing(path) as fresh:
         fresh.write_bytes(data)
@@ -45,7 +46,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a file's name beside `path` to write to; what is written takes the place of `path`.
 
     Raises:
-        OSError: It could not be written; what was there is there still.
+        OSError: It could not be written; what was there is there still, or the whole of the new.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = _beside(path)
@@ -64,9 +65,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path` to fill; it becomes `path`, where nothing may be.
 
     Raises:
-        OSError: It could not be written; nothing is left.
+        OSError: It could not be written; nothing is left, or the whole of it.
     """
     fresh = _beside(path)
+    shutil.rmtree(fresh, ignore_errors=True)  # Of a process of this number that was killed.
     fresh.mkdir(parents=True)
     try:
         with naming(path):

@@ -19,9 +19,9 @@ from superpose_adapters.adapter import Adapter
 from superpose_adapters.layout import ModuleLayout
 
 # Elements of float32 scratch of a fold into a narrower dtype: on a CPU 4 MiB, so that it stays in
-# cache; elsewhere launching costs more than memory, and 256 MiB hold most parameters whole.
+# cache; elsewhere launching costs more than memory, and 64 MiB hold most parameters whole.
 _TILE_ELEMENTS = {"cpu": 1 << 20}
-_LARGEST_TILE = 1 << 26
+_LARGEST_TILE = 1 << 24
 
 
 def concatenate_factors(

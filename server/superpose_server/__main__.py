@@ -50,13 +50,14 @@ async def _serve(config: ServerConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
-    server = Server(Runtime(config))
+    runtime = Runtime(config)
     try:
+        server = Server(runtime)
         await server.start()
     except BaseException:
-        server.runtime.close()
+        runtime.close()
         raise
-    state = server.runtime.default_mix.state
+    state = runtime.default_mix.state
     print(
         f"ready address={server.address} base={config.base} generation={state.generation} "
         f"digest={state.mix.digest} metrics={server.metrics_address}",

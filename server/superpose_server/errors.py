@@ -5,6 +5,7 @@ ServerError
 ├── NotFound             a domain that is not loaded, or not in the default mix
 ├── AlreadyExists        a domain that is in the mix, or is loaded with other bytes
 ├── FailedPrecondition   the state must be changed by hand before a retry can succeed
+│   └── OutputNotFinite  ... as the weights of this mix
 ├── GenerationMismatch   somebody else changed the default mix first
 ├── QueueFull            retry after a while
 ├── WatchBehind          watch again
@@ -60,6 +61,17 @@ class AlreadyExists(ServerError):
 
 class FailedPrecondition(ServerError):
     """The state of the server must be changed by hand before a retry can succeed."""
+
+
+class OutputNotFinite(FailedPrecondition):
+    """A model's logits under a mix are no numbers that can be chosen from."""
+
+    def __init__(self) -> None:
+        """Say so."""
+        super().__init__(
+            "the model's output is not finite under this mix: use smaller weights",
+            "OUTPUT_NOT_FINITE",
+        )
 
 
 class GenerationMismatch(ServerError):

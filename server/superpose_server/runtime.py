@@ -33,7 +33,7 @@ from superpose_server.engine.observer import EngineObserver, Observers
 from superpose_server.engine.residency import Residency
 from superpose_server.engine.scheduler import RETRY_AFTER_SECONDS, Scheduler
 from superpose_server.engine.tokenizer import Tokenizer
-from superpose_server.errors import DataLoss, QueueFull, ServerError, ShuttingDown, StartupError
+from superpose_server.errors import QueueFull, ServerError, ShuttingDown, StartupError
 from superpose_server.metrics import Metrics
 from superpose_server.model.memory import MIB
 from superpose_server.model.model import Model
@@ -107,20 +107,25 @@ class Runtime:
             state_dir = config.state_dir or _default_state_dir(self.model.base_digest)
             state_dir.mkdir(parents=True, exist_ok=True)
             self._store = AdapterStore(state_dir / "adapters")
-        except (ValueError, StoreError, OSError) as error:
-            raise StartupError(_one_line(error)) from error
-        except RuntimeError as error:  # What torch raises when memory or a device is missing.
-            raise StartupError(
-                f"{config.base} does not fit {config.device} with --max-batch {config.max_batch} "
-                f"and --max-length {config.max_length}: {_one_line(error)}"
-            ) from error
+        except (ValueError, StoreError, OSError, RuntimeError) as error:
+            raise self._cannot_start(error) from error
         try:
             self._start(state_dir, observer)
         except BaseException as error:
             self._store.close()
-            if isinstance(error, ValueError | StoreError | OSError | ServerError):
-                raise StartupError(_one_line(error)) from error
+            if isinstance(error, ValueError | StoreError | OSError | ServerError | RuntimeError):
+                raise self._cannot_start(error) from error
             raise
+
+    def _cannot_start(self, error: Exception) -> StartupError:
+        if not isinstance(error, RuntimeError):
+            return StartupError(_one_line(error))
+        # What torch raises when memory or a device is missing.
+        config = self.config
+        return StartupError(
+            f"{config.base} does not fit {config.device} with --max-batch {config.max_batch} "
+            f"and --max-length {config.max_length}: {_one_line(error)}"
+        )
 
     def _start(self, state_dir: Path, observer: EngineObserver) -> None:
         model = self.model
@@ -273,14 +278,13 @@ class Runtime:
         loop = asyncio.get_running_loop()
         running = loop.run_in_executor(self._operator_thread, action, self._operator)
         self._actions.add(running)
-        running.add_done_callback(self._note_action)
+        running.add_done_callback(self._forget_action)
         return await asyncio.shield(running)
 
-    def _note_action(self, done: asyncio.Future[Any]) -> None:
-        # On its end and not where it is awaited: whoever asked for it may be gone.
+    def _forget_action(self, done: asyncio.Future[Any]) -> None:
         self._actions.discard(done)
-        if not done.cancelled() and isinstance(done.exception(), DataLoss):
-            self.integrity.note(False)
+        if not done.cancelled():
+            done.exception()  # Whoever asked for it may be gone, and nobody else has to read it.
 
     async def verify(self) -> JobResult[Verification]:
         """Verify the weights and remember the outcome, even if nobody waits for it."""

@@ -107,6 +107,23 @@ def test_bytes_that_do_not_reach_the_disk_take_no_place(
 
 
 @pytest.mark.parametrize("write", [file, stream, folder])
+def test_a_last_wait_that_fails_leaves_the_whole_of_the_new(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def fail(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink() == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="it: cannot be written: Input/output error"):
+        write(tmp_path / "it")
+    assert contents(tmp_path) == {"it/deep/a" if write is folder else "it": b"second"}
+
+
+@pytest.mark.parametrize("write", [file, stream, folder])
 def test_an_interruption_leaves_nothing(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,14 +121,15 @@ def test_a_request_may_be_let_go_of_from_outside(served: Served, inference: Infe
 def test_a_full_queue_refuses_before_anything_runs(one_row: Served) -> None:
     async def work() -> None:
         inference = Inference(one_row.runtime)
-        running = await inference.generate(GenerateRequest(PROMPT, options=LONG))
-        with pytest.raises(QueueFull):
-            await inference.generate(GenerateRequest(PROMPT, options=LONG))
-        running.cancel()
+        with held(one_row.recorder):
+            running = await inference.generate(GenerateRequest(PROMPT, options=LONG))
+            with pytest.raises(QueueFull):
+                await inference.generate(GenerateRequest(PROMPT, options=LONG))
+            running.cancel()
         await running.whole()
 
     one_row.loop.run(work())
-    assert len(one_row.recorder.ends) == 1
+    check_left(one_row)
 
 
 @pytest.mark.parametrize("token", [-1, VOCABULARY])

@@ -39,7 +39,7 @@ from superpose_client import (
 from superpose_client.client import Stream
 from superpose_server.control.registry import Registered, Source
 from superpose_server.control.watch import watch
-from superpose_server.engine.sequence import FinishReason
+from superpose_server.engine.sequence import FinishReason, Sequence
 from superpose_server.errors import WatchBehind
 
 SERVICES = [
@@ -62,6 +62,11 @@ def begin(
     return served.client.stream(
         PROMPT, mix=mix, temperature=0, max_new_tokens=tokens, ignore_eos=True
     )
+
+
+def wait_for_cancellation(served: Served, row: Sequence) -> None:
+    while not row.cancelled:
+        served.client.info()  # the cancellation is on its way; pytest-timeout bounds this
 
 
 def token_ids(chunks: list[GenerationChunk]) -> tuple[int, ...]:
@@ -316,10 +321,13 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_try_again(
 
 
 def test_a_cancelled_stream_frees_its_row(served: Served) -> None:
-    stream = begin(served, tokens=900)
-    other = begin(served, tokens=30)
-    next(stream)
-    stream.cancel()
+    with held(served.recorder):
+        stream = begin(served, tokens=900)
+        row = served.recorder.submitted.get(timeout=PATIENCE)
+        other = begin(served, tokens=30)
+        next(stream)
+        stream.cancel()
+        wait_for_cancellation(served, row)
     served.recorder.wait_for(
         lambda: any(end.reason is FinishReason.ABORTED for end in served.recorder.ends)
     )
@@ -357,8 +365,7 @@ def test_a_request_that_is_cancelled_while_it_waits_never_runs(
             waiting = begin(served, tokens=3)
             second = recorder.submitted.get(timeout=PATIENCE)
             waiting.cancel()
-            while not second.cancelled:
-                served.client.info()  # the cancellation is on its way; pytest-timeout bounds this
+            wait_for_cancellation(served, second)
         assert len(token_ids(list(running))) == 3
         recorder.wait_for(lambda: len(recorder.ends) == 2)
         ends = {end.row: end.reason for end in recorder.ends}

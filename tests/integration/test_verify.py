@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from tests.integration.harness import PATIENCE, PROMPT, Family, LoopThread, Served, start
+from tests.integration.harness import PROMPT, Family, LoopThread, Served, held, start
 from torch import Tensor
 from typer.testing import CliRunner
 
-from superpose_adapters.mix import BoundMix
+from superpose_adapters.mix import BoundMix, Mix
 from superpose_client import Client, DataLossError
 from superpose_client.cli import app
-from superpose_server.control.actions import Operator
 from superpose_server.engine.residency import Residency
-from superpose_server.errors import DataLoss
 
 ADAPTED = "transformer.h.0.attn.c_attn.weight"
 
@@ -58,28 +55,35 @@ def test_one_flipped_bit_of_the_kept_base_is_found_and_stays(served: Served) -> 
     assert not served.client.verify().ok
 
 
-def test_a_fold_that_ruins_the_weights_is_noted_even_if_its_client_is_gone(
+def test_a_fold_that_ruins_the_weights_ends_all_rows_and_is_noted_even_if_its_client_is_gone(
     served: Served,
 ) -> None:
-    begun, go_on = threading.Event(), threading.Event()
-
-    def ruin(_: Operator) -> None:
-        begun.set()
-        assert go_on.wait(PATIENCE)
-        raise DataLoss("nothing could be put back", "WEIGHTS_DAMAGED")
+    stream = served.client.stream(PROMPT, max_new_tokens=900, ignore_eos=True)
+    next(stream)
+    ruin(served)
+    wanted = Mix.of({"b": 1.0})
 
     async def abandoned() -> None:
-        task = asyncio.ensure_future(served.runtime.operate(ruin))
-        await asyncio.to_thread(begun.wait, PATIENCE)
+        task = asyncio.ensure_future(served.runtime.operate(lambda op: op.set(wanted, None)))
+        await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    served.loop.run(abandoned())
-    go_on.set()
+    with held(served.recorder):  # so that the fold comes after its client has gone
+        served.loop.run(abandoned())
+    with pytest.raises(DataLossError, match="restart the server"):
+        list(stream)
     served.wait_for_health("superpose.v1.InferenceService", "NOT_SERVING")
     with pytest.raises(DataLossError):
         served.client.generate(PROMPT)
+
+
+def ruin(served: Served) -> None:
+    """Leave neither a fold nor a way back from it."""
+    base = served.weights._base
+    for module, parameter in base.items():
+        base[module] = parameter.flatten()[:7]
 
 
 def test_a_fold_that_nobody_asked_for_and_that_ruins_the_weights_is_told_of(
@@ -94,9 +98,7 @@ def test_a_fold_that_nobody_asked_for_and_that_ruins_the_weights_is_told_of(
         gpt2.push_all(served.client)
         served.client.add("a")
         assert metric(served, "superpose_weights_verified") == 1
-        base = served.weights._base
-        for module, parameter in base.items():
-            base[module] = parameter.flatten()[:7]  # neither a fold nor a way back from it
+        ruin(served)
         with pytest.raises(DataLossError, match="restart the server") as caught:
             served.client.generate(PROMPT, mix="b", max_new_tokens=100, ignore_eos=True)
         assert caught.value.reason == "WEIGHTS_DAMAGED"

@@ -32,8 +32,9 @@ def observed(cost: StepCost, a: float, b: float, c: float, steps: int, noise: fl
     for _ in range(steps):
         rows = numbers.randint(1, 16)
         corrected = numbers.randint(0, rows)
-        seconds = a + b * rows + c * corrected
-        cost.observe(rows, corrected, seconds * (1 + noise * numbers.uniform(-1, 1)))
+        prompts = numbers.choice([0, 0, 7, 128])
+        seconds = a + b * rows + c * corrected + 0.5e-3 * prompts
+        cost.observe(rows, corrected, seconds * (1 + noise * numbers.uniform(-1, 1)), prompts)
 
 
 @pytest.mark.parametrize("c", [0.0, 0.2e-3, 3e-3])
@@ -251,6 +252,7 @@ def mixes_of(bench: Bench) -> list[BoundMix]:
 
 
 LONG = dataclasses.replace(GREEDY, max_new_tokens=20)
+FULL = dataclasses.replace(GREEDY, max_new_tokens=60)
 
 
 def test_texts_are_the_same_while_mixes_shift(base: Path) -> None:
@@ -282,6 +284,24 @@ def test_texts_are_the_same_while_mixes_shift(base: Path) -> None:
     # A fold is worth it: afterwards only the other row is corrected.
     corrected = [count for _, count in bench.observer.steps]
     assert corrected.count(1) > 3 * corrected.count(3)
+
+
+def test_a_mix_is_folded_though_every_step_has_a_prompt(bases: dict[str, Path]) -> None:
+    bench = Bench(bases["gpt2"], slots=3, prefill_tokens=4)
+    bench.engine._residency = Residency()
+    mix = mixes_of(bench)[0]
+    clients = [bench.submit([65 + i], mix, FULL)[1] for i in range(2)]
+    bench.engine.step()
+    steps = 0
+    while not any(client.ended for client in clients):
+        if len(bench.scheduler.running) < 3:
+            bench.submit(list(range(40)), bench.mix(), dataclasses.replace(FULL, max_new_tokens=1))
+        bench.engine.step()
+        steps += 1
+    assert steps > 40
+    assert bench.engine.resident.digest == mix.digest
+    for i, client in enumerate(clients):
+        assert client.tokens == bench.alone([65 + i], mix, FULL.max_new_tokens)
 
 
 def test_what_the_operator_folds_is_the_operators(bases: dict[str, Path]) -> None:

@@ -116,7 +116,7 @@ def generate_from_wire(
     """
     prompt: Prompt = request.prompt
     if request.HasField("token_ids"):
-        prompt = tuple(request.token_ids.ids)
+        prompt = request.token_ids.ids
     elif request.HasField("chat"):
         prompt = Chat(tuple((turn.role, turn.content) for turn in request.chat.messages))
     options = params_from_wire(request.options)
@@ -143,7 +143,7 @@ def _item_from_wire(item: inference_pb2.ScoreItem) -> ScoreItem:
     if item.HasField("question_answer"):
         return QuestionAnswer(item.question_answer.question, item.question_answer.answer)
     if item.HasField("token_ids"):
-        return tuple(item.token_ids.ids)
+        return item.token_ids.ids  # As it is: it may hold millions, most of them to be refused.
     return item.text
 
 

@@ -37,9 +37,6 @@ class Server:
             StartupError: An address cannot be listened on.
         """
         self._start_metrics()
-        for door in self._doors:
-            await door.open()
-        self.address = self._doors[0].address
         loop = asyncio.get_running_loop()
 
         def found(intact: bool) -> None:
@@ -47,6 +44,11 @@ class Server:
                 loop.call_soon_threadsafe(self._tell_intact, intact)
 
         self.runtime.integrity.follow(found)
+        for door in self._doors:
+            await door.open()
+        self.address = self._doors[0].address
+        if not self.runtime.integrity.intact:  # Found by a call while the doors were opened.
+            self._tell_intact(False)
 
     def _start_metrics(self) -> None:
         config = self.runtime.config

@@ -32,7 +32,13 @@ from superpose_server.engine.sampling import sample
 from superpose_server.engine.scheduler import RETRY_AFTER_SECONDS, Scheduled, Scheduler
 from superpose_server.engine.score import ScoreRow, score_slices
 from superpose_server.engine.sequence import Chunk, Sequence
-from superpose_server.errors import DataLoss, FailedPrecondition, QueueFull, ShuttingDown
+from superpose_server.errors import (
+    DataLoss,
+    FailedPrecondition,
+    OutputNotFinite,
+    QueueFull,
+    ShuttingDown,
+)
 from superpose_server.model.model import Model
 from superpose_server.model.threads import compute_with
 from superpose_server.weights.resident import PreparedMix, ResidentWeights, Verification
@@ -216,9 +222,11 @@ class Engine:
                 future.set_result(self.resident)
             else:
                 future.set_exception(error)
+            if isinstance(error, DataLoss):
+                self._end_all(error)
 
     def _fold_now(self, target: PreparedMix) -> Exception | None:
-        """Fold; return what went wrong."""
+        """Fold; return what went wrong. After a DataLoss nothing may run on."""
         started = time.perf_counter()
         error: Exception | None = None
         try:
@@ -230,6 +238,8 @@ class Engine:
             self._residency.folded(seconds)
         self._forget()
         self._observe(self._observer.folded, seconds, error is None, self.resident)
+        if isinstance(error, DataLoss):
+            self._observe(self._observer.weights_lost, error)
         _log.info(
             "fold mix=%s resident=%s ms=%.2f ok=%s",
             target.mix.digest[:12],
@@ -275,9 +285,9 @@ class Engine:
         for part, logits in done:
             self._hand_out([item.row for item in part if item.chooses], logits)
         if self._residency is not None and decoded:
-            if len(decoded) == len(scheduled):
-                seconds = time.perf_counter() - started
-                self._residency.cost.observe(len(decoded), corrected, seconds)
+            seconds = time.perf_counter() - started
+            prompts = sum(len(item.span.ids) for item in scheduled) - len(decoding)
+            self._residency.cost.observe(len(decoding), corrected, seconds, prompts)
             self._follow(self._residency, mixes)
 
     def _pass(
@@ -332,7 +342,6 @@ class Engine:
         error = self._fold_now(prepared) if prepared.foldable else None
         residency.folded(time.perf_counter() - started)
         if isinstance(error, DataLoss):
-            self._observe(self._observer.weights_lost, error)
             self._end_all(error)
         elif error is not None or not prepared.foldable:
             residency.refuse(target)
@@ -357,7 +366,7 @@ class Engine:
         broken = [row for row, fine in zip(rows, finite, strict=True) if not fine]
         if broken:
             # Before any row leaves and another is moved into its place.
-            self._fail(broken, _not_finite())
+            self._fail(broken, OutputNotFinite())
         for row, token in zip(rows, tokens, strict=True):
             if row.ended:
                 continue
@@ -472,9 +481,3 @@ def _chosen_logprobs(
     chosen = torch.tensor([tokens[i] for i in asking], device=logits.device)
     values = asked.gather(1, chosen[:, None])[:, 0] - asked.logsumexp(-1)
     return dict(zip([rows[i] for i in asking], values.tolist(), strict=True))
-
-
-def _not_finite() -> FailedPrecondition:
-    return FailedPrecondition(
-        "the model's output is not finite under this mix: use smaller weights", "OUTPUT_NOT_FINITE"
-    )

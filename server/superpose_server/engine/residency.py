@@ -27,23 +27,26 @@ _REFUSED = 1024
 
 
 class StepCost:
-    """A running fit of seconds = a + b x rows + c x corrected rows over decode steps."""
+    """A running fit of a step's seconds = a + b x rows + c x corrected rows + d x prompt tokens.
+
+    Steps with prompts count too, or nothing would be known of a server that always has one.
+    """
 
     def __init__(self) -> None:
         """Know nothing: a correction seems to cost nothing until steps say otherwise."""
-        self._moments = torch.zeros(3, 3, dtype=torch.float64)
-        self._products = torch.zeros(3, dtype=torch.float64)
+        self._moments = torch.zeros(4, 4, dtype=torch.float64)
+        self._products = torch.zeros(4, dtype=torch.float64)
 
-    def observe(self, rows: int, corrected: int, seconds: float) -> None:
-        """Note a step."""
-        x = torch.tensor([1.0, rows, corrected], dtype=torch.float64)
+    def observe(self, rows: int, corrected: int, seconds: float, prompt_tokens: int = 0) -> None:
+        """Note a step of so many decoding rows, of which some were corrected."""
+        x = torch.tensor([1.0, rows, corrected, prompt_tokens], dtype=torch.float64)
         self._moments = _MEMORY * self._moments + torch.outer(x, x)
         self._products = _MEMORY * self._products + seconds * x
 
     @property
     def seconds_a_corrected_row(self) -> float:
         """What one corrected row adds to a step, at least 0."""
-        ridge = _RIDGE * torch.eye(3, dtype=torch.float64)
+        ridge = _RIDGE * torch.eye(4, dtype=torch.float64)
         fit = torch.linalg.solve(self._moments + ridge, self._products)
         return max(0.0, float(fit[2]))
 

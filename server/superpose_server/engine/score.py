@@ -14,7 +14,7 @@ import torch
 
 from superpose_adapters.mix import BoundMix
 from superpose_server.engine.runner import Runner
-from superpose_server.errors import FailedPrecondition
+from superpose_server.errors import OutputNotFinite
 from superpose_server.model.batch import Span
 
 
@@ -48,7 +48,7 @@ def score_slices(
     keys and values another job must not overwrite.
 
     Raises:
-        FailedPrecondition: The model's output is not finite under this mix.
+        OutputNotFinite: The model's output is not finite under this mix.
     """
     model = runner.model
     results: list[list[float]] = [[] for _ in rows]
@@ -91,10 +91,7 @@ def _score_slice(
         chosen = logits.gather(1, following[:, None])[:, 0]
         logprobs = (chosen - logits.logsumexp(-1)).cpu()
     if not bool(torch.isfinite(logprobs).all()):
-        raise FailedPrecondition(
-            "the model's output is not finite under this mix: use smaller weights",
-            "OUTPUT_NOT_FINITE",
-        )
+        raise OutputNotFinite
     values = iter(logprobs.tolist())
     return [
         (piece.index, list(islice(values, count)))

@@ -147,7 +147,7 @@ class Encoder:
             text = encode_text(tokenizer, item, length)
         else:
             self._check_ids(item, field)
-            text = EncodedText(item[:length])
+            text = EncodedText(tuple(item[:length]))
         if not text.ids:
             raise InvalidArgument(
                 f"{field} is empty: send a text, a question and answer, or token ids",

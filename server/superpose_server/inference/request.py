@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from superpose_adapters.mix import Mix
 from superpose_adapters.scoring import Scope
 from superpose_server.engine.sampling import SamplingParams
 
-TokenIds = tuple[int, ...]
+TokenIds = Sequence[int]
 
 
 @dataclass(frozen=True)

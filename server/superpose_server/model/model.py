@@ -24,6 +24,9 @@ from superpose_server.model.packed import pack_modules
 # What the CPU kernels store; float16 has no fast conversion on most processors.
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 _WARM_UP_TOKENS = 5
+# Of what is free on a GPU; the rest is for captured steps, their factors, and the scratch of passes
+# and folds.
+_CACHE_SHARE = 0.9
 
 
 class Model:
@@ -161,6 +164,8 @@ class Model:
                     f"tokens: give it {2 * slot / MIB:.0f} or more, or lower --max-length"
                 )
         needed, free = slot * (rows + 1), free_bytes(self.device)
+        if self.device.type == "cuda":
+            free = int(free * _CACHE_SHARE)
         if needed > free:
             raise ValueError(
                 f"the cache of {rows} rows of {self.context_length} tokens needs "

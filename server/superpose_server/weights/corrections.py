@@ -144,14 +144,13 @@ class Corrections:
 
     def _place(self, adapters: tuple[Adapter, ...]) -> FactorStack:
         """Return a stack that holds the factors of `adapters`."""
-        if self._pool is not None:
-            if self._pool.holds(adapters) or self._pool.add(adapters):
-                return self._pool
-            # Plans that were made point at columns that others get now.
-            self._plans.clear()
-            self._pool.clear()
-            if self._pool.add(adapters):
-                return self._pool
+        if self._pool is not None and self._pool.could_hold(adapters):
+            if not self._pool.add(adapters):
+                # Plans that were made point at columns that others get now.
+                self._plans.clear()
+                self._pool.clear()
+                self._pool.add(adapters)
+            return self._pool
         if self._stack is None or adapters != self._stacked:
             self._stacked, self._stack = adapters, FactorStack.of(adapters, self._device)
         return self._stack

@@ -40,8 +40,9 @@ class FactorStack:
             shapes: {module: (in, out)} of those that may be adapted.
             ranks: Room, in ranks of all adapters together.
             device: Where it lies.
-            dtype: Of the factors. In that of the model a term needs fewer launches on a GPU; in
-                bfloat16 it loses as much, relatively, as its output loses by its own rounding.
+            dtype: Of the factors. In that of the model a term needs fewer launches on a GPU. In
+                bfloat16 it is rounded at four places, A, B, the gate and between the products, each
+                by as much, relatively, as the output that it is added to.
         """
         self.ranks = ranks
         self._places: dict[tuple[str, int], slice] = {}
@@ -68,9 +69,11 @@ class FactorStack:
         stack.add(adapters)
         return stack
 
-    def holds(self, adapters: Sequence[Adapter]) -> bool:
-        """Return whether all of `adapters` are here."""
-        return all(adapter.digest in self._columns for adapter in adapters)
+    def could_hold(self, adapters: Sequence[Adapter]) -> bool:
+        """Return whether `adapters` would fit if nothing else were here."""
+        return sum(adapter.rank for adapter in adapters) <= self.ranks and all(
+            adapter.modules.keys() <= self.a.keys() for adapter in adapters
+        )
 
     def clear(self) -> None:
         """Make room."""
@@ -78,11 +81,10 @@ class FactorStack:
 
     @torch.inference_mode()
     def add(self, adapters: Sequence[Adapter]) -> bool:
-        """Put those of `adapters` here that are not; False, and no change, if they do not fit."""
+        """Put those of `adapters` here that are not; False, and no change, if there is no room."""
         new = [adapter for adapter in adapters if adapter.digest not in self._columns]
         used = max((columns.stop for columns in self._columns.values()), default=0)
-        fits = used + sum(adapter.rank for adapter in new) <= self.ranks
-        if not fits or not all(adapter.modules.keys() <= self.a.keys() for adapter in new):
+        if used + sum(adapter.rank for adapter in new) > self.ranks:
             return False
         largest = torch.finfo(self._all.dtype).max
         for adapter in new:

@@ -55,10 +55,6 @@ class KernelCorrection:
                     [len(table), table.data_ptr(), scaled.data_ptr()]
                 )
                 self._kept += [scaled, table, *(tensor for pair in pairs for tensor in pair)]
-        self.ranks = [
-            sum(adapter.modules[name].rank for adapter in adapters if name in adapter.modules)
-            for name in modules
-        ]
 
     def attach(self, tokens: Tensor, logits: Tensor, until: ExitStack) -> None:
         """See `Correction`."""
