@@ -15,6 +15,7 @@ from tests.integration.harness import (
     DEVICE,
     PATIENCE,
     PROMPT,
+    End,
     Family,
     LoopThread,
     Served,
@@ -328,11 +329,8 @@ def test_a_cancelled_stream_frees_its_row(served: Served) -> None:
         next(stream)
         stream.cancel()
         wait_for_cancellation(served, row)
-    served.recorder.wait_for(
-        lambda: any(end.reason is FinishReason.ABORTED for end in served.recorder.ends)
-    )
-    ended = next(e for e in served.recorder.ends if e.reason is FinishReason.ABORTED)
-    assert len(ended.row.tokens) < 900
+    served.recorder.wait_for(lambda: End(row, FinishReason.ABORTED) in served.recorder.ends)
+    assert len(row.tokens) < 900
     with pytest.raises(RequestCancelledError):
         list(stream)
     assert token_ids(list(other)) == served.greedy(tokens=30)
