@@ -396,7 +396,7 @@ ROWS = '{"question": "q1", "answer": "a1", "split": "test"}\n\n{"question": "q2"
     ("name", "content"),
     [
         ("rows.jsonl", ROWS.encode()),
-        ("rows.jsonl.gz", gzip.compress(ROWS.encode())),
+        ("rows.jsonl.gz", gzip.compress(ROWS.encode(), mtime=0)),
     ],
 )
 def test_score_pairs(
@@ -423,7 +423,7 @@ def test_score_pairs(
     [
         ("texts.txt", "one\n\n two\u2028still two\r\nthree".encode()),
         ("texts.txt", "\ufeffone\n two\u2028still two\nthree\n".encode()),
-        ("texts.gz", gzip.compress("one\n two\u2028still two\nthree\n".encode())),
+        ("texts.gz", gzip.compress("one\n two\u2028still two\nthree\n".encode(), mtime=0)),
         ("t.jsonl", b'{"text": "one"}\n{"text": " two\\u2028still two"}\n{"text": "three"}'),
     ],
 )
@@ -453,8 +453,12 @@ def test_score_standard_input(ctl: Ctl, server: FakeServer) -> None:
         ("a.txt", b"one\n\xff\n", "a.txt:2: not UTF-8"),
         ("a.txt", b"\n\n", "a.txt holds no text"),
         ("a.txt.gz", b"plain", "a.txt.gz: not a whole gzip file"),
-        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], "a.txt.gz: not a whole gzip file"),
-        ("a.txt.gz", gzip.compress(b"a\nb")[:12] + b"\xff" * 20, "a.txt.gz: not a whole gzip"),
+        ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], "a.txt.gz: not a whole gzip file"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"a\nb", mtime=0)[:12] + b"\xff" * 20,
+            "a.txt.gz: not a whole gzip",
+        ),
     ],
 )
 def test_score_names_the_line_at_fault(
