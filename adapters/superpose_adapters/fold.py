@@ -20,8 +20,8 @@ from superpose_adapters.layout import ModuleLayout
 
 # Elements of float32 scratch of a fold into a narrower dtype: on a CPU 4 MiB, so that it stays in
 # cache; elsewhere launching costs more than memory, and 64 MiB hold most parameters whole.
-_TILE_ELEMENTS = {"cpu": 1 << 20}
-_LARGEST_TILE = 1 << 24
+_CPU_TILE = 1 << 20
+_DEVICE_TILE = 1 << 24
 
 
 def concatenate_factors(
@@ -59,7 +59,7 @@ def fold_into(
         torch.addmm(base.to(out.device), left, right, out=out)
         return
     # A plain addmm in bfloat16 would round its factors and its partial sums as well.
-    elements = _TILE_ELEMENTS.get(out.device.type, _LARGEST_TILE)
+    elements = _CPU_TILE if out.device.type == "cpu" else _DEVICE_TILE
     rows = max(1, elements // out.shape[1])
     for start in range(0, out.shape[0], rows):
         tile = slice(start, start + rows)

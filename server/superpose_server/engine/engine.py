@@ -285,9 +285,10 @@ class Engine:
         for part, logits in done:
             self._hand_out([item.row for item in part if item.chooses], logits)
         if self._residency is not None and decoded:
-            seconds = time.perf_counter() - started
-            prompts = sum(len(item.span.ids) for item in scheduled) - len(decoding)
-            self._residency.cost.observe(len(decoding), corrected, seconds, prompts)
+            if not failed:  # What was repeated tells nothing of what a step costs.
+                seconds = time.perf_counter() - started
+                prompts = sum(len(item.span.ids) for item in scheduled) - len(decoding)
+                self._residency.cost.observe(len(decoding), corrected, seconds, prompts)
             self._follow(self._residency, mixes)
 
     def _pass(

@@ -93,8 +93,7 @@ class Corrections:
             return None
         key = (resident.digest, *(mix.digest for mix in rows))
         if key not in self._plans:
-            plan = self._make_plan(rows, resident)
-            self._plans[key] = plan
+            self._plans[key] = self._make_plan(rows, resident)
         return self._plans[key]
 
     def count(self, rows: Sequence[BoundMix], resident: BoundMix) -> int:
@@ -129,7 +128,7 @@ class Corrections:
         return self.dense(stack, stack.spread(adapters, table))
 
     def dense(self, stack: FactorStack, gates: Tensor) -> DenseCorrection:
-        """Return the correction of plain modules by `stack`, with float32 gates (rows, ranks)."""
+        """Return the correction of plain modules by `stack`, gates (rows, ranks) in its dtype."""
         return DenseCorrection(stack, gates, self._modules, self._heads)
 
     def _gates_of(self, mix: BoundMix, resident: BoundMix) -> Mapping[Adapter, float]:
