@@ -102,7 +102,7 @@ def adapter_digest(tensors: Mapping[str, Tensor], config_effect: Mapping[str, An
     return tensor_digest(tensors, dict(config_effect))
 
 
-def _checkpoint_files(folder: Path) -> list[Path]:
+def checkpoint_files(folder: Path) -> list[Path]:
     """Return the files that transformers loads from `folder`, or every safetensors file in it.
 
     A folder may hold the same model a second time under other names (`consolidated.safetensors`),
@@ -126,7 +126,7 @@ def checkpoint_digest(folder: Path) -> str:
     Raises:
         ValueError: No safetensors file, a damaged one, or a tensor that two files hold.
     """
-    paths = _checkpoint_files(folder)
+    paths = checkpoint_files(folder)
     if not paths:
         raise ValueError(
             f"{folder}: no *.safetensors file: save the model with "

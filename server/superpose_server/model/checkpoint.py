@@ -1,0 +1,284 @@
+"""A checkpoint in, transformers' model out: whole, or refused in one line.
+
+The checkpoint is the base. transformers would fill what is missing with random parameters, drop
+what it has no place for, read integers as weights, merge an adapter that lies beside them, and warn
+at most. None of that is ever served.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from superpose_adapters.tensorfile import TensorEntry
+from superpose_server.model.checkpoint_folder import (
+    read_headers,
+    read_settings,
+    refuse,
+    say,
+    weight_files,
+)
+from superpose_server.model.family import refuse_class, refuse_config, refuse_settings
+from superpose_server.model.memory import lasting_copy
+
+_FLOATS = {"F64", "F32", "BF16", "F16"}
+# What torch.compile and DataParallel put before every name.
+_WRAPPERS = r"^(?:(?:_orig_mod|module)\.)+"
+# What older classes stored although they could make it: positions, lower triangles, and a score.
+_POSITION_IDS = re.compile(r"(^|\.)position_ids$")
+_MASK = re.compile(r"(^|\.)att(n|ention)\.bias$")
+_MASKED = re.compile(r"(^|\.)att(n|ention)\.masked_bias$")
+_NAMED = 3  # tensors that a line names
+
+_log = logging.getLogger(__name__)
+
+
+def load_checkpoint(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Load a base: on the CPU, in eval mode, with transformers' eager attention.
+
+    Every parameter is in storage of its own. Code in the folder is never run.
+
+    Raises:
+        CheckpointError: It cannot be served as it is; one line says why, and what to do.
+        RuntimeError: There is no memory, as torch says it.
+    """
+    _refuse_if(folder, refuse_settings(read_settings(folder)))
+    paths = weight_files(folder)
+    with _quiet():
+        skeleton = _skeleton(folder, dtype)
+        stored = read_headers(folder, paths)
+        mapping = _unwrap(folder, stored)
+        stored = {re.sub(_WRAPPERS, "", name): entry for name, entry in stored.items()}
+        _check_stored(folder, skeleton, stored)
+        module = _load(folder, dtype, mapping, skeleton, stored)
+    module.eval().requires_grad_(False)
+    _own_storage(module)
+    return module
+
+
+def _refuse_if(folder: Path, reason: str | None) -> None:
+    if reason is not None:
+        refuse(folder, reason)
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Keep transformers' reports and progress bars off stderr: what they say is said in a line."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
+    """Build the model without memory, so that an unfit one is refused before its weights are read.
+
+    It tells the names, shapes and buffers that the class has as well.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # As many kinds as there are fields that can be wrong.
+        refuse(
+            folder,
+            f"has a config.json that transformers refuses ({say(error)}): correct that field",
+            error,
+        )
+    _refuse_if(folder, refuse_config(config))
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
+            )
+    except Exception as error:  # From anywhere in the class's own code.
+        refuse(
+            folder,
+            f"has a config.json of which no {config.model_type} can be built ({say(error)}): "
+            "correct that field",
+            error,
+        )
+    _refuse_if(folder, refuse_class(config, skeleton))
+    return skeleton
+
+
+def _unwrap(folder: Path, names: Iterable[str]) -> dict[str, str] | None:
+    """Return the renaming that takes a wrapper's prefix from every name; None: there is none."""
+    prefixes: dict[str, str] = {}
+    for name in names:
+        match = re.match(_WRAPPERS, name)
+        prefixes.setdefault(match.group() if match else "", name)
+    if set(prefixes) <= {""}:
+        return None
+    if len(prefixes) > 1:
+        examples = " and ".join(sorted(prefixes.values())[:2])
+        refuse(
+            folder,
+            f"names some tensors behind a wrapper's prefix and others not ({examples}): save it "
+            "again from the model itself, not from torch.compile's or DataParallel's wrapper",
+        )
+    (prefix,) = prefixes
+    _log.warning("base %s: every tensor is named behind %s; loaded without that", folder, prefix)
+    return {_WRAPPERS: ""}
+
+
+def _check_stored(folder: Path, skeleton: Any, stored: dict[str, TensorEntry]) -> None:
+    """Refuse what transformers would read as a parameter and is none, or as one and is two."""
+    strange = [
+        f"{name} is {entry.dtype}"
+        for name, entry in stored.items()
+        if entry.dtype not in _FLOATS and not _is_buffer(name, entry, skeleton)
+    ]
+    if strange:
+        refuse(
+            folder,
+            f"stores what is no unquantised parameter ({_some(strange)}): this server serves "
+            "float32, bfloat16 and float16 checkpoints; save a dequantised one",
+        )
+    expected = skeleton.state_dict()
+    prefix = f"{skeleton.base_model_prefix}."
+    for name in stored:
+        short = name.removeprefix(prefix)
+        if short != name and short in stored and not {name, short} <= expected.keys():
+            refuse(
+                folder, f"stores one parameter twice, as {name} and as {short}: remove one of them"
+            )
+
+
+def _load(
+    folder: Path,
+    dtype: torch.dtype,
+    mapping: dict[str, str] | None,
+    skeleton: Any,
+    stored: dict[str, TensorEntry],
+) -> nn.Module:
+    """Let transformers load it, and believe only its account of what fitted."""
+    kind = type(skeleton).__name__
+    try:
+        module, told = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+            key_mapping=mapping,
+            output_loading_info=True,
+            # Otherwise it raises, with the names in its log only.
+            ignore_mismatched_sizes=True,
+        )
+    except Exception as error:
+        if isinstance(error, MemoryError) or "allocate" in str(error):
+            raise
+        # It stumbles over some parameters of another shape.
+        reason = _unfit(kind, [], [], _other_shapes(skeleton, stored)) or (
+            f"cannot be loaded as {kind} ({say(error)}): save it again with save_pretrained"
+        )
+        refuse(folder, reason, error)
+    surplus = [
+        name
+        for name in told["unexpected_keys"]
+        if name not in stored or not _is_buffer(name, stored[name], skeleton)
+    ]
+    missing = sorted(told["missing_keys"])
+    head = _head(skeleton)
+    if missing and head and all(name.startswith(f"{head}.") for name in missing):
+        also = f", and holds {_some(surplus)}" if surplus else ""
+        refuse(
+            folder,
+            f"has no language model's head ({_some(missing)} is not stored{also}): use a "
+            f"checkpoint that was saved as {kind}, not a backbone or a classifier; if its head is "
+            "its embedding, set tie_word_embeddings to true in config.json",
+        )
+    shapes = [_shape_line(name, tuple(a), tuple(b)) for name, a, b in told["mismatched_keys"]]
+    _refuse_if(folder, _unfit(kind, missing, surplus, shapes))
+    loaded: nn.Module = module
+    return loaded
+
+
+def _unfit(
+    kind: str, missing: Sequence[str], surplus: Sequence[str], shapes: Sequence[str]
+) -> str | None:
+    parts = []
+    if missing:
+        parts.append(f"lacks {_some(missing)}")
+    if shapes:
+        parts.append(f"in another shape: {_some(shapes)}")
+    if surplus:
+        parts.append(f"no place for {_some(surplus)}")
+    if not parts:
+        return None
+    return (
+        f"is not a whole {kind} as config.json describes it: {'; '.join(parts)}: copy it again, or "
+        "save the model again with save_pretrained"
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    rest = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _shape_line(name: str, stored: Sequence[int], wanted: Sequence[int]) -> str:
+    return f"{name} is {list(stored)}, not {list(wanted)}"
+
+
+def _other_shapes(skeleton: Any, stored: dict[str, TensorEntry]) -> list[str]:
+    expected = skeleton.state_dict()
+    prefix = skeleton.base_model_prefix
+    lines = []
+    for name, entry in stored.items():
+        wanted = expected.get(name, expected.get(f"{prefix}.{name}"))
+        if wanted is not None and tuple(wanted.shape) != entry.shape:
+            lines.append(_shape_line(name, entry.shape, tuple(wanted.shape)))
+    return lines
+
+
+def _head(skeleton: Any) -> str | None:
+    """Return the name of the module that makes logits."""
+    output = skeleton.get_output_embeddings()
+    return next((name for name, part in skeleton.named_modules() if part is output), None)
+
+
+def _is_buffer(name: str, entry: TensorEntry, skeleton: Any) -> bool:
+    """Tell whether a stored tensor is no parameter but what the class makes itself, or made once.
+
+    Masks and positions are in many older checkpoints, under names that the class may have lost.
+    """
+    names = {name, f"{skeleton.base_model_prefix}.{name}"}
+    if names & {parameter for parameter, _ in skeleton.named_parameters()}:
+        return False
+    patterns = skeleton._keys_to_ignore_on_load_unexpected or ()
+    if _POSITION_IDS.search(name) or any(re.search(pattern, name) for pattern in patterns):
+        return True
+    if _MASK.search(name):
+        return len(entry.shape) == 4 and entry.shape[-1] == entry.shape[-2]
+    if _MASKED.search(name):
+        return entry.shape in ((), (1,))
+    return bool(names & {buffer for buffer, _ in skeleton.named_buffers()})
+
+
+@torch.no_grad()
+def _own_storage(module: nn.Module) -> None:
+    """Move every parameter out of the mapped checkpoint file into storage of its own.
+
+    A mapped file may change or shrink while it is served. And its tensors are aligned to 8 bytes
+    only, where the bits of a matrix product depend on the alignment of its output: the same mix
+    would not give the same bits in the live weights and in a fresh fold.
+    """
+    tensor: Tensor
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = lasting_copy(tensor.data) if tensor.dim() else tensor.data.clone()
