@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from superpose_adapters.adapter import Adapter, Factors
 from superpose_adapters.mix import BoundEntry, BoundMix
 from superpose_server.model.batch import Batch, Span
 from superpose_server.model.kernels.build import load_kernels
-from superpose_server.model.packed import PANEL, PackedLinear, pack
+from superpose_server.model.packed import PANEL, TERM_FIELDS, PackedLinear, pack
 from superpose_server.weights.corrections import Corrections
+from superpose_server.weights.kernel_correction import KernelCorrection
 from superpose_server.weights.parameter_format import PackedFormat
 
 pytestmark = pytest.mark.skipif(
@@ -27,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 UNIT = 2.0**-24  # half an ulp of 1.0 in float32
 HALF_ULP = {torch.float32: UNIT, torch.bfloat16: 2.0**-9}  # of 1.0
 DTYPES = [torch.float32, torch.bfloat16]
-NO_TERM = torch.zeros(4, dtype=torch.int64)
+NO_TERM = torch.zeros(TERM_FIELDS, dtype=torch.int64)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -286,36 +290,156 @@ def test_a_gate_of_zero_hides_what_its_factors_hold(value: float) -> None:
     assert torch.equal(y, clean)
 
 
+class Term:
+    """A module's term for rows of a batch, as `KernelCorrection` lays it out, and a product."""
+
+    def __init__(self, adapters: Sequence[Adapter], gate_rows: int = 3, *, head: bool = False):
+        gates = torch.ones(gate_rows, len(adapters), dtype=torch.float64)
+        self.terms = torch.zeros(1, TERM_FIELDS, dtype=torch.int64)
+        heads = frozenset({"m"} if head else ())
+        self.correction = KernelCorrection(adapters, gates, self.terms, ["m"], heads)
+        self.packed = pack(randn(INPUTS, OUT, seed=90), transposed=True)
+
+    def run(self, tokens: Sequence[int], logits: Sequence[int], rows: int) -> Tensor:
+        """The product of so many rows while tokens and logits are of these rows of the batch."""
+        with ExitStack() as until:
+            self.correction.attach(torch.tensor(tokens), torch.tensor(logits), until)
+            return linear(randn(rows, INPUTS), self.packed, None, OUT, self.terms[0])
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 2, 4, 6, 50_000])
+def test_a_correction_of_other_tokens_than_the_module_sees_is_refused(
+    rows: int, head: bool
+) -> None:
+    term = Term([adapter(1, rank=4)], head=head)
+    tokens, logits = [0, 0, 1, 1, 2], [0, 1, 2]
+    seen = len(logits if head else tokens)
+    with pytest.raises(RuntimeError, match=f"a correction of {seen} tokens meets {rows}"):
+        term.run(tokens, logits, rows)
+    assert not term.terms.any()
+    assert term.run(tokens, logits, seen).shape == (seen, OUT)  # and the next pass is well
+
+
+@pytest.mark.parametrize("row", [-1, 3, 1 << 40])
+def test_a_row_that_has_no_gates_is_refused(row: int) -> None:
+    term = Term([adapter(1, rank=4)], gate_rows=3)
+    with pytest.raises(RuntimeError, match=f"a correction of 3 rows meets row {row}$"):
+        term.run([0, row, 2], [0], 3)
+
+
+@pytest.mark.parametrize(("inputs", "out"), [(INPUTS + 1, OUT), (INPUTS, OUT - 1), (OUT, INPUTS)])
+def test_a_correction_for_a_module_of_another_size_is_refused(inputs: int, out: int) -> None:
+    term = Term([adapter(1, rank=4, inputs=inputs, out=out)])
+    message = f"a correction of {inputs} features to {out} meets {INPUTS} to {OUT}"
+    with pytest.raises(RuntimeError, match=message):
+        term.run([0], [0], 1)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "dtype"),
+    [
+        ((4, INPUTS + 1), (OUT, 4), torch.float32),
+        ((4, INPUTS), (OUT + 1, 4), torch.float32),
+        ((4, INPUTS), (OUT, 3), torch.float32),
+        ((4, INPUTS), (OUT, 4), torch.bfloat16),
+    ],
+)
+def test_factors_that_do_not_fit_each_other_are_refused(
+    a: tuple[int, int], b: tuple[int, int], dtype: torch.dtype
+) -> None:
+    other = Adapter("f" * 64, {"m": Factors(torch.ones(a), torch.ones(b).to(dtype), 1.0)})
+    with pytest.raises(ValueError, match=r"factors of m are .*: float32 \(4, 45\) and \(50, 4\)"):
+        Term([adapter(1, rank=2), other])
+
+
+def test_a_term_without_domains_is_none_whatever_else_it_says() -> None:
+    term = torch.full((TERM_FIELDS,), 7)
+    term[0] = 0
+    x, packed = randn(3, INPUTS), pack(randn(INPUTS, OUT, seed=90), transposed=True)
+    expected = linear(x, packed, None, OUT, NO_TERM)
+    assert torch.equal(linear(x, packed, None, OUT, term), expected)
+
+
+@pytest.mark.parametrize(
+    "term", [torch.zeros(4, dtype=torch.int64), torch.zeros(TERM_FIELDS), torch.zeros(0).long()]
+)
+def test_what_is_no_term_is_refused(term: Tensor) -> None:
+    with pytest.raises(RuntimeError, match=f"a term has {TERM_FIELDS} fields"):
+        linear(randn(3, INPUTS), pack(randn(INPUTS, OUT), transposed=True), None, OUT, term)
+
+
 # Attention
+
+# (slot, start, position) of each token.
+Tokens = list[tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What attention does to its scores beyond scaling."""
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def first(self, start: int, position: int) -> int:
+        """The first position that a token reads."""
+        return start if self.window is None else max(start, position - self.window + 1)
+
+
+PLAIN = Options()
 
 
 def attended(
-    query: Tensor, keys: Tensor, values: Tensor, tokens: list[tuple[int, int, int]], scale: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tokens: Tokens,
+    scale: float,
+    options: Options = PLAIN,
 ) -> Tensor:
-    """By the kernel; tokens are (slot, start, position)."""
+    """By the kernel."""
     slots, starts, positions = torch.tensor(tokens).T.contiguous().unbind()
-    result: Tensor = torch.ops.superpose.attend(
-        query, keys, values, slots, starts, positions, scale
+    found: Tensor = torch.ops.superpose.attend(
+        query,
+        keys,
+        values,
+        slots,
+        starts,
+        positions,
+        scale,
+        options.window,
+        options.softcap,
+        options.sinks,
     )
-    return result
+    return found
 
 
 def reference(
-    query: Tensor, keys: Tensor, values: Tensor, tokens: list[tuple[int, int, int]], scale: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tokens: Tokens,
+    scale: float,
+    options: Options = PLAIN,
 ) -> Tensor:
-    """By torch in float64, a token at a time."""
+    """By torch in float64, a token at a time, as transformers' Gemma 2 and GPT-OSS have it."""
+    group = query.shape[1] // keys.shape[1]
     parts = []
     for t, (slot, start, position) in enumerate(tokens):
-        window = slice(start, position + 1)
-        with sdpa_kernel(SDPBackend.MATH):
-            part = scaled_dot_product_attention(
-                query[:, :, t : t + 1].double(),
-                keys[slot, :, window].double()[None],
-                values[slot, :, window].double()[None],
-                scale=scale,
-                enable_gqa=True,
-            )
-        parts.append(part[0, :, 0])
+        read = slice(options.first(start, position), position + 1)
+        own_keys, own_values = (
+            stored[slot, :, read].double().repeat_interleave(group, dim=0)
+            for stored in (keys, values)
+        )
+        scores = (query[0, :, t, None].double() @ own_keys.transpose(1, 2))[:, 0] * scale
+        if options.softcap is not None:
+            scores = options.softcap * (scores / options.softcap).tanh()
+        if options.sinks is not None:
+            scores = torch.cat((scores, options.sinks.double()[:, None]), dim=1)
+        weights = scores.softmax(dim=1)[:, : own_values.shape[1]]
+        parts.append((weights[:, None] @ own_values)[:, 0])
     return torch.stack(parts)[None]
 
 
@@ -323,11 +447,12 @@ def reference(
 TOKENS = [(i % 3, start, start + i) for i in range(70) for start in ({0, 9} if i < 61 else {0})]
 
 
-def outside_is_nan(stored: Tensor, tokens: list[tuple[int, int, int]]) -> Tensor:
+def outside_is_nan(stored: Tensor, tokens: Tokens, options: Options = PLAIN) -> Tensor:
     """A copy with NaN wherever no token reads."""
     result = torch.full_like(stored, torch.nan)
     for slot, start, position in tokens:
-        result[slot, :, start : position + 1] = stored[slot, :, start : position + 1]
+        read = slice(options.first(start, position), position + 1)
+        result[slot, :, read] = stored[slot, :, read]
     return result
 
 
@@ -344,37 +469,124 @@ def test_attention_of_any_length_and_head(
     keys, values = (randn(3, heads, 72, size, seed=seed).to(dtype) for seed in (1, 2))
     scale = 1.7 / size**0.5
     exact = reference(query, keys, values, TOKENS, scale)
-    for given in (query, query.contiguous()):
-        found = attended(given, keys, values, TOKENS, scale)
+    for asked in (query, query.contiguous()):
+        found = attended(asked, keys, values, TOKENS, scale)
         assert found.shape == (1, count, query_heads, size)
         assert found.dtype == dtype
         error = (found.double() - exact).abs()
         assert bool((error <= 2e-6 * (1 + exact.abs()) + rounding(exact, dtype)).all())
 
 
-def test_attention_reads_its_own_positions_and_no_others() -> None:
+LENGTH = 72
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Any, ...]:
+    """Query, keys, values, tokens, scale and options, for tokens near every edge."""
+    dtype = draw(st.sampled_from(DTYPES))
+    size = draw(st.sampled_from([8, 17, 64, 80, 128, 256]))
+    value_size = draw(st.sampled_from([size, size, 8, 17, 80]))
+    query_heads, heads = draw(st.sampled_from([(4, 4), (6, 2), (3, 1)]))
+    window = draw(st.none() | st.sampled_from([1, 2, 7, 15, 16, 17, 33, LENGTH, 1 << 62]))
+    # Where a window ends, and where a vector does.
+    edges = {0, 1, 15, 16, 17, LENGTH - 1}
+    if window is not None:
+        edges |= {window + off for off in (-2, -1, 0, 1) if 0 <= window + off < LENGTH}
+    starts = st.sampled_from(sorted(edges))
+    spans = st.tuples(starts, st.sampled_from(sorted(edges)) | st.integers(0, LENGTH - 1))
+    tokens = [
+        (i % 3, *sorted(span))
+        for i, span in enumerate(draw(st.lists(spans, min_size=1, max_size=9)))
+    ]
+    seed = draw(st.integers(0, 1 << 20))
+    sinks = draw(st.sampled_from([None, torch.float32, dtype]))
+    options = Options(
+        window,
+        draw(st.sampled_from([None, 0.5, 5.0, 50.0])),
+        None if sinks is None else randn(query_heads, seed=seed, size=3.0).to(sinks),
+    )
+    query = randn(1, len(tokens), query_heads, size, seed=seed + 1).to(dtype).transpose(1, 2)
+    keys = randn(3, heads, LENGTH, size, seed=seed + 2).to(dtype)
+    values = randn(3, heads, LENGTH, value_size, seed=seed + 3).to(dtype)
+    return query, keys, values, tokens, draw(st.sampled_from([0.3, 1.7])) / size**0.5, options
+
+
+@given(problem=problems())
+def test_attention_with_windows_caps_and_sinks(problem: tuple[Any, ...]) -> None:
+    query, keys, values, tokens, scale, options = problem
+    exact = reference(query, keys, values, tokens, scale, options)
+    # What no token reads must not matter.
+    keys, values = (outside_is_nan(stored, tokens, options) for stored in (keys, values))
+    found = attended(query, keys, values, tokens, scale, options)
+    assert found.shape == exact.shape
+    assert found.dtype == query.dtype
+    error = (found.double() - exact).abs()
+    assert bool((error <= 4e-6 * (1 + exact.abs()) + rounding(exact, query.dtype)).all())
+
+
+SINKS = randn(4, seed=7)
+EVERY_OPTION = [
+    PLAIN,
+    Options(window=9),
+    Options(softcap=1.5),
+    Options(sinks=SINKS),
+    Options(9, 1.5, SINKS),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [1, 2, 9, 16, 17, 70, 1000])
+def test_a_window_has_the_bits_of_a_later_start(window: int, dtype: torch.dtype) -> None:
+    query = randn(1, 4, len(TOKENS), 20).to(dtype)
+    keys, values = (randn(3, 2, LENGTH, 20, seed=seed).to(dtype) for seed in (1, 2))
+    options = Options(window)
+    later = [(slot, options.first(start, position), position) for slot, start, position in TOKENS]
+    found = attended(query, keys, values, TOKENS, 0.3, options)
+    assert torch.equal(found, attended(query, keys, values, later, 0.3))
+
+
+@pytest.mark.parametrize("cap", [1.0, 50.0, 2.0**20])
+def test_a_soft_cap_is_exact_near_zero_and_far_from_it(cap: float) -> None:
+    # One position, and a sink with the score that is due: their weights tell the difference of the
+    # two, to far less than the last digit of either.
+    ratios = torch.cat([torch.logspace(-6, 1.3, 3000), torch.linspace(0.55, 0.7, 1000)])
+    scores = torch.cat([ratios, -ratios, torch.zeros(1)]) * cap
+    due = cap * (scores.double() / cap).tanh()
+    query, one = scores[None, :, None, None], torch.ones(1, 1, 1, 1)
+    share = attended(query, one, one, [(0, 0, 0)], 1.0, Options(softcap=cap, sinks=due.float()))
+    found = due.float().double() + share.double().flatten().logit()
+    # The share itself is known to 2^-24, four times that as a difference of scores.
+    assert bool(((found - due).abs() <= 1e-6 * due.abs() + 8 * UNIT).all())
+
+
+@pytest.mark.parametrize("options", EVERY_OPTION)
+def test_attention_reads_its_own_positions_and_no_others(options: Options) -> None:
     # Each token by itself, with NaN at every position that is not its own.
     query = randn(1, 4, len(TOKENS), 12)
-    keys, values = randn(3, 2, 72, 12, seed=1), randn(3, 2, 72, 12, seed=2)
-    whole = attended(query, keys, values, TOKENS, 0.3)
+    keys, values = randn(3, 2, LENGTH, 12, seed=1), randn(3, 2, LENGTH, 12, seed=2)
+    whole = attended(query, keys, values, TOKENS, 0.3, options)
     for t in range(0, len(TOKENS), 7):
         own = [TOKENS[t]]
-        one = attended(
-            query[:, :, t : t + 1], outside_is_nan(keys, own), outside_is_nan(values, own), own, 0.3
-        )
+        own_keys, own_values = (outside_is_nan(stored, own, options) for stored in (keys, values))
+        one = attended(query[:, :, t : t + 1], own_keys, own_values, own, 0.3, options)
         assert torch.equal(one[:, 0], whole[:, t])
 
 
-def test_the_bits_of_attention_do_not_depend_on_the_batch_or_the_threads(threads: None) -> None:
+@pytest.mark.parametrize("options", EVERY_OPTION)
+def test_the_bits_of_attention_do_not_depend_on_the_batch_or_the_threads(
+    options: Options, threads: None
+) -> None:
     query = randn(1, 4, len(TOKENS), 20)
-    keys, values = randn(3, 2, 72, 20, seed=1), randn(3, 2, 72, 20, seed=2)
+    keys, values = randn(3, 2, LENGTH, 20, seed=1), randn(3, 2, LENGTH, 20, seed=2)
     torch.set_num_threads(2)
-    whole = attended(query, keys, values, TOKENS, 0.3)
+    whole = attended(query, keys, values, TOKENS, 0.3, options)
     torch.set_num_threads(1)
-    assert torch.equal(attended(query, keys, values, TOKENS, 0.3), whole)
+    assert torch.equal(attended(query, keys, values, TOKENS, 0.3, options), whole)
     some = [3, 50, 51, 100]
-    picked = attended(query[:, :, some], keys, values, [TOKENS[i] for i in some], 0.3)
-    assert torch.equal(picked, whole[:, some])
+    tokens = [TOKENS[i] for i in some]
+    assert torch.equal(
+        attended(query[:, :, some], keys, values, tokens, 0.3, options), whole[:, some]
+    )
 
 
 def test_attention_to_scores_far_apart() -> None:
@@ -396,8 +608,9 @@ def test_attention_to_scores_far_apart() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 @pytest.mark.parametrize("at", [0, 8, 20])
+@pytest.mark.parametrize("options", EVERY_OPTION)
 def test_attention_hides_nothing_that_is_not_finite(
-    where: str, value: float, at: int, dtype: torch.dtype
+    options: Options, where: str, value: float, at: int, dtype: torch.dtype
 ) -> None:
     tokens = [(slot, 0, 20) for slot in (0, 1, 2)]
     query = randn(1, 4, 3, 12).to(dtype)
@@ -406,11 +619,13 @@ def test_attention_hides_nothing_that_is_not_finite(
         query[0, 1, 1, 3] = value
     else:
         {"key": keys, "value": values}[where][1, 0, at, 3] = value
-    exact = reference(query, keys, values, tokens, 0.3)
-    found = attended(query, keys, values, tokens, 0.3)
+    exact = reference(query, keys, values, tokens, 0.3, options)
+    found = attended(query, keys, values, tokens, 0.3, options)
     assert torch.equal(found.isfinite(), exact.isfinite())
     assert bool(found[:, [0, 2]].isfinite().all())
-    if math.isnan(value) or where == "value":  # a score of -inf is a weight of 0
+    read = where == "query" or at >= options.first(0, 20)
+    # A score of -inf is a weight of 0, and one that is capped is finite.
+    if read and (math.isnan(value) or where == "value"):
         assert not bool(found[:, 1].isfinite().all())
 
 
@@ -418,6 +633,100 @@ def test_attention_to_nothing_but_minus_infinity_is_not_finite() -> None:
     query, keys = torch.ones(1, 1, 1, 8), torch.full((1, 1, 4, 8), -torch.inf)
     values = torch.ones(1, 1, 4, 8)
     assert bool(attended(query, keys, values, [(0, 0, 3)], 1.0).isnan().all())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_sink_that_is_not_finite_is_not_hidden(value: float) -> None:
+    sinks = SINKS.clone()
+    sinks[2] = value
+    keys, values = randn(1, 2, 8, 12, seed=1), randn(1, 2, 8, 12, seed=2)
+    found = attended(randn(1, 4, 1, 12), keys, values, [(0, 0, 5)], 0.3, Options(sinks=sinks))
+    assert bool(found[0, 0, 2].isnan().all())
+    assert bool(found[0, 0, [0, 1, 3]].isfinite().all())
+
+
+def test_a_sink_of_minus_infinity_takes_nothing() -> None:
+    query = randn(1, 4, 1, 12)
+    keys, values = randn(1, 2, 8, 12, seed=1), randn(1, 2, 8, 12, seed=2)
+    none = Options(sinks=torch.full((4,), -torch.inf))
+    found = attended(query, keys, values, [(0, 0, 5)], 0.3, none)
+    assert torch.equal(found, attended(query, keys, values, [(0, 0, 5)], 0.3))
+
+
+@pytest.mark.parametrize(
+    "token",
+    [(-1, 0, 3), (3, 0, 3), (0, -1, 3), (0, 4, 3), (0, 0, 8), (0, 8, 8), (1 << 40, 0, 3)],
+)
+@pytest.mark.parametrize("window", [None, 2])
+def test_attention_to_positions_outside_of_the_slots_is_refused(
+    token: tuple[int, int, int], window: int | None
+) -> None:
+    query, stored = randn(1, 4, 2, 12), randn(3, 2, 8, 12)
+    with pytest.raises(RuntimeError, match="are not all in 3 slots of 8"):
+        attended(query, stored, stored, [(0, 0, 3), token], 0.3, Options(window))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(window=0), "a window of 0 positions"),
+        (Options(window=-5), "a window of -5 positions"),
+        (Options(softcap=0.0), "a softcap of 0"),
+        (Options(softcap=-1.0), "a softcap of -1"),
+        (Options(softcap=math.inf), "a softcap of inf"),
+        (Options(softcap=math.nan), "a softcap of nan"),
+        (Options(sinks=torch.zeros(3)), "one a query head"),
+        (Options(sinks=torch.zeros(5)), "one a query head"),
+        (Options(sinks=torch.zeros(4).double()), "sinks are float32 or as the query"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: Options, message: str) -> None:
+    query, stored = randn(1, 4, 1, 12), randn(3, 2, 8, 12)
+    with pytest.raises(RuntimeError, match=message):
+        attended(query, stored, stored, [(0, 0, 3)], 0.3, options)
+
+
+@pytest.mark.parametrize(
+    ("keys", "values"),
+    [
+        (randn(3, 2, 8, 11), randn(3, 2, 8, 12)),
+        (randn(3, 3, 8, 12), randn(3, 3, 8, 12)),
+        (randn(3, 0, 8, 12), randn(3, 0, 8, 12)),
+        (randn(3, 2, 8, 12), randn(2, 2, 8, 12)),
+        (randn(3, 2, 8, 12), randn(3, 1, 8, 12)),
+        (randn(3, 2, 8, 12), randn(3, 2, 7, 12)),
+        (randn(3, 2, 8, 12), randn(3, 2, 8, 12).bfloat16()),
+        (randn(3, 2, 12, 8).transpose(2, 3), randn(3, 2, 8, 12)),
+    ],
+)
+def test_attention_to_a_cache_of_other_shapes_is_refused(keys: Tensor, values: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        attended(randn(1, 4, 1, 12), keys, values, [(0, 0, 3)], 0.3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(1).long(), torch.zeros(2), torch.zeros(4).long()[::2]]
+)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_tables_that_are_not_of_the_tokens_are_refused(which: int, wrong: Tensor) -> None:
+    query, stored = randn(1, 4, 2, 12), randn(3, 2, 8, 12)
+    tables = [torch.zeros(2).long() for _ in range(3)]
+    tables[which] = wrong
+    with pytest.raises(RuntimeError, match="are int64, one a token"):
+        torch.ops.superpose.attend(query, stored, stored, *tables, 0.3)
+
+
+@pytest.mark.parametrize("options", EVERY_OPTION)
+def test_torch_compile_is_told_the_shape_of_what_attention_returns(options: Options) -> None:
+    query = randn(1, 5, 4, 12).transpose(1, 2)
+    tables = [torch.zeros(5).long() for _ in range(3)]
+    others = (randn(3, 2, 8, 12), randn(3, 2, 8, 7), *tables, 0.3)
+    more = (options.window, options.softcap, options.sinks)
+    operator = torch.ops.superpose.attend.default
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(operator, (query, *others, *more), test_utils=checks)
+    named = {"window": options.window, "softcap": options.softcap, "sinks": options.sinks}
+    torch.library.opcheck(operator, (query, *others), named, test_utils=checks)
 
 
 # Folds

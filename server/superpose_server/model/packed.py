@@ -16,6 +16,8 @@ from superpose_adapters.layout import Layout
 from superpose_server.model.memory import lasting_zeros
 
 PANEL = 16
+# Numbers of one module's term; see `Term` in kernels.cpp.
+TERM_FIELDS = 8
 
 
 class PackedLinear(nn.Module):
@@ -26,13 +28,13 @@ class PackedLinear(nn.Module):
     def __init__(
         self, weight: Tensor, bias: Tensor | None, out_features: int, term: Tensor | None = None
     ) -> None:
-        """Take a packed weight (panels, in, 16), a bias (out,) and a place for the term, (4,)."""
+        """Take a packed weight (panels, in, 16), a bias (out,) and a place for the term."""
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = bias if bias is None else nn.Parameter(bias, requires_grad=False)
         self.out_features = out_features
         # The correction of the batch that runs; see `KernelCorrection`. All zeros: none.
-        term = torch.zeros(4, dtype=torch.int64) if term is None else term
+        term = torch.zeros(TERM_FIELDS, dtype=torch.int64) if term is None else term
         self.register_buffer("term", term, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,10 +83,10 @@ def pack_modules(module: nn.Module, layout: Layout) -> Tensor:
     does more than look up keeps its own.
 
     Returns:
-        The terms of all of them in their order, int64 (modules, 4): side by side, so that one copy
-        corrects the next pass.
+        The terms of all of them in their order, int64 (modules, TERM_FIELDS): side by side, so that
+        one copy corrects the next pass.
     """
-    terms = torch.zeros(len(layout), 4, dtype=torch.int64)
+    terms = torch.zeros(len(layout), TERM_FIELDS, dtype=torch.int64)
     for (name, shape), term in zip(layout.items(), terms, strict=True):
         old = module.get_submodule(name)
         weight = pack(cast(Tensor, old.weight), transposed=shape.transposed)

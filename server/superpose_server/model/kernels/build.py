@@ -62,9 +62,11 @@ def _describe() -> None:
     ) -> Tensor:
         return x.new_empty((*x.shape[:-1], out_features))
 
-    def attend(query: Tensor, *others: object) -> Tensor:
-        _, heads, tokens, size = query.shape
-        return query.new_empty((1, tokens, heads, size))
+    def attend(
+        query: Tensor, keys: Tensor, values: Tensor, *others: object, **more: object
+    ) -> Tensor:
+        _, heads, tokens, _ = query.shape
+        return query.new_empty((1, tokens, heads, values.shape[-1]))
 
     torch.library.register_fake("superpose::linear", linear)
     torch.library.register_fake("superpose::attend", attend)

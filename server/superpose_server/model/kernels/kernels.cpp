@@ -18,6 +18,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -176,6 +177,23 @@ inline floats exponential(floats x) {
   p = p * r * r + r + 1.0f;
   const integers scale = (__builtin_convertvector(n, integers) + 127) << 23;
   return p * reinterpret_cast<floats>(scale);
+}
+
+// tanh to about 3 units in the last place, NaN of NaN. Near 0 a polynomial of its own (that of the
+// Cephes library): there 1 - e^-2x would lose its digits.
+inline floats tangent(floats x) {
+  const words sign = reinterpret_cast<words>(x) & 0x80000000u;
+  const floats size = reinterpret_cast<floats>(reinterpret_cast<words>(x) ^ sign);
+  const floats e = exponential(size * -2.0f);
+  const floats far = (1.0f - e) / (1.0f + e);
+  const floats z = x * x;
+  floats p = floats{} - 5.70498872745e-3f;
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const floats near = p * z * x + x;
+  return size < 0.625f ? near : reinterpret_cast<floats>(reinterpret_cast<words>(far) | sign);
 }
 
 inline float as_float(float value) { return value; }
@@ -348,16 +366,42 @@ void product(const float* x, int64_t rows, int64_t depth, const T* w, T* y, int6
 // The low-rank term of one module for one batch, as `KernelCorrection` lays it out: addresses, since a
 // compiled graph must take any number of adapters without being compiled anew.
 struct Term {
-  int64_t domains;         // 0: no correction.
+  int64_t domains;         // 0: no correction, whatever the rest says.
   const int64_t* factors;  // (domains, 3): address of A (r, in), of B (r, out), and r.
-  const float* gates;      // (rows, domains), scaling included.
-  const int64_t* rows;     // Row of each token.
+  int64_t in;
+  int64_t out;
+  const float* gates;   // (gate_rows, domains), scaling included.
+  int64_t gate_rows;
+  const int64_t* rows;  // (tokens,): row of each token in `gates`.
+  int64_t tokens;
 };
 
-Term read_term(const Tensor& header) {
+constexpr int64_t kTermFields = 8;
+
+// Read a term for a product of x (tokens, in) to (tokens, out). An address does not tell how much
+// lies there, so what does not fit is refused here: beyond the tables `correct` would read anything.
+Term read_term(const Tensor& header, int64_t tokens, int64_t in, int64_t out) {
+  TORCH_CHECK(header.scalar_type() == at::kLong && header.is_contiguous() &&
+                  header.numel() == kTermFields,
+              "linear: a term has ", kTermFields, " fields");
   const int64_t* field = data<int64_t>(header);
-  return {field[0], reinterpret_cast<const int64_t*>(field[1]),
-          reinterpret_cast<const float*>(field[2]), reinterpret_cast<const int64_t*>(field[3])};
+  const Term term = {field[0],
+                     reinterpret_cast<const int64_t*>(field[1]),
+                     field[2],
+                     field[3],
+                     reinterpret_cast<const float*>(field[4]),
+                     field[5],
+                     reinterpret_cast<const int64_t*>(field[6]),
+                     field[7]};
+  if (!term.domains) return term;
+  TORCH_CHECK(term.tokens == tokens, "linear: a correction of ", term.tokens, " tokens meets ",
+              tokens);
+  TORCH_CHECK(term.in == in && term.out == out, "linear: a correction of ", term.in,
+              " features to ", term.out, " meets ", in, " to ", out);
+  for (int64_t t = 0; t < tokens; t++)
+    TORCH_CHECK(0 <= term.rows[t] && term.rows[t] < term.gate_rows, "linear: a correction of ",
+                term.gate_rows, " rows meets row ", term.rows[t]);
+  return term;
 }
 
 // y[t] += sum over domains d of gates[row of t][d] (x[t] A_d^T) B_d^T, in place.
@@ -421,12 +465,14 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
   const int64_t depth = packed.size(1);
   const int64_t panels = packed.size(0);
   TORCH_CHECK(x.size(-1) == depth && panels == (out_features + kPanel - 1) / kPanel &&
-                  packed.is_contiguous() && x.scalar_type() == packed.scalar_type() &&
+                  packed.size(2) == kPanel && packed.is_contiguous() &&
+                  x.scalar_type() == packed.scalar_type() &&
                   (!bias || (bias->scalar_type() == packed.scalar_type() &&
                              bias->is_contiguous() && bias->numel() == out_features)),
               "linear: shapes do not fit");
   const Tensor input = x.contiguous();
   const int64_t rows = depth ? input.numel() / depth : 0;
+  const Term term = read_term(header, rows, depth, out_features);
   auto shape = x.sizes().vec();
   shape.back() = out_features;
   Tensor result = at::empty(shape, x.options());
@@ -453,7 +499,6 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
             added ? added + first : nullptr);
       }
     });
-    const Term term = read_term(header);
     if (term.domains) {
       const Tensor wide = input.to(at::kFloat);
       correct(y, data<float>(wide), rows, depth, out_features, term);
@@ -536,12 +581,29 @@ inline void fetch(const T* at, int64_t count) {
     __builtin_prefetch(at + i, 0, 3);
 }
 
+// What becomes of a product of query and key before the softmax.
+struct Scoring {
+  float scale;
+  float softcap;  // 0: none.
+};
+
+// What few models ask for is kept out of line: inside, it would cost the others registers.
+[[gnu::noinline]] void cap(float* scores, int64_t count, float softcap) {
+  for (int64_t p = 0; p < count; p += kLanes)
+    store(scores + p, tangent(load(scores + p) / softcap) * softcap);
+}
+
+[[gnu::noinline]] float weight_of_sink(float score) { return exponential(floats{} + score)[0]; }
+
 // One head of one token. The keys and values of a head are too short a run for the processor to
 // foresee, so each loop fetches what the next one reads: `next`, the keys of the head after this.
+// `sink`, where there is one, is a score whose value is 0.
 template <class T>
 void attend_one(const T* q, const T* keys, const T* values, const T* next, int64_t count,
-                int64_t size, float scale, float* weights, float* query, T* out) {
+                int64_t size, int64_t value_size, Scoring scoring, const float* sink,
+                float* weights, float* query, T* out) {
   constexpr int64_t kRow = kVectors * kLanes;
+  const float scale = scoring.scale;
   const int64_t whole = size / kRow * kRow;
   floats row[kVectors];
   for (int64_t i = 0; i < whole; i += kRow) {
@@ -551,7 +613,7 @@ void attend_one(const T* q, const T* keys, const T* values, const T* next, int64
   for (int64_t i = whole; i < size; i++) query[i] = as_float(q[i]) * scale;
   for (int64_t p = 0; p < count; p++) {
     const T* key = keys + p * size;
-    fetch(values + p * size, size);
+    fetch(values + p * value_size, value_size);
     floats dots[kVectors] = {};
     for (int64_t i = 0; i < whole; i += kRow) {
       load_row(key + i, row);
@@ -563,12 +625,14 @@ void attend_one(const T* q, const T* keys, const T* values, const T* next, int64
   }
   floats peaks = floats{} - std::numeric_limits<float>::infinity();
   const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+  if (scoring.softcap != 0.0f) cap(weights, padded, scoring.softcap);
   for (int64_t p = count; p < padded; p++) weights[p] = -std::numeric_limits<float>::infinity();
   for (int64_t p = 0; p < padded; p += kLanes) {
     const floats w = load(weights + p);
     peaks = w > peaks ? w : peaks;
   }
-  const floats peak = floats{} + largest(peaks);
+  float peak = largest(peaks);
+  if (sink) peak = std::max(peak, *sink);
   floats sums{};
   for (int64_t p = 0; p < padded; p += kLanes) {
     const floats w = exponential(load(weights + p) - peak);
@@ -579,7 +643,10 @@ void attend_one(const T* q, const T* keys, const T* values, const T* next, int64
       for (int64_t lane = 0; lane < count - p; lane++) sums[lane] += w[lane];
     }
   }
-  const float share = 1.0f / sum(sums);
+  float total_weight = sum(sums);
+  if (sink) total_weight += weight_of_sink(*sink - peak);
+  const float share = 1.0f / total_weight;
+  const int64_t whole_value = value_size / kRow * kRow;
   constexpr int kWide = 8 / kVectors;  // Sums that stay in registers: 64 numbers, a usual head.
   int64_t i = 0;
   const auto add_up = [&]<int Rows>(std::integral_constant<int, Rows>) {
@@ -587,7 +654,7 @@ void attend_one(const T* q, const T* keys, const T* values, const T* next, int64
     for (int64_t p = 0; p < count; p++) {
       fetch(next + p * size + i, Rows * kRow);
       for (int r = 0; r < Rows; r++) {
-        load_row(values + p * size + i + r * kRow, row);
+        load_row(values + p * value_size + i + r * kRow, row);
         for (int v = 0; v < kVectors; v++) total[r][v] += weights[p] * row[v];
       }
     }
@@ -596,11 +663,11 @@ void attend_one(const T* q, const T* keys, const T* values, const T* next, int64
       for (int v = 0; v < kVectors; v++) store(out + i + v * kLanes, total[r][v] * share);
     }
   };
-  while (i + kWide * kRow <= size) add_up(std::integral_constant<int, kWide>{});
-  while (i < whole) add_up(std::integral_constant<int, 1>{});
-  for (; i < size; i++) {
+  while (i + kWide * kRow <= value_size) add_up(std::integral_constant<int, kWide>{});
+  while (i < whole_value) add_up(std::integral_constant<int, 1>{});
+  for (; i < value_size; i++) {
     floats one{};
-    for (int64_t p = 0; p < count; p++) one[0] += weights[p] * as_float(values[p * size + i]);
+    for (int64_t p = 0; p < count; p++) one[0] += weights[p] * as_float(values[p * value_size + i]);
     T last[kLanes];
     store(last, one * share);
     out[i] = last[0];
@@ -608,20 +675,52 @@ void attend_one(const T* q, const T* keys, const T* values, const T* next, int64
 }
 
 // Causal attention of q (1, query heads, tokens, size): token t reads positions starts[t] to
-// positions[t] of slots[t] in keys, values (slots, heads, length, size). Returns (1, tokens, query
-// heads, size).
+// positions[t] of slots[t], at most the last `window` of them, in keys (slots, heads, length, size)
+// and values (slots, heads, length, value size). Returns (1, tokens, query heads, value size).
+//
+// A score s becomes softcap * tanh(s / softcap); `sinks`, one a query head, are scores whose values
+// are 0.
 Tensor attend(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& slots,
-              const Tensor& starts, const Tensor& positions, double scale) {
+              const Tensor& starts, const Tensor& positions, double scale,
+              std::optional<int64_t> window, std::optional<double> softcap,
+              const std::optional<Tensor>& sinks) {
+  TORCH_CHECK(q.dim() == 4 && keys.dim() == 4 && values.dim() == 4,
+              "attend: four dimensions expected");
   const int64_t query_heads = q.size(1), tokens = q.size(2), size = q.size(3);
-  const int64_t heads = keys.size(1), length = keys.size(2);
-  TORCH_CHECK(q.stride(3) == 1 && keys.is_contiguous() && values.is_contiguous() &&
-                  keys.size(3) == size && query_heads % heads == 0 &&
-                  q.scalar_type() == keys.scalar_type(),
+  const int64_t heads = keys.size(1), length = keys.size(2), value_size = values.size(3);
+  TORCH_CHECK(q.size(0) == 1 && (q.stride(3) == 1 || size == 1) && keys.is_contiguous() &&
+                  values.is_contiguous() && keys.size(3) == size && heads > 0 &&
+                  query_heads % heads == 0 && values.size(0) == keys.size(0) &&
+                  values.size(1) == heads && values.size(2) == length &&
+                  q.scalar_type() == keys.scalar_type() &&
+                  q.scalar_type() == values.scalar_type(),
               "attend: shapes do not fit");
-  Tensor result = at::empty({1, tokens, query_heads, size}, q.options());
+  for (const Tensor* table : {&slots, &starts, &positions})
+    TORCH_CHECK(table->scalar_type() == at::kLong && table->is_contiguous() &&
+                    table->numel() == tokens,
+                "attend: slots, starts and positions are int64, one a token");
+  TORCH_CHECK(!window || *window >= 1, "attend: a window of ", *window, " positions");
+  const Scoring scoring = {static_cast<float>(scale),
+                           softcap ? static_cast<float>(*softcap) : 0.0f};
+  TORCH_CHECK(!softcap || (scoring.softcap > 0.0f && std::isfinite(scoring.softcap)),
+              "attend: a softcap of ", *softcap);
+  TORCH_CHECK(!sinks || (sinks->numel() == query_heads &&
+                         (sinks->scalar_type() == at::kFloat ||
+                          sinks->scalar_type() == q.scalar_type())),
+              "attend: sinks are float32 or as the query, one a query head");
   const int64_t* slot = data<int64_t>(slots);
   const int64_t* start = data<int64_t>(starts);
   const int64_t* position = data<int64_t>(positions);
+  for (int64_t t = 0; t < tokens; t++)
+    TORCH_CHECK(0 <= slot[t] && slot[t] < keys.size(0) && 0 <= start[t] &&
+                    start[t] <= position[t] && position[t] < length,
+                "attend: positions ", start[t], " to ", position[t], " of slot ", slot[t],
+                " are not all in ", keys.size(0), " slots of ", length);
+  Tensor result = at::empty({1, tokens, query_heads, value_size}, q.options());
+  const Tensor wide = sinks ? sinks->to(at::kFloat).contiguous() : Tensor();
+  const float* sink = sinks ? data<float>(wide) : nullptr;
+  // A window that no position is beyond stands for none.
+  const int64_t most = window.value_or(std::numeric_limits<int64_t>::max());
   const int64_t group = query_heads / heads;
   with_storage(q, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -633,15 +732,18 @@ Tensor attend(const Tensor& q, const Tensor& keys, const Tensor& values, const T
       std::vector<float> room(length + kLanes + size);
       float* weights = room.data();
       float* query = weights + length + kLanes;
-      const auto first = [&](int64_t i) {
+      const auto first_of = [&](int64_t t) { return std::max(start[t], position[t] - most + 1); };
+      // Where in the slots the first position of a head of a token is, counted in positions.
+      const auto place = [&](int64_t i) {
         const int64_t t = i / query_heads, h = i % query_heads;
-        return ((slot[t] * heads + h / group) * length + start[t]) * size;
+        return (slot[t] * heads + h / group) * length + first_of(t);
       };
       for (int64_t i = begin; i < end; i++) {
-        const int64_t t = i / query_heads, h = i % query_heads;
-        attend_one(from + h * q.stride(1) + t * q.stride(2), key + first(i), value + first(i),
-                   key + first(std::min(i + 1, end - 1)), position[t] + 1 - start[t], size,
-                   static_cast<float>(scale), weights, query, to + i * size);
+        const int64_t t = i / query_heads, h = i % query_heads, at = place(i);
+        attend_one(from + h * q.stride(1) + t * q.stride(2), key + at * size,
+                   value + at * value_size, key + place(std::min(i + 1, end - 1)) * size,
+                   position[t] + 1 - first_of(t), size, value_size, scoring,
+                   sink ? sink + h : nullptr, weights, query, to + i * value_size);
       }
     });
   });
@@ -656,7 +758,7 @@ TORCH_LIBRARY(superpose, library) {
   library.def("fold(Tensor(a!) out, Tensor base, Tensor a, Tensor b) -> ()");
   library.def(
       "attend(Tensor q, Tensor keys, Tensor values, Tensor slots, Tensor starts, Tensor positions, "
-      "float scale) -> Tensor");
+      "float scale, int? window=None, float? softcap=None, Tensor? sinks=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(superpose, CPU, library) {
