@@ -49,8 +49,12 @@ def resolve_base(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
+            adapter = (folder / "adapter_config.json").is_file()
             raise ValueError(
-                f"base {name}: no config.json in this folder; name a folder written by "
+                f"base {name}: this folder is an adapter and no base: name the base that it was "
+                "trained on"
+                if adapter
+                else f"base {name}: no config.json in this folder; name a folder written by "
                 "transformers' save_pretrained"
             )
         return folder

@@ -13,6 +13,7 @@ import torch
 from benchmarks.serverprocess import ServerProcess
 from benchmarks.study.config import Evaluation
 from superpose_adapters.adapter import Adapter
+from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.mix import BoundEntry, BoundMix
 from superpose_adapters.peft.folder import read_adapter
 from superpose_adapters.scoring import EncodedText, Scope
@@ -21,6 +22,7 @@ from superpose_client.errors import CallError
 from superpose_server.engine.runner import Runner
 from superpose_server.engine.score import ScoreRow, score_slices
 from superpose_server.errors import FailedPrecondition
+from superpose_server.model.checkpoint import load_checkpoint
 from superpose_server.model.model import Model
 from superpose_server.weights.resident import ResidentWeights
 
@@ -63,10 +65,11 @@ class Local:
 
     def __init__(self, base: Path, evaluation: Evaluation) -> None:
         """Load the base."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = Model(
-            base,
-            dtype=_DTYPES[evaluation.dtype],
-            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            load_checkpoint(base, _DTYPES[evaluation.dtype]).to(device),
+            base_digest=checkpoint_digest(base),
+            device=device,
             max_batch=1,
             kernels=evaluation.kernels,
             graphs=False,

@@ -85,7 +85,8 @@ class Covariances:
                 seen += len(x) if name == modules[0] else 0
                 sums[name] = sums.get(name, torch.zeros(())) + x.T @ x
 
-            return local.model.module.get_submodule(name).register_forward_pre_hook(add)
+            module: nn.Module = local.model.module.get_submodule(name)
+            return module.register_forward_pre_hook(add)
 
         base = BoundMix(local.model.base_digest)
         local.fold(base)

@@ -72,7 +72,10 @@ class ServerConfig:
     max_batch: int = field(default=16, metadata=_help("rows that run at once"))
     max_queue: int = field(default=256, metadata=_help("requests that wait at most"))
     max_length: int | None = field(
-        default=None, metadata=_help("tokens a row; without it the base's context")
+        default=None,
+        metadata=_help(
+            "tokens a row; without it the base's context, or what --cache-mib's default holds"
+        ),
     )
     residency: Literal["default", "auto"] = field(
         default="default",
@@ -97,7 +100,17 @@ class ServerConfig:
     )
     cache_mib: int | None = field(
         default=None,
-        metadata=_help("memory of the key-value cache; lowers --max-batch to the rows that fit"),
+        metadata=_help(
+            "memory of the key-value cache; lowers --max-batch to the rows that fit; without it "
+            "rows are no longer than a quarter of the memory that is free holds, on a GPU 90 %"
+        ),
+    )
+    self_check: bool = field(
+        default=True,
+        metadata=_help(
+            "serve a base without checking at the start that it gives here what it gives in "
+            "transformers"
+        ),
     )
     grace: float = field(default=30, metadata=_help("seconds that running requests get at SIGTERM"))
     log_level: Literal["debug", "info", "warning", "error"] = field(

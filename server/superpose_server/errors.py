@@ -21,6 +21,10 @@ class StartupError(Exception):
     """The server cannot start; one line that names the thing and the remedy."""
 
 
+class SelfCheckError(StartupError):
+    """A base does not mean here what it means in transformers; the message continues "base X: "."""
+
+
 class ServerError(Exception):
     """Base of all errors that a client is told of.
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from superpose_adapters.adapter import Adapter, AdapterError
 from superpose_adapters.bundled import mini_adapters, resolve_base
+from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.fast_bfloat16 import has_fast_bfloat16
 from superpose_adapters.mix import BoundEntry, BoundMix
 from superpose_adapters.peft.folder import CONFIG_NAME, DEFAULT_LIMITS, read_adapter
@@ -33,9 +35,19 @@ from superpose_server.engine.observer import EngineObserver, Observers
 from superpose_server.engine.residency import Residency
 from superpose_server.engine.scheduler import RETRY_AFTER_SECONDS, Scheduler
 from superpose_server.engine.tokenizer import Tokenizer
-from superpose_server.errors import QueueFull, ServerError, ShuttingDown, StartupError
+from superpose_server.engine.trusted import Kind
+from superpose_server.engine.twin_check import check_meaning
+from superpose_server.engine.weights_check import Expected, check_weights, expect
+from superpose_server.errors import (
+    QueueFull,
+    SelfCheckError,
+    ServerError,
+    ShuttingDown,
+    StartupError,
+)
 from superpose_server.metrics import Metrics
-from superpose_server.model.memory import MIB
+from superpose_server.model.checkpoint import load_checkpoint
+from superpose_server.model.memory import MIB, is_out_of_memory
 from superpose_server.model.model import Model
 from superpose_server.model.threads import compute_with
 from superpose_server.weights.resident import ResidentWeights, Verification
@@ -94,40 +106,58 @@ class Runtime:
         try:
             folder = resolve_base(config.base)
             device = _device(config.device)
+            module = load_checkpoint(folder, _dtype(config.dtype, device)).to(device)
+            base_digest = checkpoint_digest(folder)
+            kernels = config.compile == "auto"
+            expected = None
+            if config.self_check:
+                _check_meaning(type(module), module.config, device, kernels)
+                expected = expect(module, config.max_length)
             self.model = Model(
-                folder,
-                dtype=_dtype(config.dtype, device),
+                module,
+                base_digest=base_digest,
                 device=device,
                 max_batch=config.max_batch,
                 max_length=config.max_length,
                 cache_bytes=None if config.cache_mib is None else config.cache_mib * MIB,
-                kernels=config.compile == "auto",
+                kernels=kernels,
             )
             self.tokenizer = Tokenizer(folder)
             state_dir = config.state_dir or _default_state_dir(self.model.base_digest)
             state_dir.mkdir(parents=True, exist_ok=True)
             self._store = AdapterStore(state_dir / "adapters")
-        except (ValueError, StoreError, OSError, RuntimeError) as error:
+        except Exception as error:
             raise self._cannot_start(error) from error
         try:
-            self._start(state_dir, observer)
+            self._start(state_dir, observer, expected)
         except BaseException as error:
             self._store.close()
-            if isinstance(error, ValueError | StoreError | OSError | ServerError | RuntimeError):
+            if isinstance(error, Exception):
                 raise self._cannot_start(error) from error
             raise
 
     def _cannot_start(self, error: Exception) -> StartupError:
-        if not isinstance(error, RuntimeError):
-            return StartupError(_one_line(error))
-        # What torch raises when memory or a device is missing.
+        """Return the one line that a start ends with, whatever it was that failed."""
         config = self.config
+        if isinstance(error, SelfCheckError):
+            return StartupError(
+                f"base {config.base} is refused: {_one_line(error)}; --no-self-check serves it all "
+                "the same"
+            )
+        if isinstance(error, StartupError):
+            return error
+        if isinstance(error, ValueError | StoreError | OSError | ServerError):
+            return StartupError(_one_line(error))
+        if is_out_of_memory(error):
+            return StartupError(
+                f"{config.base} does not fit {config.device} with --max-batch {config.max_batch} "
+                f"and --max-length {config.max_length}: {_one_line(error)}"
+            )
         return StartupError(
-            f"{config.base} does not fit {config.device} with --max-batch {config.max_batch} "
-            f"and --max-length {config.max_length}: {_one_line(error)}"
+            f"base {config.base} cannot be served: {type(error).__name__}: {_one_line(error)}"
         )
 
-    def _start(self, state_dir: Path, observer: EngineObserver) -> None:
+    def _start(self, state_dir: Path, observer: EngineObserver, expected: Expected | None) -> None:
         model = self.model
         self.registry = Registry(model.base_digest, self.limits.max_domains_in_mix)
         self._register_all()
@@ -143,8 +173,7 @@ class Runtime:
             self._weights.keep_base(registered.adapter)
         journal = Journal(state_dir)
         state = self._restore(journal)
-        self._weights.fold(self._weights.prepare(state.mix))
-        scheduler = Scheduler(model.max_batch, self.config.max_queue)
+        scheduler = Scheduler(model.max_batch, self.config.max_queue, model.switch)
         self.engine = Engine(
             model,
             self._weights,
@@ -154,6 +183,9 @@ class Runtime:
             or (PREFILL_TOKENS_GPU if model.device.type == "cuda" else PREFILL_TOKENS_CPU),
             residency=Residency() if self.config.residency == "auto" else None,
         )
+        if expected is not None:
+            check_weights(self.engine.runner, expected)
+        self._weights.fold(self._weights.prepare(state.mix))
         self.default_mix = DefaultMix(journal, self._weights, self.engine, state)
         self._operator = Operator(
             self.registry, self.default_mix, self._store, self._weights, self.limits.adapter
@@ -313,6 +345,18 @@ class Runtime:
         self.engine.stop()
         self._operator_thread.shutdown(wait=True, cancel_futures=True)
         self._store.close()
+
+
+def _check_meaning(
+    model_class: type[nn.Module], model_config: Any, device: torch.device, kernels: bool
+) -> None:
+    """Check a base's kind, once on this machine."""
+    kind = Kind(model_class, model_config, device, kernels=kernels)
+    if not kind.trusted:
+        started = time.monotonic()
+        check_meaning(model_class, model_config, device, kernels=kernels)
+        kind.trust()
+        _log.info("checked the base's meaning seconds=%.2f", time.monotonic() - started)
 
 
 def _one_line(error: Exception) -> str:

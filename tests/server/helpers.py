@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from superpose_adapters.adapter import Adapter, Factors
+from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.layout import Layout
 from superpose_adapters.mix import BoundEntry, BoundMix
 from superpose_server.engine.engine import Engine
@@ -29,6 +30,8 @@ from superpose_server.engine.scheduler import Scheduler
 from superpose_server.engine.sequence import Chunk, FinishReason, Sequence
 from superpose_server.engine.tokenizer import Tokenizer
 from superpose_server.model.batch import Span
+from superpose_server.model.cache import SlotCache
+from superpose_server.model.checkpoint import load_checkpoint
 from superpose_server.model.model import Model
 from superpose_server.weights.resident import ResidentWeights
 
@@ -49,13 +52,24 @@ def open_model(
     With kernels it is not compiled unless `graphs=True`, since that takes its time.
     """
     values: dict[str, Any] = {"max_batch": 4, "max_length": None, "graphs": False}
-    return Model(folder, dtype=dtype, device=torch.device(device), **(values | options))
+    return Model(
+        load_checkpoint(folder, dtype).to(device),
+        base_digest=checkpoint_digest(folder),
+        device=torch.device(device),
+        **(values | options),
+    )
 
 
 def open_weights(model: Model, *, on_host: bool = False) -> ResidentWeights:
     return ResidentWeights(
         model.module, model.layout, model.base_digest, torch.device("cpu") if on_host else None
     )
+
+
+def key_values(model: Model) -> tuple[Tensor, ...]:
+    """What the cache holds, layer by layer."""
+    assert isinstance(model.cache, SlotCache)
+    return (*model.cache._keys, *model.cache._values)
 
 
 def run_base(model: Model, spans: list[Span], wanted: SequenceOf[int]) -> Tensor:

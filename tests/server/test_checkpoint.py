@@ -426,7 +426,6 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
         f"{STATE}MiniMaxForCausalLM: LinearAttentionLayer): ",
     ),
     "deepseek_v32": (SMALL, f"{STATE}DeepseekV32ForCausalLM: DynamicIndexedLayer): "),
-    "openai-gpt": ({"n_embd": 32, "n_head": 4}, "takes no key-value cache (OpenAIGPTLMHeadModel)"),
     "bert": (SMALL, f"{LATER}BertLMHeadModel, as config.json sets it): "),
     "roberta": (SMALL, f"{LATER}RobertaForCausalLM, as"),
     "rembert": (SMALL, f"{LATER}RemBertForCausalLM, as"),

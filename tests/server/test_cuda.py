@@ -15,6 +15,7 @@ from tests.server.helpers import (
     GREEDY,
     Bench,
     dense_weights,
+    key_values,
     random_adapter,
 )
 
@@ -65,7 +66,7 @@ def test_four_mixes_at_once_with_everything_on_the_gpu(base: Path, graphs: bool)
             *bench.model.module.parameters(),
             *bench.weights._base.values(),
             *(factor for pair in prepared.factors.values() for factor in pair),
-            *bench.model.cache._keys,
+            *key_values(bench.model),
         ]
         assert {tensor.device.type for tensor in tensors} == {"cuda"}
     bench.run()

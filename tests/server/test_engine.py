@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.server.helpers import GREEDY, Bench, Client, random_adapter
+from tests.server.helpers import GREEDY, Bench, Client, key_values, random_adapter
 from torch import Tensor, nn
 
 from superpose_adapters.adapter import Adapter
@@ -167,7 +167,7 @@ def test_a_row_that_moves_keeps_what_the_step_has_just_written(
     bench.engine.step()
     assert first.ended
     written = len(PROMPTS[2]) + 1  # the newest of its 2 tokens has not run yet
-    for store in (*bench.model.cache._keys, *bench.model.cache._values):
+    for store in key_values(bench.model):
         assert bool(store[1, :, written - 1].any())
         assert torch.equal(store[0, :, :written], store[1, :, :written])
     bench.run()
@@ -431,7 +431,7 @@ def test_only_what_fails_by_itself_ends_with_a_failing_pass(
     def failing(batch: Batch, keep: Tensor) -> Tensor:
         result = real(batch, keep)
         if any(list(span.ids) == bad for span in batch.spans):
-            for store in (*bench.model.cache._keys, *bench.model.cache._values):
+            for store in key_values(bench.model):
                 store[batch.spans[-1].slot].fill_(torch.nan)  # where it broke off
             raise RuntimeError("this prompt")
         return result
@@ -525,7 +525,7 @@ def test_a_broken_row_that_is_not_the_last_leaves_no_nan_behind(
 
 
 def cached_values_are_finite(bench: Bench, slot: int) -> bool:
-    stores = (*bench.model.cache._keys, *bench.model.cache._values)
+    stores = key_values(bench.model)
     return all(bool(torch.isfinite(store[slot]).all()) for store in stores)
 
 
@@ -540,7 +540,7 @@ def test_a_row_cancelled_in_the_middle_of_its_prompt_leaves_no_nan_behind(
         bench.engine.step()
     cancelled, told = bench.submit(PROMPTS[2] * 3, bad)
     bench.engine.step()
-    assert cancelled.prefilled == 8
+    assert cancelled.computed == 8
     assert not cached_values_are_finite(bench, 1)  # and no logits have told of it
     cancelled.cancelled = True
     bench.engine.step()
@@ -584,7 +584,7 @@ def test_rows_that_end_at_once_do_not_keep_others_from_going_on(bench: Bench) ->
     _, long = bench.submit(PROMPTS[0], bench.mix(), params(max_new_tokens=8))
 
     def resubmit(chunk: Chunk) -> None:
-        bench.engine.submit(dataclasses.replace(again, tokens=[], prefilled=0, ended=False))
+        bench.engine.submit(dataclasses.replace(again, tokens=[], computed=0, ended=False))
 
     again, _ = bench.row(PROMPTS[1], bench.mix(), params(max_new_tokens=1))
     again.sink = resubmit

@@ -12,7 +12,9 @@ from tests.server.helpers import (
     Bench,
     bound,
     dense_model,
+    key_values,
     load_reference,
+    open_model,
     open_weights,
     random_adapter,
     run_base,
@@ -70,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(folder: Path) -> Model:
-    return Model(folder, dtype=torch.float32, device=torch.device("cpu"), max_batch=ROWS)
+    return open_model(folder, max_batch=ROWS)
 
 
 def prompt_of(slot: int, length: int) -> list[int]:
@@ -135,7 +137,7 @@ def test_captured_steps_are_those_of_the_model(model: Model, folder: Path) -> No
 def test_rows_that_fill_a_bucket_write_to_the_scratch_slot_alone(model: Model) -> None:
     captured = Captured(model)
     fill(model, LAST)
-    stores = (*model.cache._keys, *model.cache._values)
+    stores = key_values(model)
     before = [store.clone() for store in stores]
     captured.run([Span(2, (7,), 40)])  # a bucket of 4 rows, of which 3 are nobody
     for store, kept in zip(stores, before, strict=True):
@@ -150,7 +152,7 @@ def test_what_is_not_finite_elsewhere_stays_there(model: Model) -> None:
     spans = [Span(0, (5,), 30), Span(2, (6,), 50)]
     expected = captured.run(spans)
     with torch.inference_mode():
-        for store in (*model.cache._keys, *model.cache._values):
+        for store in key_values(model):
             store[[1, 3, 4, model.scratch_slot]] = torch.nan
     assert torch.equal(captured.run(spans), expected)
 

@@ -31,7 +31,7 @@ class CapturedSteps:
         shapes = {
             name: (shape.in_features, shape.out_features)
             for name, shape in model.layout.items()
-            if not shape.head
+            if name not in model.heads
         }
         # float16 has too small a range for factors.
         dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32

@@ -433,7 +433,7 @@ class Engine:
         moved = self._scheduler.release(slot)
         if moved is not None:
             other = self._scheduler.running[slot]
-            self._model.cache.move(moved, slot, other.cached)
+            self._model.cache.move(moved, slot, other.computed)
             if not other.decoding:
                 # No logits have told whether what it left behind is finite.
                 self._model.cache.distrust(moved)

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from superpose_adapters.mix import BoundMix
 from superpose_server.engine.captured import CapturedSteps
-from superpose_server.model.batch import Batch, Span
+from superpose_server.model.batch import Span
+from superpose_server.model.cache import TokenStore
 from superpose_server.model.graphs import GpuCapture, Step
 from superpose_server.model.model import Model
+from superpose_server.model.passes import Way
 from superpose_server.weights.corrections import Corrections
 from superpose_server.weights.resident import ResidentWeights
 
@@ -40,12 +42,11 @@ class Runner:
         """
         self.model = model
         self._weights = weights
-        heads = [name for name, shape in model.layout.items() if shape.head]
         self._captured = CapturedSteps(model) if model.capturable else None
         self._corrections = Corrections(
             {name: model.module.get_submodule(name) for name in model.layout},
             model.device,
-            heads=heads,
+            heads=model.heads,
             terms=model.terms,
             pool=None if self._captured is None else self._captured.pool,
         )
@@ -60,7 +61,7 @@ class Runner:
 
         On packed parameters all tokens share one pass, and a row's logits are the same bits
         whoever shares it. Elsewhere decoding rows run apart from prompts, since a step of theirs
-        may be captured.
+        may be captured; and each row alone, where the base allows no other way.
 
         Args:
             spans: Tokens of different rows, whose earlier tokens the cache holds.
@@ -70,14 +71,13 @@ class Runner:
         Returns:
             float32 (len(wanted), vocabulary); on a GPU it may hold until the next call only.
         """
-        decoding = [i for i, span in enumerate(spans) if span.decodes]
-        if self.model.packed or len(decoding) in (0, len(spans)):
+        parts = self._parts(spans)
+        if len(parts) == 1:
             return self._pass(spans, wanted, mixes)
-        prompts = [i for i, span in enumerate(spans) if not span.decodes]
         ends = list(accumulate((len(span.ids) for span in spans), initial=0))
         found: list[Tensor] = []
         order: list[int] = []
-        for part in (prompts, decoding):  # The captured one last: what it returns is its buffer.
+        for part in parts:
             tokens = [token for i in part for token in range(ends[i], ends[i + 1])]
             at = {token: place for place, token in enumerate(tokens)}
             asked = [place for place, token in enumerate(wanted) if token in at]
@@ -94,6 +94,17 @@ class Runner:
         places = torch.tensor(order, device=self.model.device).argsort()
         return logits[places]
 
+    def _parts(self, spans: Sequence[Span]) -> list[list[int]]:
+        """Return which spans, by index, share a pass."""
+        everything = list(range(len(spans)))
+        if self.model.way is not Way.SHARED:
+            return [[i] for i in everything]
+        decoding = [i for i in everything if spans[i].decodes]
+        if self.model.packed or len(decoding) in (0, len(spans)):
+            return [everything]
+        # The captured one last: what it returns is its buffer.
+        return [[i for i in everything if not spans[i].decodes], decoding]
+
     def corrected(self, mixes: Sequence[BoundMix]) -> int:
         """Return how many rows of these mixes would be corrected now."""
         return self._corrections.count(mixes, self._weights.resident.mix)
@@ -108,7 +119,12 @@ class Runner:
         correction = self._corrections.plan(mixes, self._weights.resident.mix)
         if self._captured is not None and self._captured.can_run(spans, wanted, correction):
             return self._captured.run(spans, correction)
-        batch = Batch.of(spans, self.model.device)
+        if isinstance(self.model.cache, TokenStore):
+            [span], wanted = spans, list(wanted)
+            whole = self.model.cache.whole(span)
+            spans, earlier = [whole], len(whole.ids) - len(span.ids)
+            wanted = [earlier + token for token in wanted]
+        batch = self.model.batch(spans)
         keep = torch.tensor(wanted, dtype=torch.int64, device=self.model.device)
         if self.model.packed:
             # A compiled graph is for two or more of each, and one graph for all gives a row the

@@ -23,11 +23,11 @@ class Scheduled:
     @property
     def chooses(self) -> bool:
         """True if the logits after its last token choose the row's next token."""
-        return self.span.end >= len(self.row.prompt)
+        return self.span.end == self.row.length
 
     def ran(self) -> None:
         """Note in the row that it is done."""
-        self.row.prefilled = min(self.span.end, len(self.row.prompt))
+        self.row.computed = self.span.end
 
 
 class Scheduler:
@@ -37,9 +37,16 @@ class Scheduler:
     in slots 0..n-1, in the order of `running`.
     """
 
-    def __init__(self, slots: int, max_queue: int) -> None:
-        """Make an empty schedule of `slots` rows with at most `max_queue` waiting."""
+    def __init__(self, slots: int, max_queue: int, switch: int | None = None) -> None:
+        """Make an empty schedule.
+
+        Args:
+            slots: Rows that run at once.
+            max_queue: Rows that wait at most.
+            switch: A row that becomes longer is run anew from its first token; None: none is.
+        """
         self.slots = slots
+        self._switch = switch
         self.max_queue = max_queue
         self.running: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
@@ -91,20 +98,24 @@ class Scheduler:
     def schedule(self, budget: int) -> list[Scheduled]:
         """Return what the next step runs: every decoding row's newest token, then prompts.
 
-        Prompts get `budget` tokens together, first come first served, so that no running row waits
-        for more than that.
+        Prompts, and rows that are run anew, get `budget` tokens together, first come first served,
+        so that no running row waits for more than that.
         """
         slots = list(enumerate(self.running))
+        for _, row in slots:
+            if row.decoding and row.computed == self._switch:
+                row.computed = 0
         scheduled = [
-            Scheduled(row, Span(slot, row.tokens[-1:], row.position))
+            Scheduled(row, Span(slot, row.tokens[-1:], row.computed))
             for slot, row in slots
             if row.decoding
         ]
         prompts = [(slot, row) for slot, row in slots if not row.decoding]
         for slot, row in sorted(prompts, key=lambda pair: pair[1].started):
-            ids = row.prompt[row.prefilled : row.prefilled + budget]
+            ids = row.next_ids(budget)
             if ids:
-                scheduled.append(Scheduled(row, Span(slot, ids, row.prefilled)))
+                span = Span(slot, ids, row.computed, whole=row.length)
+                scheduled.append(Scheduled(row, span))
                 budget -= len(ids)
         return scheduled
 

@@ -71,7 +71,10 @@ def _score_slice(
     """Return (row, log-probabilities of the tokens that `pieces` predict)."""
     model = runner.model
     spans = [
-        Span(model.scratch_slot, rows[p.index].ids[p.begin : p.end], p.start + p.begin, p.start)
+        Span(
+            *(model.scratch_slot, rows[p.index].ids[p.begin : p.end], p.start + p.begin, p.start),
+            whole=len(rows[p.index].ids),
+        )
         for p in pieces
     ]
     wanted: list[int] = []

@@ -62,7 +62,7 @@ class Times:
 class Sequence:
     """One row. Made by any thread; after `Engine.submit` only the engine thread touches it.
 
-    `prefilled` counts the prompt tokens that have run.
+    `computed` counts the tokens, those of the prompt first, whose keys and values are in the cache.
     `cancelled` is the exception: any thread may set it, and the row leaves at the next step.
     `ended` is set when the last chunk was handed out.
     """
@@ -73,7 +73,7 @@ class Sequence:
     sink: Sink
     tokenizer: Tokenizer
     tokens: list[int] = field(default_factory=list)
-    prefilled: int = 0
+    computed: int = 0
     cancelled: bool = False
     ended: bool = False
     accepted: float = field(default_factory=time.monotonic)
@@ -91,22 +91,19 @@ class Sequence:
         self.stop_token_ids = frozenset(stops)
 
     @property
+    def length(self) -> int:
+        """Tokens so far, of prompt and answer."""
+        return len(self.prompt) + len(self.tokens)
+
+    @property
     def decoding(self) -> bool:
-        """True if the whole prompt has run, and every step adds a token."""
-        return self.prefilled == len(self.prompt)
+        """True if all but the newest token have run, and every step adds one."""
+        return bool(self.tokens) and self.computed == self.length - 1
 
-    @property
-    def position(self) -> int:
-        """Position of the newest token, counted from 0: where the next step writes it."""
-        return len(self.prompt) + len(self.tokens) - 1
-
-    @property
-    def cached(self) -> int:
-        """Number of positions that the cache may hold of this row.
-
-        The newest token counts: in the step that wrote it, it may not have been handed out yet.
-        """
-        return self.position + 1 if self.decoding else self.prefilled
+    def next_ids(self, count: int) -> SequenceOf[int]:
+        """Return up to `count` tokens that have not run yet."""
+        ids = [*self.prompt, *self.tokens] if self.tokens else self.prompt
+        return ids[self.computed : self.computed + count]
 
     @property
     def forbidden(self) -> frozenset[int]:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Added to the positions of a text that is longer than the base's switch-over length.
+BEYOND = 1 << 32
+
 
 @dataclass(frozen=True)
 class Span:
@@ -18,17 +21,26 @@ class Span:
         ids: The tokens.
         position: Where in the slot the first of them is written.
         start: Where in the slot the row begins; not 0 only where rows share a slot.
+        whole: Tokens of the text that is run, of which these are some; None: no more than up to
+            the last of these. Some bases run a long text with other frequencies from its first
+            token on.
     """
 
     slot: int
     ids: Sequence[int]
     position: int
     start: int = 0
+    whole: int | None = None
 
     @property
     def end(self) -> int:
         """Position in the slot after the last token."""
         return self.position + len(self.ids)
+
+    @property
+    def text(self) -> int:
+        """Tokens of the text that is run."""
+        return self.end - self.start if self.whole is None else self.whole
 
     @property
     def decodes(self) -> bool:
@@ -46,6 +58,8 @@ class Batch:
         slots: Slot of each.
         written: Position of each in its slot, counted from the slot's beginning.
         starts: Position of its row's beginning in the slot.
+        positions: Position of each in its row, as the model counts; plus `BEYOND` in a text that
+            is longer than the base's `switch` (`rope.py`).
         rows: Index of its span.
     """
 
@@ -54,17 +68,28 @@ class Batch:
     slots: Tensor
     written: Tensor
     starts: Tensor
+    positions: Tensor
     rows: Tensor
 
     @classmethod
-    def of(cls, spans: Sequence[Span], device: torch.device) -> Batch:
-        """Lay `spans` end to end."""
+    def of(cls, spans: Sequence[Span], device: torch.device, switch: int | None = None) -> Batch:
+        """Lay `spans` end to end, for a base whose frequencies change beyond `switch` tokens."""
         counts = [len(span.ids) for span in spans]
+        # What takes a position in the slot to the model's.
+        shifts = [
+            (BEYOND if switch is not None and span.text > switch else 0) - span.start
+            for span in spans
+        ]
         columns = (
             [token for span in spans for token in span.ids],
             [span.slot for span in spans for _ in span.ids],
             [at for span in spans for at in range(span.position, span.end)],
             [span.start for span in spans for _ in span.ids],
+            [
+                at + shift
+                for span, shift in zip(spans, shifts, strict=True)
+                for at in range(span.position, span.end)
+            ],
             [row for row, count in enumerate(counts) for _ in range(count)],
         )
         tensors = torch.tensor(columns, dtype=torch.int64).to(device).unbind()
@@ -78,13 +103,12 @@ class Batch:
         missing = tokens - len(self.ids)
         if missing <= 0:
             return self
-        columns = (self.ids, self.slots, self.written, self.starts, self.rows)
-        return Batch(self.spans, *(torch.cat((c, c[-1:].expand(missing))) for c in columns))
+        return Batch(self.spans, *(torch.cat((c, c[-1:].expand(missing))) for c in self.columns))
 
     @property
-    def positions(self) -> Tensor:
-        """Position of each token in its row, as the model counts."""
-        return self.written - self.starts
+    def columns(self) -> tuple[Tensor, ...]:
+        """All tensors, in their order."""
+        return self.ids, self.slots, self.written, self.starts, self.positions, self.rows
 
     @property
     def decodes(self) -> bool:

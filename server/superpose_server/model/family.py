@@ -5,7 +5,6 @@ Each function returns why a base is not served, in words that follow `base FOLDE
 
 from __future__ import annotations
 
-import inspect
 import re
 from typing import Any
 
@@ -113,14 +112,12 @@ def refuse_class(config: Any, module: nn.Module) -> str | None:
     if state or getattr(module, "_is_stateful", False):
         kept = ", ".join(state) or "recurrent"
         return f"keeps a state that is no key-value cache ({name}: {kept}): {_ANOTHER}"
-    if "past_key_values" not in inspect.signature(module.forward).parameters:
-        return f"takes no key-value cache ({name}): {_ANOTHER}"
     if _sees_later_tokens(config, module):
         return (
             f"is no causal language model: its tokens see later ones ({name}, as config.json sets "
             f"it): {_ANOTHER}"
         )
-    return _other_class(config, name)
+    return _other_class(config, module)
 
 
 def _sees_later_tokens(config: Any, module: nn.Module) -> bool:
@@ -138,11 +135,14 @@ def _sees_later_tokens(config: Any, module: nn.Module) -> bool:
     )
 
 
-def _other_class(config: Any, name: str) -> str | None:
+def _other_class(config: Any, module: nn.Module) -> str | None:
     """Refuse a checkpoint of another class, whose parameters may fit and mean something else."""
+    name = type(module).__name__
     saved = config.architectures
     saved = saved[0] if isinstance(saved, list) and saved else saved or None
-    if saved == name:
+    # Some model types have no class of their own, and transformers names whose they use.
+    borrowed = getattr(module, "config_class", None) is not type(config)
+    if saved == name or (borrowed and str(saved).endswith("ForCausalLM")):
         return None
     if getattr(config, "auto_map", None):
         return (

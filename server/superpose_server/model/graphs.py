@@ -107,6 +107,7 @@ class DecodeGraphs:
             self._inputs[1, :rows],
             self._inputs[2, :rows],
             self._starts[:rows],
+            self._inputs[2, :rows],
             self._keep[:rows],
         )
         return lambda: forward(batch, self._keep[:rows])

@@ -25,7 +25,7 @@ def lasting_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device
     would lie among scratch, and the holes that scratch leaves are memory that no one else can use.
 
     Raises:
-        RuntimeError: There is no memory, as torch says it.
+        MemoryError: There is none.
     """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < _SMALLEST_MAPPING:
@@ -33,7 +33,7 @@ def lasting_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device
     try:
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise RuntimeError(f"{size} bytes cannot be allocated: {error}") from error
+        raise MemoryError(f"{size} bytes cannot be allocated: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
     # The tensor keeps the mapping, and unmaps it when it goes.
@@ -51,6 +51,13 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory is missing; on a CPU torch has no class for that."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,42 +1,48 @@
-"""The base model: a transformers decoder, loaded once, run on batches of tokens."""
+"""The base model: a transformers decoder on one device, run on batches of tokens."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
+import inspect
+import logging
+import os
+import shlex
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from torch import Tensor
 
-from superpose_adapters.digest import checkpoint_digest
-from superpose_adapters.layout import Layout, read_layout
+from superpose_adapters.layout import read_layout
 from superpose_server.model import attention
 from superpose_server.model.activation import replace_activations
 from superpose_server.model.batch import Batch, Span
-from superpose_server.model.cache import SlotCache
-from superpose_server.model.kernels.build import CompilerError, load_kernels
-from superpose_server.model.memory import MIB, free_bytes, lasting_copy
+from superpose_server.model.cache import SlotCache, TokenStore
+from superpose_server.model.capacity import ANY_POSITIONS, CACHE_SHARE, find_capacity, positions_of
+from superpose_server.model.kernels.build import load_kernels
+from superpose_server.model.memory import free_bytes
 from superpose_server.model.packed import pack_modules
+from superpose_server.model.passes import Way, row_pass, shared_pass, whole_pass
+from superpose_server.model.rope import fix_frequencies
+from superpose_server.model.survey import SURVEYED, survey_attention, survey_rows
 
 # What the CPU kernels store; float16 has no fast conversion on most processors.
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 _WARM_UP_TOKENS = 5
-# Of what is free on a GPU; the rest is for captured steps, their factors, and the scratch of passes
-# and folds.
-_CACHE_SHARE = 0.9
+
+_log = logging.getLogger(__name__)
 
 
 class Model:
-    """A decoder with a slot cache.
+    """A decoder with what its rows keep between passes.
 
     Attributes:
         module: The transformers model, in eval mode, on `device` in `dtype`.
+        way: How its rows run.
         layout: Its adaptable modules.
+        heads: Those of them that see only the tokens whose logits are wanted.
         base_digest: sha256 of the checkpoint, the same for every dtype and device.
         context_length: Tokens of prompt and answer together.
+        switch: Rows that become longer than this are run anew; None: none are (`rope.py`).
         max_batch: Rows that run at once.
         scratch_slot: A slot that no row runs in, for texts that are only scored.
         packed: True if the CPU kernels run it, on packed parameters.
@@ -44,11 +50,13 @@ class Model:
         capturable: True if its decode steps should be captured (`graphs.py`).
     """
 
+    cache: SlotCache | TokenStore
+
     def __init__(
         self,
-        folder: Path,
+        module: Any,
         *,
-        dtype: torch.dtype,
+        base_digest: str,
         device: torch.device,
         max_batch: int,
         max_length: int | None = None,
@@ -56,76 +64,112 @@ class Model:
         kernels: bool = False,
         graphs: bool = True,
     ) -> None:
-        """Load the checkpoint in `folder` and allocate the cache.
+        """Take over `module` and allocate the cache.
 
         Args:
-            folder: A transformers checkpoint in safetensors.
-            dtype: Of parameters and cache.
+            module: What `load_checkpoint` returns, on `device`.
+            base_digest: sha256 of its checkpoint.
             device: Where it runs.
             max_batch: Rows that run at once.
-            max_length: Tokens a row; None: all positions of the base.
-            cache_bytes: Room for keys and values; None: what `max_batch` rows take.
+            max_length: Tokens a row; None: all positions of the base, or as many as a default
+                limit on the cache allows.
+            cache_bytes: Room for what rows keep; None: what `max_batch` rows take.
             kernels: Use the CPU kernels where they apply, which is float32 and bfloat16 on a CPU,
                 and captured decode steps on a GPU.
             graphs: With kernels, also compile or capture the passes, which takes its time.
 
         Raises:
-            ValueError: The folder is no such checkpoint, `max_length` is more than it can do, the
-                cache does not fit, or the kernels cannot be compiled.
+            ValueError: `max_length` is more than it can do, the cache does not fit, the kernels
+                cannot be compiled, or the model cannot be run at all.
         """
-        self.base_digest = checkpoint_digest(folder)
-        self.packed = kernels and device.type == "cpu" and dtype in _KERNEL_DTYPES
-        if self.packed:
-            try:
-                load_kernels()
-            except CompilerError as error:
-                raise ValueError(str(error)) from error
-        try:
-            self.module: nn.Module = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation=attention.KERNEL if self.packed else attention.TORCH,
-                use_safetensors=True,
-            )
-        except (OSError, json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"base {folder} cannot be loaded: {error}") from error
-        self.module.to(device).eval().requires_grad_(False)
-        _own_storage(self.module)
-        self.dtype = dtype
+        self.base_digest = base_digest
         self.device = device
-        self.config: Any = self.module.config
-        self.vocabulary: int = self.config.vocab_size
-        positions = int(self.config.max_position_embeddings)
-        if max_length is not None and not 2 <= max_length <= positions:
+        self.module = module
+        self.dtype: torch.dtype = next(module.parameters()).dtype
+        config = self.module.config.get_text_config(decoder=True)
+        self.vocabulary: int = config.vocab_size
+        positions = positions_of(config)
+        if max_length is not None and not 2 <= max_length <= (positions or max_length):
             raise ValueError(f"max_length is {max_length}: this base takes 2 to {positions}")
-        self.context_length = max_length or positions
-        window = getattr(self.config, "sliding_window", None)
-        if window and window < self.context_length:
-            raise ValueError(
-                f"base {folder} attends to {window} tokens only: set --max-length {window}"
-            )
-        self.layout: Layout = read_layout(self.module)
+        self.context_length = max_length or positions or ANY_POSITIONS
+        self.switch = fix_frequencies(self.module)
+        self.packed = kernels and device.type == "cpu" and self.dtype in _KERNEL_DTYPES
+        if self.packed:
+            load_kernels()
+        self.way = self._find_way()
+        self.packed &= self.way is Way.SHARED
+        self.scratch_slot = 0
+        self._forward: Callable[[Batch, Tensor], Tensor] = self._pass
+        self.cache = self._make_cache(*SURVEYED)
+        self.layout, self.heads = survey_rows(
+            self.module,
+            read_layout(self.module),
+            self.run,
+            device,
+            alone=self.way is not Way.SHARED,
+        )
         self.terms: Tensor | None = None
         if self.packed:
             self.terms = pack_modules(self.module, self.layout)
             replace_activations(self.module)
-        self._forward: Callable[[Batch, Tensor], Tensor] = self._pass
-        self.capturable = kernels and graphs and device.type == "cuda"
+        # A captured step has no choice of frequencies.
+        self.capturable = (
+            kernels
+            and graphs
+            and device.type == "cuda"
+            and self.way is Way.SHARED
+            and self.switch is None
+        )
         # The first pass tells what a token takes, whatever the architecture.
-        self.scratch_slot = 0
-        self.cache = SlotCache(1, 1)
+        self.cache = self._make_cache(1, 1)
         self._warm_up()
-        self.max_batch = self._rows_that_fit(self.cache.nbytes, max_batch, cache_bytes)
+        capacity = find_capacity(
+            token_bytes=self.cache.nbytes,
+            positions=self.context_length,
+            max_batch=max_batch,
+            max_length=max_length,
+            cache_bytes=cache_bytes,
+            free=free_bytes(device),
+            share=CACHE_SHARE[device.type],
+        )
+        self.max_batch, self.context_length = capacity.rows, capacity.length
         self.scratch_slot = self.max_batch
-        self.cache = SlotCache(self.max_batch + 1, self.context_length)
+        self.cache = self._make_cache(self.max_batch + 1, self.context_length)
         # The next one allocates the cache, so that memory is known before any request.
         self._warm_up()
         if self.packed and graphs:
             self._compile()
 
+    def _find_way(self) -> Way:
+        """Find the fastest way to run rows that this base allows, and set its attention to it."""
+        try:
+            windows = survey_attention(self.module, self.context_length, self.device)
+        except Exception as reason:  # Whatever its code says to what it is shown here.
+            self.module.set_attn_implementation("eager")
+            way = Way.ROWS if self._keeps_keys() else Way.WHOLE
+            _log.warning("rows run alone, which is slower: %s; %s", way.value, _one_line(reason))
+            return way
+        for module, window in windows.items():
+            module.superpose_window = window  # type: ignore[assignment]
+        self.module.set_attn_implementation(attention.KERNEL if self.packed else attention.TORCH)
+        return Way.SHARED
+
+    def _keeps_keys(self) -> bool:
+        """Return whether a pass of one row writes keys and values."""
+        if "past_key_values" not in inspect.signature(self.module.forward).parameters:
+            return False
+        cache = SlotCache(1, 1)
+        batch = Batch.of([Span(0, (0,), 0)], self.device)
+        with torch.inference_mode():
+            row_pass(self.module, cache, batch, batch.rows)
+        return cache.layers > 0
+
+    def _make_cache(self, slots: int, length: int) -> SlotCache | TokenStore:
+        return TokenStore(slots, length) if self.way is Way.WHOLE else SlotCache(slots, length)
+
     def _warm_up(self) -> None:
         with torch.inference_mode():
-            batch = Batch.of([Span(self.scratch_slot, (0,), 0)], self.device)
+            batch = self.batch([Span(self.scratch_slot, (0,), 0)])
             self.run(batch, batch.rows)
 
     def _compile(self) -> None:
@@ -133,9 +177,19 @@ class Model:
 
         Parameters and corrections are read when it runs, not when it is compiled: nothing is
         frozen into it, and folds write under it.
+
+        Raises:
+            ValueError: It cannot be compiled whole. A part of a pass must not be: its graph would
+                serve every layer, since modules are not told apart.
         """
+        if len(shlex.split(os.environ.get("CXX", ""))) > 1:
+            raise ValueError(
+                f"CXX is {os.environ['CXX']!r}, and torch takes a compiler without arguments: set "
+                "CXX to one, or pass --compile off"
+            )
         self._forward = torch.compile(
             self._pass,
+            fullgraph=True,
             options={
                 # The shapes that the kernels check need no second check at every call.
                 "size_asserts": False,
@@ -145,34 +199,21 @@ class Model:
         )
         # Made like those of any pass: a graph tells inference tensors from others.
         with torch.inference_mode():
-            batch = Batch.of([Span(self.scratch_slot, (0,) * _WARM_UP_TOKENS, 0)], self.device)
+            batch = self.batch([Span(self.scratch_slot, (0,) * _WARM_UP_TOKENS, 0)])
             # Fewer logits than tokens, or the two numbers would be taken for one.
             keep = torch.arange(_WARM_UP_TOKENS - 1)
-            for column in (batch.ids, batch.slots, batch.written, batch.starts, keep):
+            for column in (*batch.columns, keep):
                 torch._dynamo.mark_dynamic(column, 0)
-            self.run(batch, keep)
-
-    def _rows_that_fit(self, token_bytes: int, max_batch: int, cache_bytes: int | None) -> int:
-        """Return how many rows the cache gets, besides its scratch slot."""
-        slot = token_bytes * self.context_length
-        rows = max_batch
-        if cache_bytes is not None:
-            rows = min(max_batch, cache_bytes // slot - 1)
-            if rows < 1:
+            try:
+                self.run(batch, keep)
+            except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as e:
                 raise ValueError(
-                    f"--cache-mib {cache_bytes / MIB:.0f} holds no row of {self.context_length} "
-                    f"tokens: give it {2 * slot / MIB:.0f} or more, or lower --max-length"
-                )
-        needed, free = slot * (rows + 1), free_bytes(self.device)
-        if self.device.type == "cuda":
-            free = int(free * _CACHE_SHARE)
-        if needed > free:
-            raise ValueError(
-                f"the cache of {rows} rows of {self.context_length} tokens needs "
-                f"{needed / MIB:.0f} MiB and {free / MIB:.0f} MiB are free: lower --max-batch or "
-                "--max-length, or set --cache-mib"
-            )
-        return rows
+                    f"this base cannot be compiled as a whole: pass --compile off ({_one_line(e)})"
+                ) from e
+
+    def batch(self, spans: Sequence[Span]) -> Batch:
+        """Lay `spans` end to end, as `run` takes them."""
+        return Batch.of(spans, self.device, self.switch)
 
     def run(self, batch: Batch, keep: Tensor) -> Tensor:
         """Run tokens in one pass, write their keys and values, and return some logits.
@@ -181,34 +222,23 @@ class Model:
 
         Args:
             batch: Tokens whose rows' earlier tokens the cache holds. With packed parameters at
-                least two of them, as of `keep`: one compiled graph serves all sizes but 1.
+                least two of them, as of `keep`: one compiled graph serves all sizes but 1. Of one
+                row, unless the model's `way` is SHARED; a whole one, if it is WHOLE.
             keep: Indices of tokens, int64, on the device.
 
         Returns:
             float32 (len(keep), vocabulary).
         """
-        self.cache.select(batch)
+        if isinstance(self.cache, SlotCache):
+            self.cache.select(batch)
         return self._forward(batch, keep)
 
     def _pass(self, batch: Batch, keep: Tensor) -> Tensor:
-        logits: Tensor = self.module(
-            input_ids=batch.ids[None],
-            position_ids=batch.positions[None],
-            past_key_values=self.cache,
-            use_cache=False,
-            logits_to_keep=keep,
-            batch=batch,
-        ).logits
-        return logits[0].float()
+        return _RUN[self.way](self.module, self.cache, batch, keep)
 
 
-@torch.no_grad()
-def _own_storage(module: nn.Module) -> None:
-    """Move every parameter out of the mapped checkpoint file into storage of its own.
+_RUN = {Way.SHARED: shared_pass, Way.ROWS: row_pass, Way.WHOLE: whole_pass}
 
-    A mapped file may change or shrink while it is served. And its tensors are aligned to 8 bytes
-    only, where the bits of a matrix product depend on the alignment of its output: the same mix
-    would not give the same bits in the live weights and in a fresh fold.
-    """
-    for parameter in module.parameters():
-        parameter.data = lasting_copy(parameter.data)
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

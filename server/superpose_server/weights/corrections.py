@@ -8,7 +8,7 @@ correction: no LoRA arithmetic and not even a hook on any module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
@@ -44,7 +44,7 @@ class Corrections:
         modules: Mapping[str, nn.Module],
         device: torch.device,
         *,
-        heads: Sequence[str] = (),
+        heads: Collection[str] = (),
         terms: Tensor | None = None,
         pool: FactorStack | None = None,
     ) -> None:
@@ -54,8 +54,8 @@ class Corrections:
             modules: {name: module}.
             device: Where they are.
             heads: Names of those that see only the tokens whose logits are wanted.
-            terms: The terms of packed modules, int64 (modules, 4) in their order, which the CPU
-                kernels read; None: the modules are plain.
+            terms: The terms of packed modules, int64 (modules, TERM_FIELDS) in their order, which
+                the CPU kernels read; None: the modules are plain.
             pool: Where factors are put as long as they fit, so that captured steps find them.
         """
         self._heads = frozenset(heads)

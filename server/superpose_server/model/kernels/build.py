@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from superpose_server.model.cache_folder import cache_folder
+
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast", "-fopenmp", "-fPIC")
 _log = logging.getLogger(__name__)
 
 
-class CompilerError(Exception):
+class CompilerError(ValueError):
     """The kernels cannot be compiled; one line with the remedy."""
 
 
@@ -116,9 +118,8 @@ def _run(command: list[str]) -> bytes:
 
 
 def _cache_dir() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
     try:
-        return (Path(home) if home else Path.home() / ".cache") / "superpose"
+        return cache_folder()
     except RuntimeError as error:
         raise CompilerError(
             f"no folder to keep compiled kernels in ({error}): set XDG_CACHE_HOME, or pass "
