@@ -268,7 +268,7 @@ _SPECIMENS: tuple[Specimen, ...] = (
     _s("exaone4", **_MIXED),
     _s("exaone_moe", targets=_ATTENTION, **_MIXED, **_MOE),
     _s("falcon", targets=_BLOOM),
-    _s("falcon/alibi", targets=_BLOOM, alibi=True),
+    _s("falcon/alibi", targets=_BLOOM, note="eager adds alibi twice; sdpa is right", alibi=True),
     _s("falcon/multi-head", targets=_BLOOM, multi_query=False, num_kv_heads=4, parallel_attn=False,
         bias=True),
     _s("falcon/new", targets=_BLOOM, new_decoder_architecture=True),
