@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tests.makers import EOS_ID, VOCABULARY
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 # A configuration gets those of these fields that its class has, unless its entry says otherwise.
@@ -537,8 +537,12 @@ def build(name: str, seed: int = 0) -> Any:
     """The model of an entry: float32, in eval mode, every term of it visible in its logits."""
     torch.manual_seed(seed)
     config = configuration(ZOO[name])
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model = AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager", experts_implementation="eager"
+        config,
+        # Eager, but for classes with attention of their own, whose eager form may be another model.
+        attn_implementation="eager" if model_class._supports_attention_backend else None,
+        experts_implementation="eager",
     )
     _randomise(model, torch.Generator().manual_seed(seed))
     return model.float().eval()

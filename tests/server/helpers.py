@@ -243,7 +243,7 @@ class Bench:
         self.layout = self.model.layout
         self.pristine = load_reference(folder, dtype)
         self.weights = open_weights(self.model, on_host=on_host)
-        self.scheduler = Scheduler(slots, max_queue)
+        self.scheduler = Scheduler(slots, max_queue, self.model.switch)
         self.observer = Recorder()
         self.engine = Engine(
             self.model,

@@ -103,7 +103,7 @@ class Scheduler:
         """
         slots = list(enumerate(self.running))
         for _, row in slots:
-            if row.decoding and row.computed == self._switch:
+            if self._switch is not None and row.begun_as <= self._switch < row.length:
                 row.computed = 0
         scheduled = [
             Scheduled(row, Span(slot, row.tokens[-1:], row.computed))
@@ -114,6 +114,8 @@ class Scheduler:
         for slot, row in sorted(prompts, key=lambda pair: pair[1].started):
             ids = row.next_ids(budget)
             if ids:
+                if row.computed == 0:
+                    row.begun_as = row.length
                 span = Span(slot, ids, row.computed, whole=row.length)
                 scheduled.append(Scheduled(row, span))
                 budget -= len(ids)

@@ -63,6 +63,7 @@ class Sequence:
     """One row. Made by any thread; after `Engine.submit` only the engine thread touches it.
 
     `computed` counts the tokens, those of the prompt first, whose keys and values are in the cache.
+    `begun_as` is how long the text was when its first token ran last.
     `cancelled` is the exception: any thread may set it, and the row leaves at the next step.
     `ended` is set when the last chunk was handed out.
     """
@@ -74,6 +75,7 @@ class Sequence:
     tokenizer: Tokenizer
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
+    begun_as: int = 0
     cancelled: bool = False
     ended: bool = False
     accepted: float = field(default_factory=time.monotonic)

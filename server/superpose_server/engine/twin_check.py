@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -21,6 +22,7 @@ from superpose_server.engine.runner import Runner
 from superpose_server.engine.weights_check import distance, percent, random_ids, reference, refusal
 from superpose_server.errors import SelfCheckError
 from superpose_server.model.batch import Span
+from superpose_server.model.capacity import positions_of
 from superpose_server.model.miniature import MiniatureError, make_miniature
 from superpose_server.model.model import Model
 from superpose_server.weights.resident import ResidentWeights
@@ -67,14 +69,15 @@ def check_meaning(
         raise refusal(config, f"it cannot be run: {type(error).__name__}: {reason}") from error
 
 
-def _compare(twin: nn.Module, config: Any, device: torch.device, kernels: bool) -> None:
+def _compare(twin: Any, config: Any, device: torch.device, kernels: bool) -> None:
     plain = copy.deepcopy(twin)
+    positions = positions_of(twin.config.get_text_config(decoder=True))
     model = Model(
         twin,
         base_digest="twin",
         device=device,
         max_batch=2,
-        max_length=_LENGTH,
+        max_length=min(_LENGTH, positions or _LENGTH),
         kernels=kernels,
         graphs=False,
     )
@@ -83,17 +86,16 @@ def _compare(twin: nn.Module, config: Any, device: torch.device, kernels: bool) 
         BoundMix(model.base_digest),
         BoundMix.of(model.base_digest, [BoundEntry("twin", adapter, 1.0)]),
     )
-    texts = [random_ids(sum(row), _WORDS, seed) for seed, row in enumerate(_ROWS)]
+    rows = _rows(model.context_length)
+    _refuse_sight_of_later_tokens(plain, rows[1].ids, model.switch)
     weights = ResidentWeights(model.module, model.layout, model.base_digest, None)
-    found = _serve(Runner(model, weights), texts, mixes)
-    _refuse_sight_of_later_tokens(plain, texts[1], model.switch)
+    found = _serve(Runner(model, weights), rows, mixes)
     summed = _with_delta(plain, adapter, model.layout)
-    for what, module, text, (prompt, _), logits in zip(
-        ("a row", "a corrected row"), (plain, summed), texts, _ROWS, found, strict=True
+    for what, module, row, logits in zip(
+        ("a row", "a corrected row"), (plain, summed), rows, found, strict=True
     ):
-        exact = _one_by_one(module, text, prompt)
-        off = distance(logits, exact)
-        for part, tokens in (("prompt", slice(prompt)), ("answer", slice(prompt, None))):
+        off = distance(logits, _one_by_one(module, row))
+        for part, tokens in (("prompt", slice(row.prompt)), ("answer", slice(row.prompt, None))):
             if not float(off[tokens].max()) <= _TOLERANCE:
                 raise refusal(
                     config,
@@ -103,22 +105,36 @@ def _compare(twin: nn.Module, config: Any, device: torch.device, kernels: bool) 
                 )
 
 
-def _serve(
-    runner: Runner, texts: Sequence[tuple[int, ...]], mixes: Sequence[BoundMix]
-) -> list[Tensor]:
+@dataclass(frozen=True)
+class _Row:
+    """A text, of which the first `prompt` tokens are there at once."""
+
+    ids: tuple[int, ...]
+    prompt: int
+
+
+def _rows(room: int) -> list[_Row]:
+    rows = []
+    for seed, (prompt, answer) in enumerate(_ROWS):
+        count = min(prompt + answer, room)
+        rows.append(_Row(random_ids(count, _WORDS, seed), max(1, count - answer)))
+    return rows
+
+
+def _serve(runner: Runner, rows: Sequence[_Row], mixes: Sequence[BoundMix]) -> list[Tensor]:
     """Run prompts in pieces and then one token a pass, as the engine does.
 
     Returns:
-        For each text (tokens, vocabulary), what was given after each token when it first ran; what
+        For each row (tokens, vocabulary), what was given after each token when it first ran; what
         was given for prompts are those of whole prompts.
     """
-    found: list[list[Tensor]] = [[] for _ in texts]
-    computed = [0 for _ in texts]
-    known = [prompt for prompt, _ in _ROWS]
+    found: list[list[Tensor]] = [[] for _ in rows]
+    computed = [0 for _ in rows]
+    known = [row.prompt for row in rows]
     switch = runner.model.switch
-    while any(count < len(text) for count, text in zip(computed, texts, strict=True)):
+    while any(count < len(row.ids) for count, row in zip(computed, rows, strict=True)):
         spans: list[Span] = []
-        for slot, text in enumerate(texts):
+        for slot, text in enumerate(row.ids for row in rows):
             decoding = computed[slot] >= known[slot]
             if decoding:
                 known[slot] += 1
@@ -135,13 +151,14 @@ def _serve(
             # What runs anew has given its logits before.
             found[span.slot] += part[max(0, len(found[span.slot]) - span.position) :]
             computed[span.slot] = span.end
-    return [torch.stack(rows) for rows in found]
+    return [torch.stack(logits) for logits in found]
 
 
-def _one_by_one(module: nn.Module, text: tuple[int, ...], prompt: int) -> Tensor:
+def _one_by_one(module: nn.Module, row: _Row) -> Tensor:
     """Return what transformers gives after each token, one uncached pass over the text so far."""
-    answer = [reference(module, text[:end])[-1:] for end in range(prompt + 1, len(text) + 1)]
-    return torch.cat((reference(module, text[:prompt]), *answer))
+    ends = range(row.prompt + 1, len(row.ids) + 1)
+    answer = [reference(module, row.ids[:end])[-1:] for end in ends]
+    return torch.cat((reference(module, row.ids[: row.prompt]), *answer))
 
 
 def _refuse_sight_of_later_tokens(

@@ -71,7 +71,7 @@ def find_capacity(
         if rows < 1:
             raise ValueError(
                 f"--cache-mib {cache_bytes / MIB:.0f} holds no row of {length} tokens: give it "
-                f"{2 * slot / MIB:.0f} or more, or lower --max-length"
+                f"{-(-2 * slot // MIB)} or more, or lower --max-length"
             )
         return _checked(Capacity(rows, length), token_bytes, free)
     if max_length is None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from superpose_adapters.tensorfile import TensorEntry
@@ -27,7 +27,12 @@ from superpose_server.model.checkpoint_folder import (
     say,
     weight_files,
 )
-from superpose_server.model.family import refuse_class, refuse_config, refuse_settings
+from superpose_server.model.family import (
+    own_attention,
+    refuse_class,
+    refuse_config,
+    refuse_settings,
+)
 from superpose_server.model.memory import lasting_copy
 
 _FLOATS = {"F64", "F32", "BF16", "F16"}
@@ -43,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_checkpoint(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Load a base: on the CPU, in eval mode, with transformers' eager attention.
+    """Load a base: on the CPU, in eval mode, with transformers' own attention.
 
     Every parameter is in storage of its own. Code in the folder is never run.
 
@@ -102,7 +107,10 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
+                config,
+                dtype=dtype,
+                attn_implementation=own_attention(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]),
+                trust_remote_code=False,
             )
     except Exception as error:  # From anywhere in the class's own code.
         refuse(
@@ -171,7 +179,7 @@ def _load(
         module, told = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation="eager",
+            attn_implementation=own_attention(type(skeleton)),
             use_safetensors=True,
             trust_remote_code=False,
             key_mapping=mapping,

@@ -27,6 +27,16 @@ _CROSS_ATTENTION = re.compile("cross|encoder_attn")
 _ANOTHER = "use a text-only decoder such as GPT-2 or Llama"
 
 
+def own_attention(model_class: Any) -> str | None:
+    """Return by which attention transformers' own passes of a class are run.
+
+    The eager one, which alone honours every argument that a class gives to transformers' interface.
+    Where a class has attention of its own, None, which is what transformers chooses: its eager form
+    may be another model than the rest (Falcon's adds ALiBi twice).
+    """
+    return "eager" if model_class._supports_attention_backend else None
+
+
 def refuse_settings(settings: dict[str, Any]) -> str | None:
     """Judge what config.json says of itself, before transformers makes anything of it."""
     method = _quantised_by(settings)

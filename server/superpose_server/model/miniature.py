@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from superpose_server.model.family import own_attention
+
 WINDOW = 6
 """Tokens: what attention windows and chunks are shrunk to."""
 SWITCH = 12
@@ -79,7 +81,7 @@ def miniature(config: PreTrainedConfig, widths: int = _NARROW) -> PreTrainedConf
 def make_miniature(
     model_class: type[nn.Module], config: PreTrainedConfig, seed: int = 0
 ) -> nn.Module:
-    """Return a small twin in float32 that attends by its own eager code, with random values.
+    """Return a small twin in float32 that attends by its own code, with random values.
 
     Args:
         model_class: A causal language model of transformers.
@@ -273,13 +275,14 @@ def _build(model_class: Any, config: PreTrainedConfig, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which seeds GPUs too.
         torch.default_generator.manual_seed(seed)
+        attention = own_attention(model_class)
         with torch.device("meta"):
-            sketch = model_class._from_config(deepcopy(config), attn_implementation="eager")
+            sketch = model_class._from_config(deepcopy(config), attn_implementation=attention)
         size = sum(parameter.numel() for parameter in sketch.parameters())
         if size > _MOST_PARAMETERS:
             raise MiniatureError(f"{size} parameters are too many")
         module: Any = model_class._from_config(
-            config, dtype=torch.float32, attn_implementation="eager"
+            config, dtype=torch.float32, attn_implementation=attention
         )
         module.eval().requires_grad_(False)
         _randomise(module, torch.Generator().manual_seed(seed))

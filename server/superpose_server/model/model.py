@@ -142,10 +142,12 @@ class Model:
 
     def _find_way(self) -> Way:
         """Find the fastest way to run rows that this base allows, and set its attention to it."""
+        own = self.module.config._attn_implementation
         try:
             windows = survey_attention(self.module, self.context_length, self.device)
         except Exception as reason:  # Whatever its code says to what it is shown here.
-            self.module.set_attn_implementation("eager")
+            if self.module.config._attn_implementation != own:
+                self.module.set_attn_implementation(own)
             way = Way.ROWS if self._keeps_keys() else Way.WHOLE
             _log.warning("rows run alone, which is slower: %s; %s", way.value, _one_line(reason))
             return way

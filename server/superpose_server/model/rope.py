@@ -23,6 +23,7 @@ class SwitchedRope(nn.Module):
     def __init__(self, rope: Any, switch: int) -> None:
         """Take the place of `rope`, which serves texts of up to `switch` tokens as it is."""
         super().__init__()
+        self._switch = switch
         self.within = _fixed(rope)
         self.beyond = _fixed(rope)
         frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](
@@ -34,8 +35,13 @@ class SwitchedRope(nn.Module):
         """Return cosines and sines, each (1, tokens, size)."""
         far = position_ids >= BEYOND
         positions = torch.where(far, position_ids - BEYOND, position_ids)
-        near, long = self.within(x, positions), self.beyond(x, positions)
-        cosine, sine = (torch.where(far[..., None], b, a) for a, b in zip(near, long, strict=True))
+        # Some classes scale by the longest position, too: each is shown those of its side only.
+        near = self.within(x, positions.clamp(max=self._switch - 1))
+        last = torch.full_like(positions[:, :1], self._switch)
+        long = self.beyond(x, torch.cat((positions, last), -1))
+        cosine, sine = (
+            torch.where(far[..., None], b[:, :-1], a) for a, b in zip(near, long, strict=True)
+        )
         return cosine, sine
 
 

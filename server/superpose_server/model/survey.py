@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.pytorch_utils import Conv1D
 
 from superpose_adapters.layout import Layout
 from superpose_server.model.attention import UnknownAttention, attend_by_torch
@@ -26,7 +28,10 @@ _SURVEY = "superpose_survey"
 # transformers knows attention by global names.
 _ONE_AT_A_TIME = threading.Lock()
 _OUTSIDE = "has attention of its own, outside transformers' interface"
-_TOKENS, _WANTED = "tokens", "wanted"
+# What a module sees, or that it is no plain product.
+_TOKENS, _WANTED, _OTHERS, _NO_PRODUCT = "tokens", "wanted", "others", "no product"
+# How far off a product may be whose bias is added apart, in bfloat16.
+_ROUNDING = 0.02
 # Numbers of tokens of two rows, and of wanted logits: two passes tell apart what a module sees.
 _PASSES = (((3, 4), 2), ((4, 1), 3))
 # Slots and their length that the passes need.
@@ -179,8 +184,10 @@ def survey_rows(
         alone: A batch may hold one span only.
 
     Returns:
-        The layout of those that see a row of every token, or of every token whose logits are
-        wanted, whenever they are called; and the names of the latter.
+        The layout of those that give the product with their parameter and no more, and that see a
+        row of every token, or of every token whose logits are wanted, whenever they are called;
+        and the names of those of the wanted. Where a row has a pass to itself, modules may see
+        whatever they like of it, and none of them are set apart.
     """
     seen: dict[str, set[str]] = {name: set() for name in layout}
     for lengths, wanted in _PASSES:
@@ -188,10 +195,13 @@ def survey_rows(
         kinds = {count: _TOKENS, wanted: _WANTED}
         with ExitStack() as until:
             for name, sees in seen.items():
-                hook = module.get_submodule(name).register_forward_pre_hook(_noting(sees, kinds))
+                hook = module.get_submodule(name).register_forward_hook(_noting(sees, kinds))
                 until.callback(hook.remove)
             batch = _batch((count,) if alone else lengths, device)
             run(batch, torch.arange(wanted, device=device))
+    if alone:
+        called = {name for name, kind in seen.items() if kind and _NO_PRODUCT not in kind}
+        return {name: shape for name, shape in layout.items() if name in called}, frozenset()
     tokens, heads = (
         frozenset(name for name, kind in seen.items() if kind == {which})
         for which in (_TOKENS, _WANTED)
@@ -200,10 +210,23 @@ def survey_rows(
 
 
 def _noting(sees: set[str], kinds: dict[int, str]) -> Callable[..., None]:
-    def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        sees.add(kinds.get(inputs[0].shape[:-1].numel(), "others"))
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+        # Tokens that come by name are not corrected.
+        known = bool(inputs) and _is_product(module, inputs[0], output)
+        sees.add(kinds.get(inputs[0].shape[:-1].numel(), _OTHERS) if known else _NO_PRODUCT)
 
     return note
+
+
+def _is_product(module: Any, x: Tensor, output: object) -> bool:
+    """Return whether a module gives what its parameters do: some subclasses are routers."""
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    exact = linear(x, module.weight.T if isinstance(module, Conv1D) else module.weight, module.bias)
+    if not isinstance(output, Tensor) or output.shape != exact.shape:
+        return False
+    off = (output.double() - exact.double()).norm()
+    return bool(off <= _ROUNDING * exact.double().norm())
 
 
 def _batch(lengths: tuple[int, ...], device: torch.device) -> Batch:

@@ -127,9 +127,11 @@ class DenseCorrection:
 
     def attach(self, tokens: Tensor, logits: Tensor, until: ExitStack) -> None:
         """See `Correction`."""
-        of_tokens = (gates := self.gates[tokens]), gates == 0
-        of_logits = of_tokens
-        if self.heads & self.stack.a.keys():
+        # The gates of a row that has a pass to itself are those of whatever a module sees.
+        alone = len(self.gates) == 1
+        gates = self.gates if alone else self.gates[tokens]
+        of_logits = of_tokens = gates, gates == 0
+        if self.heads & self.stack.a.keys() and not alone:
             of_logits = (gates := self.gates[logits]), gates == 0
         for name, a in self.stack.a.items():
             hook = _Hook(a, self.stack.b[name], *(of_logits if name in self.heads else of_tokens))
@@ -146,5 +148,5 @@ class _Hook:
         low = inputs[0].to(self._a.dtype) @ self._a
         # A gate of 0 must win over factors so large that the product overflows.
         low = (low * self._gates).masked_fill(self._silent, 0.0)
-        flat = output.view(-1, output.shape[-1]).to(low.dtype)
-        return flat.addmm(low.view(-1, low.shape[-1]), self._b).view_as(output).to(output.dtype)
+        flat = output.reshape(-1, output.shape[-1]).to(low.dtype)
+        return flat.addmm(low.view(-1, low.shape[-1]), self._b).view(output.shape).to(output.dtype)

@@ -1,0 +1,210 @@
+"""Every family of the zoo, served or refused: what `docs/families.md` says, measured.
+
+    python -m tests.families [NAME ...]      # measure, and without names write docs/families.md
+
+A row of the table is one model of `tests/zoo.py`, saved, loaded as the server loads a base, and run
+in batches against transformers and PEFT in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.makers import load_peft, make_adapter, save_base
+from tests.server.helpers import Bench
+from tests.zoo import ZOO, build
+from torch import Tensor
+
+from superpose_adapters.mix import BoundMix
+from superpose_adapters.peft.folder import read_adapter
+from superpose_server.engine.sampling import SamplingParams
+from superpose_server.engine.twin_check import check_meaning
+from superpose_server.errors import SelfCheckError
+from superpose_server.model.batch import Span
+from superpose_server.model.checkpoint import load_checkpoint
+from superpose_server.model.checkpoint_folder import CheckpointError
+from superpose_server.model.passes import Way
+
+TABLE = Path(__file__).parent.parent / "docs" / "families.md"
+CPU = torch.device("cpu")
+_PIECE = 16
+_TEXTS = (40, 25)
+_PROMPTS = (21, 9, 13)
+_NEW_TOKENS = 10
+_WAYS = {Way.SHARED: "shared passes", Way.ROWS: "rows alone", Way.WHOLE: "whole rows"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one model.
+
+    Attributes:
+        verdict: How it is served, or why it is not.
+        served: Which of the two.
+        worst: {what: largest distance of logits from the exact ones, as a share of their spread}.
+    """
+
+    verdict: str
+    served: bool
+    worst: dict[str, float]
+
+
+def measure(name: str, folder: Path, *, kernels: bool, graphs: bool = False) -> Outcome:
+    """Serve a model of the zoo from `folder`, which is empty, and compare it."""
+    specimen = ZOO[name]
+    base = build(name)
+    try:
+        save_base(base, folder / "base")
+        module: Any = load_checkpoint(folder / "base", torch.float32)
+        check_meaning(type(module), module.config, CPU, kernels=kernels)
+    except (CheckpointError, SelfCheckError) as refusal:
+        reason = str(refusal).removeprefix(f"base {folder / 'base'} ")
+        return Outcome(reason, False, {})
+    bench = Bench(folder / "base", kernels=kernels, graphs=graphs, prefill_tokens=_PIECE)
+    model = bench.model
+    names = {module.rpartition(".")[2] for module, s in model.layout.items() if not s.tied}
+    targets = [target for target in specimen.targets if target in names] or sorted(names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = make_adapter(
+            base, folder / "adapter", target_modules=targets, size=0.3, fan_in_fan_out=False
+        )
+        merged = load_peft(base, adapted).merge_and_unload()  # type: ignore[operator]
+    adapter = read_adapter(adapted, model.layout)
+    mix, empty = bench.mix((adapter, 1.0)), bench.mix()
+    exact = _Exact({empty.digest: base, mix.digest: merged})
+    room = model.context_length
+    texts = [_ids(min(length, room), seed) for seed, length in enumerate(_TEXTS)]
+    worst = {"base": _compare(bench, texts, (empty, empty), exact)}
+    worst["corrected"] = _compare(bench, texts, (empty, mix), exact)
+    bench.fold(mix)
+    worst["folded"] = _compare(bench, texts, (mix, mix), exact)
+    worst["corrected"] = max(worst["corrected"], _compare(bench, texts, (mix, empty), exact))
+    worst["texts"] = _compare_texts(bench, (empty, mix, empty), exact)
+    return Outcome(_WAYS[model.way], True, worst)
+
+
+class _Exact:
+    """transformers' and PEFT's own models in float64, uncached."""
+
+    def __init__(self, models: dict[str, Any]) -> None:
+        self._models = {digest: copy.deepcopy(model) for digest, model in models.items()}
+
+    @torch.no_grad()
+    def logits(self, mix: BoundMix, ids: Sequence[int]) -> Tensor:
+        with _float64():
+            model = self._models[mix.digest].double()
+            logits: Tensor = model(input_ids=torch.tensor([ids])).logits[0]
+        return logits
+
+
+@contextmanager
+def _float64() -> Iterator[None]:
+    # Some classes make positions in the default dtype.
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _ids(count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    # 0 is a padding token in some families.
+    ids: list[int] = torch.randint(1, 256, (count,), generator=generator).tolist()
+    return ids
+
+
+def _distance(found: Tensor, exact: Tensor) -> float:
+    spread = exact - exact.mean(-1, keepdim=True)
+    return float(((found - exact).norm(dim=-1) / spread.norm(dim=-1)).max())
+
+
+def _compare(
+    bench: Bench, texts: list[list[int]], mixes: tuple[BoundMix, BoundMix], exact: _Exact
+) -> float:
+    """Run texts in pieces that share passes, but for their last tokens, which come one by one."""
+    found: list[list[Tensor]] = [[] for _ in texts]
+    done = [0 for _ in texts]
+    while any(at < len(ids) for at, ids in zip(done, texts, strict=True)):
+        spans = []
+        for row, (at, ids) in enumerate(zip(done, texts, strict=True)):
+            left = len(ids) - at
+            piece = ids[at : at + (min(_PIECE, left - 2) if left > 2 else 1)]
+            if piece:
+                spans.append(Span(row, piece, at, whole=len(ids)))
+                done[row] += len(piece)
+        count = sum(len(span.ids) for span in spans)
+        logits = bench.engine.runner.run(spans, range(count), [mixes[s.slot] for s in spans])
+        for span, part in zip(spans, _split(logits, [len(s.ids) for s in spans]), strict=True):
+            found[span.slot].append(part)
+    return max(
+        _distance(torch.cat(parts).double(), exact.logits(mix, ids))
+        for parts, mix, ids in zip(found, mixes, texts, strict=True)
+    )
+
+
+def _split(logits: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = logits.clone().split(counts)  # type: ignore[no-untyped-call]
+    return parts
+
+
+def _compare_texts(bench: Bench, mixes: Sequence[BoundMix], exact: _Exact) -> float:
+    """Let rows of a batch choose greedily; how far each choice is from the best, at most."""
+    params = SamplingParams(max_new_tokens=_NEW_TOKENS, temperature=0.0, ignore_eos=True)
+    room = bench.model.context_length - _NEW_TOKENS
+    rows = [
+        (mix, prompt := _ids(min(count, room), 7 + seed), bench.submit(prompt, mix, params)[1])
+        for seed, (mix, count) in enumerate(zip(mixes, _PROMPTS, strict=True))
+    ]
+    bench.run()
+    worst = 0.0
+    for mix, prompt, client in rows:
+        assert client.error is None, client.error
+        assert len(client.tokens) == _NEW_TOKENS
+        for at, token in enumerate(client.tokens):
+            logits = exact.logits(mix, [*prompt, *client.tokens[:at]])[-1]
+            worst = max(worst, float((logits.max() - logits[token]) / logits.std()))
+    return worst
+
+
+def rows() -> dict[str, tuple[str, bool]]:
+    """Return what docs/families.md says: {name: (verdict, served)}."""
+    found = {}
+    for line in TABLE.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| `"):
+            found[cells[0].strip("`")] = (cells[1], cells[2] != "")
+    return found
+
+
+def _line(name: str, outcome: Outcome) -> str:
+    figures = [f"{outcome.worst[what]:.0e}" for what in outcome.worst] or [""] * 4
+    return " | ".join(["| `" + name + "`", outcome.verdict.replace("|", "/"), *figures]) + " |"
+
+
+def main() -> None:
+    """Measure some models, or all of them into the table."""
+    names = sys.argv[1:] or list(ZOO)
+    lines = []
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            lines.append(_line(name, measure(name, Path(folder), kernels=True)))
+        print(lines[-1], flush=True)
+    if not sys.argv[1:]:
+        text = TABLE.read_text()
+        before = text[: text.index("| `")]
+        TABLE.write_text(before + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
