@@ -128,6 +128,8 @@ class ServerConfig:
             raise ValueError(f"--max-batch is {self.max_batch}: use at least 1")
         if self.max_queue < 0:
             raise ValueError(f"--max-queue is {self.max_queue}: use 0 or more")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"--max-length is {self.max_length}: use at least 2")
         if self.prefill_tokens is not None and self.prefill_tokens < 1:
             raise ValueError(f"--prefill-tokens is {self.prefill_tokens}: use at least 1")
         if self.cache_mib is not None and self.cache_mib < 1:

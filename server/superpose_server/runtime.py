@@ -34,7 +34,7 @@ from superpose_server.engine.job import JobResult
 from superpose_server.engine.observer import EngineObserver, Observers
 from superpose_server.engine.residency import Residency
 from superpose_server.engine.scheduler import RETRY_AFTER_SECONDS, Scheduler
-from superpose_server.engine.tokenizer import Tokenizer
+from superpose_server.engine.tokenizer import Tokenizer, TokenizerError
 from superpose_server.engine.trusted import Kind
 from superpose_server.engine.twin_check import check_meaning
 from superpose_server.engine.weights_check import Expected, check_weights, expect
@@ -46,7 +46,9 @@ from superpose_server.errors import (
     StartupError,
 )
 from superpose_server.metrics import Metrics
+from superpose_server.model.capacity import positions_of
 from superpose_server.model.checkpoint import load_checkpoint
+from superpose_server.model.checkpoint_folder import CheckpointError
 from superpose_server.model.memory import MIB, is_out_of_memory
 from superpose_server.model.model import Model
 from superpose_server.model.threads import compute_with
@@ -54,6 +56,8 @@ from superpose_server.weights.resident import ResidentWeights, Verification
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
+# Characters of a line that says why a server cannot start, as far as it is not ours alone.
+_LONGEST = 2000
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,32 @@ class Runtime:
             loader.submit(self._load, observer or EngineObserver()).result()
 
     def _load(self, observer: EngineObserver) -> None:
-        config = self.config
         try:
-            folder = resolve_base(config.base)
-            device = _device(config.device)
-            module = load_checkpoint(folder, _dtype(config.dtype, device)).to(device)
-            base_digest = checkpoint_digest(folder)
+            state_dir, expected = self._load_base()
+        except Exception as error:
+            raise self._cannot_start(error) from error
+        try:
+            self._start(state_dir, observer, expected)
+        except BaseException as error:
+            self._store.close()
+            if isinstance(error, Exception):
+                raise self._cannot_start(error) from error
+            raise
+
+    def _load_base(self) -> tuple[Path, Expected | None]:
+        """Load the base and open its state, what is quickly refused first."""
+        config = self.config
+        folder = resolve_base(config.base)
+        device = _device(config.device)
+        self._check_adapter_dir()
+        module = load_checkpoint(folder, _dtype(config.dtype, device))
+        self.tokenizer = Tokenizer(folder)
+        self._check_length(module)
+        module = module.to(device)
+        base_digest = checkpoint_digest(folder)
+        state_dir = config.state_dir or _default_state_dir(base_digest)
+        self._store = _open_store(state_dir)
+        try:
             kernels = config.compile == "auto"
             expected = None
             if config.self_check:
@@ -122,40 +146,55 @@ class Runtime:
                 cache_bytes=None if config.cache_mib is None else config.cache_mib * MIB,
                 kernels=kernels,
             )
-            self.tokenizer = Tokenizer(folder)
-            state_dir = config.state_dir or _default_state_dir(self.model.base_digest)
-            state_dir.mkdir(parents=True, exist_ok=True)
-            self._store = AdapterStore(state_dir / "adapters")
-        except Exception as error:
-            raise self._cannot_start(error) from error
-        try:
-            self._start(state_dir, observer, expected)
-        except BaseException as error:
+        except BaseException:
             self._store.close()
-            if isinstance(error, Exception):
-                raise self._cannot_start(error) from error
             raise
+        return state_dir, expected
+
+    def _check_adapter_dir(self) -> None:
+        root = self.config.adapter_dir
+        if root is None:
+            return
+        if not root.is_dir():
+            raise StartupError(f"--adapter-dir {root} is no folder: create it or leave it out")
+        if (root / CONFIG_NAME).exists():
+            raise StartupError(
+                f"--adapter-dir {root} is an adapter itself: name the folder that holds it"
+            )
+
+    def _check_length(self, module: Any) -> None:
+        positions = positions_of(module.config.get_text_config(decoder=True))
+        length = self.config.max_length
+        if length is not None and positions is not None and length > positions:
+            raise StartupError(
+                f"--max-length is {length}: base {self.config.base} takes 2 to {positions}"
+            )
 
     def _cannot_start(self, error: Exception) -> StartupError:
         """Return the one line that a start ends with, whatever it was that failed."""
         config = self.config
+        line = _one_line(error)
         if isinstance(error, SelfCheckError):
             return StartupError(
-                f"base {config.base} is refused: {_one_line(error)}; --no-self-check serves it all "
-                "the same"
+                f"base {config.base} is refused: {line}; --no-self-check serves it all the same"
             )
         if isinstance(error, StartupError):
             return error
-        if isinstance(error, ValueError | StoreError | OSError | ServerError):
-            return StartupError(_one_line(error))
         if is_out_of_memory(error):
+            length = "" if config.max_length is None else f" and --max-length {config.max_length}"
             return StartupError(
-                f"{config.base} does not fit {config.device} with --max-batch {config.max_batch} "
-                f"and --max-length {config.max_length}: {_one_line(error)}"
+                f"base {config.base} does not fit the memory of --device {config.device} with "
+                f"--max-batch {config.max_batch}{length}: {line}"
             )
-        return StartupError(
-            f"base {config.base} cannot be served: {type(error).__name__}: {_one_line(error)}"
-        )
+        if isinstance(error, TokenizerError):
+            return StartupError(f"base {config.base} {line}")
+        # What says all by itself; other libraries raise OSError and ValueError, too.
+        if isinstance(error, CheckpointError | StoreError | ServerError) or line.startswith(
+            "base "
+        ):
+            return StartupError(line)
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        return StartupError(f"base {config.base} cannot be served: {kind}{line}")
 
     def _start(self, state_dir: Path, observer: EngineObserver, expected: Expected | None) -> None:
         model = self.model
@@ -221,12 +260,6 @@ class Runtime:
                 self._register(domain, self._read(folder), Source.BUNDLED)
         root = self.config.adapter_dir
         if root is not None:
-            if not root.is_dir():
-                raise StartupError(f"--adapter-dir {root} is no folder: create it or leave it out")
-            if (root / CONFIG_NAME).exists():
-                raise StartupError(
-                    f"--adapter-dir {root} is an adapter itself: name the folder that holds it"
-                )
             for folder in sorted(root.iterdir()):
                 if folder.is_dir() and not folder.name.startswith("."):
                     self._register(folder.name, self._read(folder, root), Source.DIRECTORY)
@@ -359,8 +392,20 @@ def _check_meaning(
         _log.info("checked the base's meaning seconds=%.2f", time.monotonic() - started)
 
 
+def _open_store(state_dir: Path) -> AdapterStore:
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        return AdapterStore(state_dir / "adapters")
+    except OSError as error:
+        raise StartupError(
+            f"--state-dir {state_dir} cannot be used ({error.strerror or _one_line(error)}): name "
+            "a folder that can be written"
+        ) from error
+
+
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
 
 
 def _device(name: str) -> torch.device:

@@ -12,14 +12,43 @@ from superpose_server.errors import InvalidArgument
 
 # Tokens of the prompt that the text of the first new token may depend on.
 _CONTEXT_TOKENS = 8
+_LONGEST = 300  # characters of what another library says
+
+
+class TokenizerError(ValueError):
+    """A base has no tokenizer that can be used; the message continues "base X"."""
+
+
+def _reason(folder: Path, error: Exception) -> str:
+    files = "copy tokenizer.json and tokenizer_config.json there from where the base came from"
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    if "trust_remote_code" in said:
+        return (
+            "has a tokenizer that needs code of its own (auto_map in tokenizer_config.json), which "
+            "is never run: use a base with a tokenizer.json"
+        )
+    if not (folder / "tokenizer.json").is_file():
+        return f"has no tokenizer.json, and no other tokenizer that can be used: {files}"
+    return f"has a tokenizer that cannot be used ({said[:_LONGEST]}): {files}"
 
 
 class Tokenizer:
     """The base's tokenizer."""
 
     def __init__(self, folder: Path) -> None:
-        """Load the tokenizer beside the checkpoint."""
-        self.inner: Any = AutoTokenizer.from_pretrained(folder)
+        """Load the tokenizer beside the checkpoint.
+
+        Raises:
+            TokenizerError: There is none that can be used.
+        """
+        try:
+            # Unless told, transformers would ask on the terminal about code in the folder.
+            self.inner: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # As many kinds as there are things wrong with a file.
+            raise TokenizerError(_reason(folder, error)) from error
+        if len(self.inner) <= len(self.inner.all_special_ids):
+            # Of some classes transformers makes an empty one where there are no files at all.
+            raise TokenizerError(_reason(folder, ValueError("it has no words")))
         self.eos_token_id: int | None = self.inner.eos_token_id
 
     def encode(self, text: str) -> list[int]:

@@ -23,6 +23,7 @@ from superpose_server.engine.weights_check import distance, percent, random_ids,
 from superpose_server.errors import SelfCheckError
 from superpose_server.model.batch import Span
 from superpose_server.model.capacity import positions_of
+from superpose_server.model.memory import is_out_of_memory
 from superpose_server.model.miniature import MiniatureError, make_miniature
 from superpose_server.model.model import Model
 from superpose_server.weights.resident import ResidentWeights
@@ -65,6 +66,8 @@ def check_meaning(
     except SelfCheckError:
         raise
     except Exception as error:  # From anywhere in the class's own code.
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())
         raise refusal(config, f"it cannot be run: {type(error).__name__}: {reason}") from error
 

@@ -15,6 +15,9 @@ from torch import Tensor
 from superpose_server.model.batch import Batch, Span
 from superpose_server.model.memory import lasting_zeros
 
+# Larger than keys and values are.
+_SPOILT = 16.0
+
 
 class Slots(Protocol):
     """What running rows leave behind for their next pass, in slots."""
@@ -30,6 +33,10 @@ class Slots(Protocol):
 
     def claim(self, slot: int) -> None:
         """Make a slot fit for a row that begins or is moved there."""
+        ...
+
+    def spoil(self, slot: int) -> None:
+        """Fill a slot with what shows in a row that reads it before it is written."""
         ...
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -113,6 +120,17 @@ class SlotCache:
             for store in (*self._keys, *self._values):
                 store[slot].zero_()
             self._distrusted.discard(slot)
+
+    @torch.inference_mode()
+    def spoil(self, slot: int) -> None:
+        """Fill a slot with what shows in a row that reads it before it is written.
+
+        Large and finite, since what is masked counts 0 times what is there; of either sign, since a
+        score that is very low hides a value as well.
+        """
+        for store in (*self._keys, *self._values):
+            store[slot, :, ::2] = _SPOILT
+            store[slot, :, 1::2] = -_SPOILT
 
     @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:
@@ -203,6 +221,9 @@ class TokenStore:
         """Tokens are always finite."""
 
     def claim(self, slot: int) -> None:
+        """A row writes its tokens before it reads them."""
+
+    def spoil(self, slot: int) -> None:
         """A row writes its tokens before it reads them."""
 
     def move(self, source: int, target: int, length: int) -> None:
