@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.makers import load_peft, make_adapter, save_base
+from tests.makers import make_adapter, peft_model, save_base
 from tests.server.helpers import Bench
 from tests.zoo import ZOO, build
 from torch import Tensor
@@ -35,7 +36,17 @@ from superpose_server.model.checkpoint_folder import CheckpointError
 from superpose_server.model.passes import Way
 
 TABLE = Path(__file__).parent.parent / "docs" / "families.md"
-CPU = torch.device("cpu")
+README = TABLE.parent.parent / "README.md"
+BEGIN, END = "<!-- written by python -m tests.families -->\n", "<!-- families end -->"
+_FIGURES = ("base", "corrected", "folded", "texts")
+# Reasons that several share.
+_REASONS = (
+    "keeps a state that is no key-value cache",
+    "tokens see later ones",
+    "takes more than text",
+    "encoder-decoder",
+    "logits are off by",
+)
 _PIECE = 16
 _TEXTS = (40, 25)
 _PROMPTS = (21, 9, 13)
@@ -49,36 +60,41 @@ class Outcome:
 
     Attributes:
         verdict: How it is served, or why it is not.
-        served: Which of the two.
         worst: {what: largest distance of logits from the exact ones, as a share of their spread}.
     """
 
     verdict: str
-    served: bool
     worst: dict[str, float]
 
 
-def measure(name: str, folder: Path, *, kernels: bool, graphs: bool = False) -> Outcome:
+def measure(
+    name: str, folder: Path, *, kernels: bool, graphs: bool = False, device: str = "cpu"
+) -> Outcome:
     """Serve a model of the zoo from `folder`, which is empty, and compare it."""
     specimen = ZOO[name]
     base = build(name)
     try:
         save_base(base, folder / "base")
         module: Any = load_checkpoint(folder / "base", torch.float32)
-        check_meaning(type(module), module.config, CPU, kernels=kernels)
+        check_meaning(type(module), module.config, torch.device(device), kernels=kernels)
     except (CheckpointError, SelfCheckError) as refusal:
         reason = str(refusal).removeprefix(f"base {folder / 'base'} ")
-        return Outcome(reason, False, {})
-    bench = Bench(folder / "base", kernels=kernels, graphs=graphs, prefill_tokens=_PIECE)
+        return Outcome(reason.replace("|", "/"), {})
+    bench = Bench(
+        folder / "base", device=device, kernels=kernels, graphs=graphs, prefill_tokens=_PIECE
+    )
     model = bench.model
-    names = {module.rpartition(".")[2] for module, s in model.layout.items() if not s.tied}
-    targets = [target for target in specimen.targets if target in names] or sorted(names)
+    targets = [
+        module
+        for module, shape in model.layout.items()
+        if module.rpartition(".")[2] in specimen.targets and not shape.tied
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = make_adapter(
-            base, folder / "adapter", target_modules=targets, size=0.3, fan_in_fan_out=False
-        )
-        merged = load_peft(base, adapted).merge_and_unload()  # type: ignore[operator]
+        lora: dict[str, Any] = {"target_modules": targets, "size": 0.3, "fan_in_fan_out": False}
+        adapted = make_adapter(base, folder / "adapter", **lora)
+        # As it was trained: PEFT loses Laguna's shared experts when it reads its own file.
+        merged = peft_model(base, **lora).merge_and_unload()  # type: ignore[operator]
     adapter = read_adapter(adapted, model.layout)
     mix, empty = bench.mix((adapter, 1.0)), bench.mix()
     exact = _Exact({empty.digest: base, mix.digest: merged})
@@ -90,7 +106,7 @@ def measure(name: str, folder: Path, *, kernels: bool, graphs: bool = False) -> 
     worst["folded"] = _compare(bench, texts, (mix, mix), exact)
     worst["corrected"] = max(worst["corrected"], _compare(bench, texts, (mix, empty), exact))
     worst["texts"] = _compare_texts(bench, (empty, mix, empty), exact)
-    return Outcome(_WAYS[model.way], True, worst)
+    return Outcome(_WAYS[model.way], worst)
 
 
 class _Exact:
@@ -146,7 +162,7 @@ def _compare(
         count = sum(len(span.ids) for span in spans)
         logits = bench.engine.runner.run(spans, range(count), [mixes[s.slot] for s in spans])
         for span, part in zip(spans, _split(logits, [len(s.ids) for s in spans]), strict=True):
-            found[span.slot].append(part)
+            found[span.slot].append(part.cpu())
     return max(
         _distance(torch.cat(parts).double(), exact.logits(mix, ids))
         for parts, mix, ids in zip(found, mixes, texts, strict=True)
@@ -177,19 +193,46 @@ def _compare_texts(bench: Bench, mixes: Sequence[BoundMix], exact: _Exact) -> fl
     return worst
 
 
-def rows() -> dict[str, tuple[str, bool]]:
-    """Return what docs/families.md says: {name: (verdict, served)}."""
+def table() -> dict[str, Outcome]:
+    """Return what docs/families.md says of each model."""
     found = {}
     for line in TABLE.read_text().splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("| `"):
-            found[cells[0].strip("`")] = (cells[1], cells[2] != "")
+            name, verdict, *figures = (cell.strip() for cell in line.strip("|").split("|"))
+            worst = zip(_FIGURES, figures, strict=True) if figures[0] else ()
+            found[name.strip("`")] = Outcome(verdict, {what: float(v) for what, v in worst})
     return found
 
 
+def summary(outcomes: dict[str, Outcome]) -> str:
+    """Return the README's table: model types by what becomes of them."""
+    types: dict[str, dict[str, None]] = {}
+    worst: dict[str, list[float]] = {}
+    for name, outcome in outcomes.items():
+        group = _group(outcome.verdict)
+        types.setdefault(group, {})[name.partition("/")[0]] = None
+        for what, value in outcome.worst.items():
+            worst.setdefault(group, [0.0] * len(_FIGURES))
+            at = _FIGURES.index(what)
+            worst[group][at] = max(worst[group][at], value)
+    lines = ["| | model types | " + " | ".join(_FIGURES) + " |", "|---|---|---:|---:|---:|---:|"]
+    for group in sorted(types, key=lambda group: (group not in worst, -len(types[group]))):
+        figures = [f"{value:.0e}" for value in worst.get(group, [])] or [""] * len(_FIGURES)
+        lines.append(" | ".join([f"| {group}", ", ".join(types[group]), *figures]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _group(verdict: str) -> str:
+    if verdict in _WAYS.values():
+        return f"**served**, {verdict}"
+    return "refused: " + next(
+        (words for words in _REASONS if words in verdict), "as it says itself"
+    )
+
+
 def _line(name: str, outcome: Outcome) -> str:
-    figures = [f"{outcome.worst[what]:.0e}" for what in outcome.worst] or [""] * 4
-    return " | ".join(["| `" + name + "`", outcome.verdict.replace("|", "/"), *figures]) + " |"
+    figures = [f"{value:.0e}" for value in outcome.worst.values()] or [""] * len(_FIGURES)
+    return " | ".join([f"| `{name}`", outcome.verdict, *figures]) + " |"
 
 
 def main() -> None:
@@ -198,12 +241,18 @@ def main() -> None:
     lines = []
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            lines.append(_line(name, measure(name, Path(folder), kernels=True)))
+            try:
+                outcome = measure(name, Path(folder), kernels=True)
+            except Exception as error:  # The others are measured all the same.
+                traceback.print_exc()
+                outcome = Outcome(f"FAILED: {type(error).__name__}: {error}", {})
+            lines.append(_line(name, outcome))
         print(lines[-1], flush=True)
     if not sys.argv[1:]:
         text = TABLE.read_text()
-        before = text[: text.index("| `")]
-        TABLE.write_text(before + "\n".join(lines) + "\n")
+        TABLE.write_text(text[: text.index("| `")] + "\n".join(lines) + "\n")
+        before, middle, after = README.read_text().partition(BEGIN)
+        README.write_text(before + middle + summary(table()) + END + after.partition(END)[2])
 
 
 if __name__ == "__main__":

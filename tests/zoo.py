@@ -533,10 +533,17 @@ def configuration(specimen: Specimen) -> Any:
     return config_class(**_values(config_class, specimen.config))
 
 
-def build(name: str, seed: int = 0) -> Any:
-    """The model of an entry: float32, in eval mode, every term of it visible in its logits."""
+def build(name: str, seed: int = 0, **fields: Any) -> Any:
+    """The model of an entry: float32, in eval mode, every term of it visible in its logits.
+
+    Args:
+        name: Of the entry.
+        seed: Of the parameters.
+        fields: Of its configuration, instead of the entry's own.
+    """
     torch.manual_seed(seed)
-    config = configuration(ZOO[name])
+    entry = ZOO[name]
+    config = configuration(dataclasses.replace(entry, config=fields) if fields else entry)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model = AutoModelForCausalLM.from_config(
         config,

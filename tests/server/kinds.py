@@ -12,55 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.makers import EOS_ID, VOCABULARY, save_base
+from tests.makers import EOS_ID, save_base
 from tests.server.helpers import Bench, Client, random_adapter
-from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from tests.zoo import build
+from torch import Tensor
 
 from superpose_adapters.mix import BoundMix
 from superpose_server.engine.score import ScoreRow
 
-# The names that families have for the same sizes; a configuration gets those that it knows.
-_SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "bos_token_id": EOS_ID,
-    "eos_token_id": EOS_ID,
-    "pad_token_id": None,
-    "tie_word_embeddings": False,
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 32),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
-    **dict.fromkeys(("attention_heads", "num_key_value_heads"), 4),
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim"), 48),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 64),
-}
-
-
-def tiny(model_type: str, seed: int = 0, **fields: Any) -> Any:
-    """A seeded model of a type in float32 and eval mode, whose texts vary.
-
-    Args:
-        model_type: As transformers names it.
-        seed: Of the parameters.
-        fields: Of its configuration, beside the sizes that all have here.
-    """
-    config_class = CONFIG_MAPPING[model_type]
-    known = vars(config_class())
-    alike = {**config_class.attribute_map, **dict.fromkeys(known)}
-    config = config_class(**{k: v for k, v in _SIZES.items() if k in alike} | fields)
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.25)
-        else:  # Biases begin as 0 and norms as 1, which hides whether they are there.
-            parameter += 0.1 * torch.randn(parameter.shape)
-    return model
-
 
 def save_tiny(folder: Path, model_type: str, seed: int = 0, **fields: Any) -> Path:
-    """Save what `tiny` makes, as `save_base` does."""
-    return save_base(tiny(model_type, seed, **fields), folder)
+    """Save a model of the zoo with other fields, as `save_base` does."""
+    return save_base(build(model_type, seed, **fields), folder)
 
 
 def ids_of(seed: int, count: int) -> list[int]:

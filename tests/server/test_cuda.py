@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.families import measure
 from tests.server.helpers import (
     GREEDY,
     Bench,
@@ -186,3 +187,10 @@ def test_a_seed_draws_the_same_text_in_any_company(base: Path) -> None:
         bench.run()
         texts.append(client.tokens)
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss", "phi3/longrope", "bloom"])
+def test_windows_caps_sinks_and_rows_alone(name: str, tmp_path: Path) -> None:
+    outcome = measure(name, tmp_path, kernels=True, graphs=True, device="cuda")
+    assert set(outcome.worst) == {"base", "corrected", "folded", "texts"}, outcome.verdict
+    assert max(outcome.worst.values()) < 1e-3

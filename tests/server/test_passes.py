@@ -117,7 +117,10 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neo": ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "window_size": 6}),
     "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-multi-query": ("falcon", {"multi_query": True, "alibi": False}),
-    "falcon-alibi": ("falcon", {"multi_query": False, "alibi": True, "bias": True}),
+    "falcon-alibi": (
+        "falcon",
+        {"multi_query": False, "num_kv_heads": 4, "alibi": True, "bias": True},
+    ),
     "mpt": ("mpt", {}),
     "codegen": ("codegen", {"rotary_dim": 4}),
     "xglm": ("xglm", {"pad_token_id": 1}),

@@ -20,7 +20,8 @@ from tests.server.helpers import (
     open_model,
     run_base,
 )
-from tests.server.kinds import Exact, ids_of, save_tiny, score, three_mixes, tiny
+from tests.server.kinds import Exact, ids_of, save_tiny, score, three_mixes
+from tests.zoo import build
 from torch import Tensor
 
 from superpose_server.engine.sampling import SamplingParams
@@ -285,7 +286,8 @@ def test_the_compiled_pass_has_windows_and_both_sets_of_frequencies(tmp_path: Pa
 @pytest.fixture(scope="module")
 def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
-    return save_tiny(tmp_path_factory.mktemp("dynamic"), "llama", rope_parameters=rope)
+    folder = tmp_path_factory.mktemp("dynamic")
+    return save_tiny(folder, "llama", rope_parameters=rope, max_position_embeddings=64)
 
 
 def test_dynamic_frequencies_stay_those_of_the_length_that_no_row_exceeds(
@@ -332,7 +334,7 @@ def test_frequencies_of_several_kinds_that_depend_on_the_batch_are_refused() -> 
 
 @pytest.mark.parametrize("length", [SWITCH, SWITCH + 1, 50])
 def test_the_replacement_gives_transformers_angles(length: int) -> None:
-    plain = tiny("llama", **fields("llama"))
+    plain = build("llama", **fields("llama"))
     switched = copy.deepcopy(plain)
     assert fix_frequencies(switched) == SWITCH
     x = torch.zeros(1, length, 32)

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.makers import EOS_ID, tiny_gpt2, tiny_llama
 from tests.server.helpers import GREEDY, NEEDS_COMPILER, Bench, open_model, random_adapter
-from tests.server.kinds import Exact, ids_of, save_tiny, score, tiny
+from tests.server.kinds import Exact, ids_of, save_tiny, score
+from tests.zoo import build
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.masking_utils import (
@@ -138,11 +139,11 @@ def windows_of(module: Any, length: int = LENGTH) -> list[int | None]:
 
 def test_each_layer_has_the_window_that_its_own_mask_has() -> None:
     layers = ["sliding_attention", "full_attention"]
-    gemma = tiny("gemma2", layer_types=layers, sliding_window=7, head_dim=8, num_key_value_heads=2)
+    gemma = build("gemma2", layer_types=layers, sliding_window=7, head_dim=8, num_key_value_heads=2)
     assert windows_of(gemma) == [7, None]
-    qwen = tiny("qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=1)
+    qwen = build("qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=1)
     assert windows_of(qwen) == [None, 9]
-    mistral = tiny("mistral", sliding_window=LENGTH - 1, head_dim=8)
+    mistral = build("mistral", sliding_window=LENGTH - 1, head_dim=8)
     assert windows_of(mistral) == [LENGTH - 1] * 2
     # As long as a row: nothing is ever cut off.
     assert windows_of(mistral, LENGTH - 1) == [None] * 2
@@ -224,7 +225,7 @@ def test_keys_that_change_on_their_way_from_the_cache_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["bloom", "gptj", "mpt", "codegen"])
 def test_attention_outside_the_interface_is_refused(kind: str) -> None:
-    module = tiny(kind, **({"rotary_dim": 4} if kind in ("gptj", "codegen") else {}))
+    module = build(kind, **({"rotary_dim": 4} if kind in ("gptj", "codegen") else {}))
     with pytest.raises(Unshared, match="outside transformers' interface"):
         windows_of(module)
 

@@ -116,6 +116,8 @@ class _Observer:
         attention_mask: object,
         **arguments: Any,
     ) -> tuple[Tensor, None]:
+        if "batch" not in arguments:
+            raise Unshared("does not hand on to its attention what it is called with")
         if self._unread.pop(id(keys), None) is not values:
             raise Unshared("changes keys or values between cache and attention")
         if attention_mask is None and getattr(module, "is_causal", True) is not True:
