@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,16 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 from superpose_adapters.adapter import Adapter, AdapterError
-from superpose_adapters.bundled import mini_adapters, resolve_base
-from superpose_adapters.digest import checkpoint_digest
-from superpose_adapters.fast_bfloat16 import has_fast_bfloat16
+from superpose_adapters.bundled import mini_adapters
 from superpose_adapters.mix import BoundEntry, BoundMix
-from superpose_adapters.peft.folder import CONFIG_NAME, DEFAULT_LIMITS, read_adapter
+from superpose_adapters.peft.folder import DEFAULT_LIMITS, read_adapter
 from superpose_adapters.peft.folder import Limits as AdapterLimits
-from superpose_adapters.store import AdapterStore, StoreError
 from superpose_server.config import PREFILL_TOKENS_CPU, PREFILL_TOKENS_GPU, ServerConfig
 from superpose_server.control.actions import Operator
 from superpose_server.control.default_mix import DefaultMix, MixState
@@ -34,30 +29,20 @@ from superpose_server.engine.job import JobResult
 from superpose_server.engine.observer import EngineObserver, Observers
 from superpose_server.engine.residency import Residency
 from superpose_server.engine.scheduler import RETRY_AFTER_SECONDS, Scheduler
-from superpose_server.engine.tokenizer import Tokenizer, TokenizerError
-from superpose_server.engine.trusted import Kind
-from superpose_server.engine.twin_check import check_meaning
-from superpose_server.engine.weights_check import Expected, check_weights, expect
+from superpose_server.engine.weights_check import Expected, check_weights
 from superpose_server.errors import (
     QueueFull,
-    SelfCheckError,
-    ServerError,
     ShuttingDown,
     StartupError,
 )
+from superpose_server.loading import load_base, startup_error
 from superpose_server.metrics import Metrics
-from superpose_server.model.capacity import positions_of
-from superpose_server.model.checkpoint import load_checkpoint
-from superpose_server.model.checkpoint_folder import CheckpointError
-from superpose_server.model.memory import MIB, is_out_of_memory
-from superpose_server.model.model import Model
+from superpose_server.model.memory import MIB
 from superpose_server.model.threads import compute_with
 from superpose_server.weights.resident import ResidentWeights, Verification
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-# Characters of a line that says why a server cannot start, as far as it is not ours alone.
-_LONGEST = 2000
 
 
 @dataclass(frozen=True)
@@ -107,94 +92,17 @@ class Runtime:
 
     def _load(self, observer: EngineObserver) -> None:
         try:
-            state_dir, expected = self._load_base()
+            base = load_base(self.config)
         except Exception as error:
-            raise self._cannot_start(error) from error
+            raise startup_error(self.config, error) from error
+        self.model, self.tokenizer, self._store = base.model, base.tokenizer, base.store
         try:
-            self._start(state_dir, observer, expected)
+            self._start(base.state_dir, observer, base.expected)
         except BaseException as error:
             self._store.close()
             if isinstance(error, Exception):
-                raise self._cannot_start(error) from error
+                raise startup_error(self.config, error) from error
             raise
-
-    def _load_base(self) -> tuple[Path, Expected | None]:
-        """Load the base and open its state, what is quickly refused first."""
-        config = self.config
-        folder = resolve_base(config.base)
-        device = _device(config.device)
-        self._check_adapter_dir()
-        module = load_checkpoint(folder, _dtype(config.dtype, device))
-        self.tokenizer = Tokenizer(folder)
-        self._check_length(module)
-        module = module.to(device)
-        base_digest = checkpoint_digest(folder)
-        state_dir = config.state_dir or _default_state_dir(base_digest)
-        self._store = _open_store(state_dir)
-        try:
-            kernels = config.compile == "auto"
-            expected = None
-            if config.self_check:
-                _check_meaning(type(module), module.config, device, kernels)
-                expected = expect(module, config.max_length)
-            self.model = Model(
-                module,
-                base_digest=base_digest,
-                device=device,
-                max_batch=config.max_batch,
-                max_length=config.max_length,
-                cache_bytes=None if config.cache_mib is None else config.cache_mib * MIB,
-                kernels=kernels,
-            )
-        except BaseException:
-            self._store.close()
-            raise
-        return state_dir, expected
-
-    def _check_adapter_dir(self) -> None:
-        root = self.config.adapter_dir
-        if root is None:
-            return
-        if not root.is_dir():
-            raise StartupError(f"--adapter-dir {root} is no folder: create it or leave it out")
-        if (root / CONFIG_NAME).exists():
-            raise StartupError(
-                f"--adapter-dir {root} is an adapter itself: name the folder that holds it"
-            )
-
-    def _check_length(self, module: Any) -> None:
-        positions = positions_of(module.config.get_text_config(decoder=True))
-        length = self.config.max_length
-        if length is not None and positions is not None and length > positions:
-            raise StartupError(
-                f"--max-length is {length}: base {self.config.base} takes 2 to {positions}"
-            )
-
-    def _cannot_start(self, error: Exception) -> StartupError:
-        """Return the one line that a start ends with, whatever it was that failed."""
-        config = self.config
-        line = _one_line(error)
-        if isinstance(error, SelfCheckError):
-            return StartupError(
-                f"base {config.base} is refused: {line}; --no-self-check serves it all the same"
-            )
-        if isinstance(error, StartupError):
-            return error
-        if is_out_of_memory(error):
-            length = "" if config.max_length is None else f" and --max-length {config.max_length}"
-            return StartupError(
-                f"base {config.base} does not fit the memory of --device {config.device} with "
-                f"--max-batch {config.max_batch}{length}: {line}"
-            )
-        if isinstance(error, TokenizerError):
-            return StartupError(f"base {config.base} {line}")
-        # What says all by itself; other libraries raise OSError and ValueError, too.
-        if isinstance(error, CheckpointError | StoreError | ServerError) or line.startswith(
-            "base "
-        ):
-            return StartupError(line)
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        return StartupError(f"base {config.base} cannot be served: {kind}{line}")
 
     def _start(self, state_dir: Path, observer: EngineObserver, expected: Expected | None) -> None:
         model = self.model
@@ -378,57 +286,3 @@ class Runtime:
         self.engine.stop()
         self._operator_thread.shutdown(wait=True, cancel_futures=True)
         self._store.close()
-
-
-def _check_meaning(
-    model_class: type[nn.Module], model_config: Any, device: torch.device, kernels: bool
-) -> None:
-    """Check a base's kind, once on this machine."""
-    kind = Kind(model_class, model_config, device, kernels=kernels)
-    if not kind.trusted:
-        started = time.monotonic()
-        check_meaning(model_class, model_config, device, kernels=kernels)
-        kind.trust()
-        _log.info("checked the base's meaning seconds=%.2f", time.monotonic() - started)
-
-
-def _open_store(state_dir: Path) -> AdapterStore:
-    try:
-        state_dir.mkdir(parents=True, exist_ok=True)
-        return AdapterStore(state_dir / "adapters")
-    except OSError as error:
-        raise StartupError(
-            f"--state-dir {state_dir} cannot be used ({error.strerror or _one_line(error)}): name "
-            "a folder that can be written"
-        ) from error
-
-
-def _one_line(error: Exception) -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise StartupError(f"--device {name} is unknown: use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise StartupError(f"--device {name}: no GPU that torch can use; use cpu")
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if has_fast_bfloat16(device.type) else torch.float32
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _default_state_dir(base_digest: str) -> Path:
-    """Return a folder of this base's own, since adapters and mixes of another do not fit it."""
-    home = os.environ.get("XDG_STATE_HOME")
-    root = Path(home) if home else Path.home() / ".local" / "state"
-    return root / "superpose" / base_digest[:16]

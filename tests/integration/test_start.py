@@ -20,6 +20,7 @@ from tests.server import test_checkpoint as refusals
 from tests.zoo import build
 
 import superpose_server.__main__ as command
+import superpose_server.loading as loading_room
 import superpose_server.runtime as runtime_room
 from superpose_adapters.store import AdapterStore
 from superpose_server.config import ServerConfig, parse_config
@@ -152,7 +153,7 @@ def fail_at(place: str, error: Exception, patch: Patch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    patch.setattr(runtime_room, place, fail)
+    patch.setattr(runtime_room if hasattr(runtime_room, place) else loading_room, place, fail)
 
 
 @pytest.mark.parametrize("case", ANYTHING)
@@ -424,7 +425,7 @@ def test_a_base_that_fails_is_refused_and_served_if_told(
     )
     # Not even that is noted down as good.
     assert not list(tmp_path.glob("cache/superpose/trusted/*"))
-    monkeypatch.setattr(runtime_room, "check_meaning", lambda *_, **__: None)
+    monkeypatch.setattr(loading_room, "check_meaning", lambda *_, **__: None)
     line = refused(gpt2.base, dtype="bfloat16")
     assert re.fullmatch(
         r"base \S+ is refused: its weights give another answer here than in transformers: logits "
@@ -478,9 +479,10 @@ def order(monkeypatch: Patch) -> list[str]:
         monkeypatch.setattr(holder, name, noting)
 
     for name in ("resolve_base", "load_checkpoint", "Tokenizer", "checkpoint_digest"):
-        note(runtime_room, name)
-    for name in ("AdapterStore", "check_meaning", "expect", "Model", "check_weights"):
-        note(runtime_room, name)
+        note(loading_room, name)
+    for name in ("AdapterStore", "check_meaning", "expect", "Model"):
+        note(loading_room, name)
+    note(runtime_room, "check_weights")
     note(ResidentWeights, "fold")
     note(Engine, "start")
     return done

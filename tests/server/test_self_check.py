@@ -25,9 +25,10 @@ import superpose_server.model.packed as packed
 import superpose_server.model.passes as passes
 from superpose_adapters.layout import read_layout as read_layout_of
 from superpose_adapters.mix import BoundMix
+from superpose_server.engine.probe import random_ids
 from superpose_server.engine.runner import Runner
 from superpose_server.engine.twin_check import check_meaning
-from superpose_server.engine.weights_check import Expected, check_weights, expect, random_ids
+from superpose_server.engine.weights_check import Expected, check_weights, expect
 from superpose_server.errors import SelfCheckError
 from superpose_server.model.batch import Batch, Span
 from superpose_server.model.cache import SlotCache, TokenStore

@@ -8,11 +8,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from superpose_server.errors import InvalidArgument
+from superpose_server.errors import InvalidArgument, with_kind
 
 # Tokens of the prompt that the text of the first new token may depend on.
 _CONTEXT_TOKENS = 8
-_LONGEST = 300  # characters of what another library says
 
 
 class TokenizerError(ValueError):
@@ -21,15 +20,14 @@ class TokenizerError(ValueError):
 
 def _reason(folder: Path, error: Exception) -> str:
     files = "copy tokenizer.json and tokenizer_config.json there from where the base came from"
-    said = " ".join(f"{type(error).__name__}: {error}".split())
-    if "trust_remote_code" in said:
+    if "trust_remote_code" in str(error):
         return (
             "has a tokenizer that needs code of its own (auto_map in tokenizer_config.json), which "
             "is never run: use a base with a tokenizer.json"
         )
     if not (folder / "tokenizer.json").is_file():
         return f"has no tokenizer.json, and no other tokenizer that can be used: {files}"
-    return f"has a tokenizer that cannot be used ({said[:_LONGEST]}): {files}"
+    return f"has a tokenizer that cannot be used ({with_kind(error)}): {files}"
 
 
 class Tokenizer:

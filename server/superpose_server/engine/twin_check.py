@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from superpose_adapters.adapter import Adapter, Factors
 from superpose_adapters.layout import Layout
 from superpose_adapters.mix import BoundEntry, BoundMix
+from superpose_server.engine.probe import distance, percent, random_ids, reference, refusal
 from superpose_server.engine.runner import Runner
-from superpose_server.engine.weights_check import distance, percent, random_ids, reference, refusal
-from superpose_server.errors import SelfCheckError
+from superpose_server.errors import SelfCheckError, with_kind
 from superpose_server.model.batch import Span
 from superpose_server.model.capacity import positions_of
 from superpose_server.model.memory import is_out_of_memory
@@ -68,8 +68,7 @@ def check_meaning(
     except Exception as error:  # From anywhere in the class's own code.
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())
-        raise refusal(config, f"it cannot be run: {type(error).__name__}: {reason}") from error
+        raise refusal(config, f"it cannot be run: {with_kind(error)}") from error
 
 
 def _compare(twin: Any, config: Any, device: torch.device, kernels: bool) -> None:

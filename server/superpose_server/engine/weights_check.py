@@ -11,9 +11,8 @@ fault is in all of them, and a turned router is hardly ever in each.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from superpose_adapters.mix import BoundMix
+from superpose_server.engine.probe import distance, percent, random_ids, references, refusal
 from superpose_server.engine.runner import Runner
-from superpose_server.errors import SelfCheckError
+from superpose_server.errors import SelfCheckError, with_kind
 from superpose_server.model.batch import Span
 from superpose_server.model.capacity import positions_of
 from superpose_server.model.memory import give_back, is_out_of_memory
+from superpose_server.model.widened import widened
 
 _TEXTS = 5
 # Tokens of each text's prompt, in pieces, and of its answer, one a pass.
@@ -41,10 +42,6 @@ _TIMES_OWN_ERROR = 4.0
 _ASSUMED_STEPS = 4
 # Beyond this a dtype changes what a base says, here as in transformers.
 _NOTABLE = 0.25
-# What a reader will want to know of a configuration, if it is set.
-_UNUSUAL = re.compile("window|softcap|capping|sink|chunk|alibi|multiplier|rope_type|scal")
-_USUAL: tuple[object, ...] = (None, False, 0, 1, 1.0, "default", {}, [])
-
 _log = logging.getLogger(__name__)
 
 
@@ -87,7 +84,7 @@ def expect(module: Any, length: int | None = None) -> Expected:
         if is_out_of_memory(error):
             raise
         raise refusal(
-            module.config, f"it cannot be run, in transformers' own pass either: {_say(error)}"
+            module.config, f"it cannot be run, in transformers' own pass either: {with_kind(error)}"
         ) from error
     dtypes = {parameter.dtype for parameter in module.parameters()}
     dtype = next(module.parameters()).dtype
@@ -163,57 +160,8 @@ def _try(runner: Runner, ids: tuple[int, ...], exact: Tensor) -> dict[str, float
     return {part: float(torch.cat(offs).median()) for part, offs in found.items()}
 
 
-def reference(module: Any, ids: tuple[int, ...]) -> Tensor:
-    """Return float32 (tokens, vocabulary), what transformers' own pass gives for one text."""
-    return references(module, (ids,))[0]
-
-
-def references(module: Any, texts: tuple[tuple[int, ...], ...]) -> Tensor:
-    """Return float32 (texts, tokens, vocabulary), the same for texts of one length."""
-    device = next(module.parameters()).device
-    logits: Tensor = module(input_ids=torch.tensor(texts, device=device)).logits
-    return logits.float()
-
-
-def distance(found: Tensor, exact: Tensor) -> Tensor:
-    """Return how far logits are off at each token, as a share of their spread there."""
-    spread = exact - exact.mean(-1, keepdim=True)
-    # Where there is no spread at all, logits are near only if they are the same.
-    least = torch.finfo(exact.dtype).tiny
-    off: Tensor = (found - exact).norm(dim=-1) / spread.norm(dim=-1).clamp_min(least)
-    return off
-
-
-def refusal(config: Any, what: str) -> SelfCheckError:
-    """Return the error of a check, with what is unusual in a base's configuration."""
-    fields = config.get_text_config(decoder=True).to_dict()
-    fields.update(fields.get("rope_parameters") or {})
-    unusual = [
-        f"{name}={value}"
-        for name, value in sorted(fields.items())
-        if _UNUSUAL.search(name) and value not in _USUAL
-    ]
-    return SelfCheckError(f"{what} ({', '.join([config.model_type, *unusual])})")
-
-
-def random_ids(count: int, within: range, seed: int = 0) -> tuple[int, ...]:
-    """Return tokens to probe with."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(within.start, within.stop, (count,), generator=generator)
-    return tuple(drawn.tolist())
-
-
-def percent(share: float) -> str:
-    """Return a share as people read it."""
-    return f"{100 * share:.2g} %"
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _say(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _in_float32(module: nn.Module, texts: tuple[tuple[int, ...], ...]) -> Tensor | None:
@@ -222,7 +170,7 @@ def _in_float32(module: nn.Module, texts: tuple[tuple[int, ...], ...]) -> Tensor
         with _buffers_kept(module), widened(module):
             return references(module, texts)
     except Exception as error:  # A class may cast, or read a parameter, where none else does.
-        reason = _say(error)
+        reason = with_kind(error)
     finally:
         # The wide parameters' room is the cache's, whose size goes by what is free.
         give_back()
@@ -246,46 +194,3 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
     finally:
         for part, name, buffer, value in kept:
             part._buffers[name] = buffer.copy_(value)
-
-
-@contextmanager
-def widened(module: nn.Module) -> Iterator[None]:
-    """Compute in float32, widening parameters only while the layer that has them runs.
-
-    A layer is what an outermost ModuleList holds; other modules are each by themselves.
-    """
-    kept = {p: p.data for p in module.parameters() if p.is_floating_point()}
-    owned = {part: list(part.parameters()) for part in _layers(module)}
-    inside = {part for layer in owned for part in layer.modules()}
-    owned |= {
-        part: list(part.parameters(recurse=False))
-        for part in module.modules()
-        if part not in inside
-    }
-    with ExitStack() as until:
-
-        def widen(part: nn.Module, *_: object) -> None:
-            for parameter in owned[part]:
-                if parameter in kept:
-                    parameter.data = parameter.data.float()
-
-        def narrow(part: nn.Module, *_: object) -> None:
-            for parameter in owned[part]:
-                if parameter in kept:
-                    parameter.data = kept[parameter]
-
-        for part, parameters in owned.items():
-            if parameters:
-                # Also after a pass that was not finished.
-                until.callback(narrow, part)
-                until.callback(part.register_forward_pre_hook(widen).remove)
-                until.callback(part.register_forward_hook(narrow).remove)
-        yield
-
-
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList):
-            yield child
-        else:
-            yield from _layers(child)

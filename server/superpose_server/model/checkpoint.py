@@ -20,11 +20,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.utils import logging as transformers_logging
 
 from superpose_adapters.tensorfile import TensorEntry
+from superpose_server.errors import with_kind
 from superpose_server.model.checkpoint_folder import (
     read_headers,
     read_settings,
     refuse,
-    say,
     weight_files,
 )
 from superpose_server.model.family import (
@@ -100,7 +100,7 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
     except Exception as error:  # As many kinds as there are fields that can be wrong.
         refuse(
             folder,
-            f"has a config.json that transformers refuses ({say(error)}): correct that field",
+            f"has a config.json that transformers refuses ({with_kind(error)}): correct that field",
             error,
         )
     _refuse_if(folder, refuse_config(config))
@@ -115,7 +115,7 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
     except Exception as error:  # From anywhere in the class's own code.
         refuse(
             folder,
-            f"has a config.json of which no {config.model_type} can be built ({say(error)}): "
+            f"has a config.json of which no {config.model_type} can be built ({with_kind(error)}): "
             "correct that field",
             error,
         )
@@ -192,7 +192,7 @@ def _load(
             raise
         # It stumbles over some parameters of another shape.
         reason = _unfit(kind, [], [], _other_shapes(skeleton, stored)) or (
-            f"cannot be loaded as {kind} ({say(error)}): save it again with save_pretrained"
+            f"cannot be loaded as {kind} ({with_kind(error)}): save it again with save_pretrained"
         )
         refuse(folder, reason, error)
     surplus = [

@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 
 from superpose_adapters.digest import checkpoint_files
 from superpose_adapters.tensorfile import TensorEntry, TensorFileError, read_header
+from superpose_server.errors import with_kind
 
 # What transformers' own format for several hosts is called, which it loads before anything else.
 _DISTRIBUTED = "shard-*-model-*-of-*.safetensors"
-_LONGEST = 300  # characters of what another library says
 
 
 class CheckpointError(ValueError):
@@ -22,12 +22,6 @@ class CheckpointError(ValueError):
 def refuse(folder: Path, reason: str, error: Exception | None = None) -> NoReturn:
     """Raise the one line that says why `folder` is not served, and from what."""
     raise CheckpointError(f"base {folder} {reason}") from error
-
-
-def say(error: Exception) -> str:
-    """Return what another library raised, as a part of a line."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -56,7 +50,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     except OSError as error:
         refuse(folder, f"has a config.json that cannot be read: {error.strerror}", error)
     except (ValueError, RecursionError) as error:
-        refuse(folder, f"has a config.json that is not JSON ({say(error)}): copy it again", error)
+        said = with_kind(error)
+        refuse(folder, f"has a config.json that is not JSON ({said}): copy it again", error)
     if not isinstance(settings, dict):
         refuse(folder, "has a config.json that is no JSON object: copy it again")
     return settings
@@ -88,7 +83,7 @@ def weight_files(folder: Path) -> list[Path]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         refuse(
             folder,
-            f"has a {index.name} that is no index of shards ({say(error)}): copy it again",
+            f"has a {index.name} that is no index of shards ({with_kind(error)}): copy it again",
             error,
         )
     for path in paths:

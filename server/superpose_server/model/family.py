@@ -17,7 +17,7 @@ from transformers import (
     DynamicCache,
 )
 
-from superpose_server.model.checkpoint_folder import say
+from superpose_server.errors import with_kind
 
 _QUANTISED = ("quantization_config", "compression_config")
 _OTHER_INPUTS = re.compile("vision|image|audio|speech|video|vq")
@@ -115,8 +115,8 @@ def refuse_class(config: Any, module: nn.Module) -> str | None:
         layers = DynamicCache(config=config).layers
     except Exception as error:
         return (
-            f"has layers that transformers has no cache for ({name}, {say(error)}): correct its "
-            f"config.json, or {_ANOTHER}"
+            f"has layers that transformers has no cache for ({name}, {with_kind(error)}): correct "
+            f"its config.json, or {_ANOTHER}"
         )
     state = sorted({type(layer).__name__ for layer in layers} - _KEY_VALUE_LAYERS)
     if state or getattr(module, "_is_stateful", False):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from superpose_server.errors import with_kind
 from superpose_server.model.family import own_attention
 
 WINDOW = 6
@@ -97,7 +98,7 @@ def make_miniature(
             return _build(model_class, miniature(config, widths), seed)
         # A class says in any way that it cannot have sizes that it was never meant for.
         except Exception as error:
-            reasons.append(" ".join(f"{type(error).__name__}: {error}".split()))
+            reasons.append(with_kind(error))
     raise MiniatureError(f"no small twin of {model_class.__name__} can be made: {reasons[0]}")
 
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from superpose_adapters.layout import read_layout
+from superpose_server.errors import one_line
 from superpose_server.model import attention
 from superpose_server.model.activation import replace_activations
 from superpose_server.model.batch import Batch, Span
@@ -149,7 +151,7 @@ class Model:
             if self.module.config._attn_implementation != own:
                 self.module.set_attn_implementation(own)
             way = Way.ROWS if self._keeps_keys() else Way.WHOLE
-            _log.warning("rows run alone, which is slower: %s; %s", way.value, _one_line(reason))
+            _log.warning("rows run alone, which is slower: %s; %s", way.value, one_line(reason))
             return way
         for module, window in windows.items():
             module.superpose_window = window  # type: ignore[assignment]
@@ -208,9 +210,9 @@ class Model:
                 torch._dynamo.mark_dynamic(column, 0)
             try:
                 self.run(batch, keep)
-            except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as e:
+            except (TorchDynamoException, FailOnRecompileLimitHit) as e:
                 raise ValueError(
-                    f"this base cannot be compiled as a whole: pass --compile off ({_one_line(e)})"
+                    f"this base cannot be compiled as a whole: pass --compile off ({one_line(e)})"
                 ) from e
 
     def batch(self, spans: Sequence[Span]) -> Batch:
@@ -240,7 +242,3 @@ class Model:
 
 
 _RUN = {Way.SHARED: shared_pass, Way.ROWS: row_pass, Way.WHOLE: whole_pass}
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

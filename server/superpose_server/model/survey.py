@@ -46,9 +46,13 @@ class Unshared(ValueError):
 
 @dataclass(frozen=True)
 class _Mask:
-    """What transformers' mask for a layer says: each token sees itself and `window` - 1 before."""
+    """What transformers' mask for a layer says: each token sees itself and `window` - 1 before.
+
+    Or why it says something else, for the layers that use it.
+    """
 
     window: int | None
+    refused: Unshared | None = None
 
 
 def read_mask(sees: Callable[..., Any], length: int) -> int | None:
@@ -105,7 +109,11 @@ class _Observer:
         return self._length, 0
 
     def mask(self, *, mask_function: Callable[..., Any], **_: Any) -> _Mask:
-        return _Mask(read_mask(mask_function, self._length))
+        try:
+            return _Mask(read_mask(mask_function, self._length))
+        except Unshared as reason:
+            # Some make masks for kinds of layers that they have none of.
+            return _Mask(None, reason)
 
     def attend(
         self,
@@ -124,6 +132,8 @@ class _Observer:
             raise UnknownAttention("sees later tokens")
         window = None
         if isinstance(attention_mask, _Mask):
+            if attention_mask.refused is not None:
+                raise attention_mask.refused
             window, attention_mask = attention_mask.window, None
         if self.windows.setdefault(module, window) != window:
             raise Unshared("has an attention module with several windows")

@@ -1,0 +1,181 @@
+"""A base made ready as configured: whole, checked, on its device; or one line that says why not."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from superpose_adapters.bundled import resolve_base
+from superpose_adapters.digest import checkpoint_digest
+from superpose_adapters.fast_bfloat16 import has_fast_bfloat16
+from superpose_adapters.peft.folder import CONFIG_NAME
+from superpose_adapters.store import AdapterStore, StoreError
+from superpose_server.config import ServerConfig
+from superpose_server.engine.tokenizer import Tokenizer, TokenizerError
+from superpose_server.engine.trusted import Kind
+from superpose_server.engine.twin_check import check_meaning
+from superpose_server.engine.weights_check import Expected, expect
+from superpose_server.errors import SelfCheckError, ServerError, StartupError, one_line
+from superpose_server.model.capacity import positions_of
+from superpose_server.model.checkpoint import load_checkpoint
+from superpose_server.model.checkpoint_folder import CheckpointError
+from superpose_server.model.memory import MIB, is_out_of_memory
+from superpose_server.model.model import Model
+
+# Characters of a line that says why a server cannot start, as far as it is not ours alone.
+_LONGEST = 2000
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base and what belongs to it.
+
+    Attributes:
+        model: On its device.
+        tokenizer: Of the base.
+        expected: What the weights must give in the mode that serves; None: nobody asks.
+        store: Adapters that were pushed for it, held against other servers.
+        state_dir: Where the store and the default mix are.
+    """
+
+    model: Model
+    tokenizer: Tokenizer
+    expected: Expected | None
+    store: AdapterStore
+    state_dir: Path
+
+
+def load_base(config: ServerConfig) -> LoadedBase:
+    """Load the base, check it and open its state, what is quickly refused first.
+
+    Raises:
+        Exception: As many kinds as there are things that fail; `startup_error` says each in a line.
+    """
+    folder = resolve_base(config.base)
+    device = _device(config.device)
+    _check_adapter_dir(config.adapter_dir)
+    module = load_checkpoint(folder, _dtype(config.dtype, device))
+    tokenizer = Tokenizer(folder)
+    _check_length(config, module)
+    module = module.to(device)
+    base_digest = checkpoint_digest(folder)
+    state_dir = config.state_dir or _default_state_dir(base_digest)
+    store = _open_store(state_dir)
+    try:
+        kernels = config.compile == "auto"
+        expected = None
+        if config.self_check:
+            _check_meaning(type(module), module.config, device, kernels)
+            expected = expect(module, config.max_length)
+        model = Model(
+            module,
+            base_digest=base_digest,
+            device=device,
+            max_batch=config.max_batch,
+            max_length=config.max_length,
+            cache_bytes=None if config.cache_mib is None else config.cache_mib * MIB,
+            kernels=kernels,
+        )
+    except BaseException:
+        store.close()
+        raise
+    return LoadedBase(model, tokenizer, expected, store, state_dir)
+
+
+def startup_error(config: ServerConfig, error: Exception) -> StartupError:
+    """Return the one line that a start ends with, whatever it was that failed."""
+    line = one_line(error, _LONGEST)
+    if isinstance(error, SelfCheckError):
+        return StartupError(
+            f"base {config.base} is refused: {line}; --no-self-check serves it all the same"
+        )
+    if isinstance(error, StartupError):
+        return error
+    if is_out_of_memory(error):
+        length = "" if config.max_length is None else f" and --max-length {config.max_length}"
+        return StartupError(
+            f"base {config.base} does not fit the memory of --device {config.device} with "
+            f"--max-batch {config.max_batch}{length}: {line}"
+        )
+    if isinstance(error, TokenizerError):
+        return StartupError(f"base {config.base} {line}")
+    # What says all by itself; other libraries raise OSError and ValueError, too.
+    if isinstance(error, CheckpointError | StoreError | ServerError) or line.startswith("base "):
+        return StartupError(line)
+    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+    return StartupError(f"base {config.base} cannot be served: {kind}{line}")
+
+
+def _check_adapter_dir(root: Path | None) -> None:
+    if root is None:
+        return
+    if not root.is_dir():
+        raise StartupError(f"--adapter-dir {root} is no folder: create it or leave it out")
+    if (root / CONFIG_NAME).exists():
+        raise StartupError(
+            f"--adapter-dir {root} is an adapter itself: name the folder that holds it"
+        )
+
+
+def _check_length(config: ServerConfig, module: Any) -> None:
+    positions = positions_of(module.config.get_text_config(decoder=True))
+    length = config.max_length
+    if length is not None and positions is not None and length > positions:
+        raise StartupError(f"--max-length is {length}: base {config.base} takes 2 to {positions}")
+
+
+def _check_meaning(
+    model_class: type[nn.Module], model_config: Any, device: torch.device, kernels: bool
+) -> None:
+    """Check a base's kind, once on this machine."""
+    kind = Kind(model_class, model_config, device, kernels=kernels)
+    if not kind.trusted:
+        started = time.monotonic()
+        check_meaning(model_class, model_config, device, kernels=kernels)
+        kind.trust()
+        _log.info("checked the base's meaning seconds=%.2f", time.monotonic() - started)
+
+
+def _open_store(state_dir: Path) -> AdapterStore:
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        return AdapterStore(state_dir / "adapters")
+    except OSError as error:
+        raise StartupError(
+            f"--state-dir {state_dir} cannot be used ({error.strerror or one_line(error)}): name "
+            "a folder that can be written"
+        ) from error
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise StartupError(f"--device {name} is unknown: use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise StartupError(f"--device {name}: no GPU that torch can use; use cpu")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device.type) else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _default_state_dir(base_digest: str) -> Path:
+    """Return a folder of this base's own, since adapters and mixes of another do not fit it."""
+    home = os.environ.get("XDG_STATE_HOME")
+    root = Path(home) if home else Path.home() / ".local" / "state"
+    return root / "superpose" / base_digest[:16]
