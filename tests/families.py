@@ -25,14 +25,14 @@ from tests.server.helpers import Bench
 from tests.zoo import ZOO, build
 from torch import Tensor
 
+from superpose_adapters.base.checkpoint import load_checkpoint
+from superpose_adapters.base.folder import CheckpointError
 from superpose_adapters.mix import BoundMix
 from superpose_adapters.peft.folder import read_adapter
 from superpose_server.engine.sampling import SamplingParams
 from superpose_server.engine.twin_check import check_meaning
 from superpose_server.errors import SelfCheckError
 from superpose_server.model.batch import Span
-from superpose_server.model.checkpoint import load_checkpoint
-from superpose_server.model.checkpoint_folder import CheckpointError
 from superpose_server.model.passes import Way
 
 TABLE = Path(__file__).parent.parent / "docs" / "families.md"

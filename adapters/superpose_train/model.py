@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from superpose_adapters.base.checkpoint import load_checkpoint
+from superpose_adapters.one_line import one_line
 from superpose_train.options import Options
 from superpose_train.peft_names import module_of_a
 
@@ -43,24 +45,27 @@ def load_base(base: str, folder: Path) -> tuple[Any, Any]:
     The base's own dropout is off, so that --dropout is all there is.
 
     Raises:
-        ValueError: transformers cannot load it.
+        ValueError: It is no whole, unquantised checkpoint of a decoder, or has no tokenizer.
     """
+    model: Any = load_checkpoint(folder, torch.float32, _without_dropout)
+    model.requires_grad_(True)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        config: Any = AutoConfig.from_pretrained(folder)
-        for field, value in config.to_dict().items():
-            if isinstance(value, float) and field.endswith(("pdrop", "dropout")):
-                setattr(config, field, 0.0)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=torch.float32
-        )
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise ValueError(f"base {base} cannot be loaded: {first_line}") from error
+        raise ValueError(
+            f"base {base} has no tokenizer that can be used ({one_line(error)}): copy its tokenizer "
+            "files there"
+        ) from error
     model.config.use_cache = False
     # GPT-2's class name does not tell transformers which loss is meant, and it says so each time.
     model.loss_type = "ForCausalLM"
     return model, tokenizer
+
+
+def _without_dropout(config: Any) -> None:
+    for field, value in config.to_dict().items():
+        if isinstance(value, float) and field.endswith(("pdrop", "dropout")):
+            setattr(config, field, 0.0)
 
 
 def check_context(model: Any, max_length: int) -> None:

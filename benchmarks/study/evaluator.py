@@ -13,6 +13,7 @@ import torch
 from benchmarks.serverprocess import ServerProcess
 from benchmarks.study.config import Evaluation
 from superpose_adapters.adapter import Adapter
+from superpose_adapters.base.checkpoint import load_checkpoint
 from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.mix import BoundEntry, BoundMix
 from superpose_adapters.peft.folder import read_adapter
@@ -22,7 +23,6 @@ from superpose_client.errors import CallError
 from superpose_server.engine.runner import Runner
 from superpose_server.engine.score import ScoreRow, score_slices
 from superpose_server.errors import FailedPrecondition
-from superpose_server.model.checkpoint import load_checkpoint
 from superpose_server.model.model import Model
 from superpose_server.weights.resident import ResidentWeights
 

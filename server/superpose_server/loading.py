@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from superpose_adapters.base.checkpoint import load_checkpoint
+from superpose_adapters.base.folder import CheckpointError
 from superpose_adapters.bundled import resolve_base
 from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.fast_bfloat16 import has_fast_bfloat16
+from superpose_adapters.one_line import one_line
 from superpose_adapters.peft.folder import CONFIG_NAME
 from superpose_adapters.store import AdapterStore, StoreError
 from superpose_server.config import ServerConfig
@@ -22,10 +25,8 @@ from superpose_server.engine.tokenizer import Tokenizer, TokenizerError
 from superpose_server.engine.trusted import Kind
 from superpose_server.engine.twin_check import check_meaning
 from superpose_server.engine.weights_check import Expected, expect
-from superpose_server.errors import SelfCheckError, ServerError, StartupError, one_line
+from superpose_server.errors import SelfCheckError, ServerError, StartupError
 from superpose_server.model.capacity import positions_of
-from superpose_server.model.checkpoint import load_checkpoint
-from superpose_server.model.checkpoint_folder import CheckpointError
 from superpose_server.model.memory import MIB, is_out_of_memory
 from superpose_server.model.model import Model
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from superpose_adapters.adapter import Adapter, Factors
+from superpose_adapters.base.checkpoint import load_checkpoint
 from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.layout import Layout
 from superpose_adapters.mix import BoundEntry, BoundMix
@@ -31,7 +32,6 @@ from superpose_server.engine.sequence import Chunk, FinishReason, Sequence
 from superpose_server.engine.tokenizer import Tokenizer
 from superpose_server.model.batch import Span
 from superpose_server.model.cache import SlotCache
-from superpose_server.model.checkpoint import load_checkpoint
 from superpose_server.model.model import Model
 from superpose_server.weights.resident import ResidentWeights
 

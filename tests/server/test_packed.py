@@ -20,6 +20,7 @@ from tests.server.helpers import (
     open_weights,
     random_adapter,
 )
+from tests.zoo import build
 from torch import Tensor
 
 from superpose_adapters.adapter import Adapter
@@ -300,6 +301,19 @@ def test_what_lasts_is_a_copy_of_its_own(rows: int, dtype: torch.dtype) -> None:
 def test_memory_that_the_system_refuses_is_no_other_error() -> None:
     with pytest.raises(MemoryError, match="cannot be allocated"):
         lasting_zeros((1 << 60,), torch.bfloat16, torch.device("cpu"))
+
+
+def test_nothing_that_serves_shares_memory_with_the_file(tmp_path: Path) -> None:
+    folder = save_base(build("glm4_moe"), tmp_path)  # whose routers have a buffer that is stored
+    module = open_model(folder).module
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert any("e_score_correction_bias" in name for name in before)
+    path = folder / "model.safetensors"
+    with path.open("r+b") as file:  # in place, so that a mapping would see it
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\xff" * (path.stat().st_size // 2))
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def slot_bytes(model: Model) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from superpose_server.errors import InvalidArgument, with_kind
+from superpose_adapters.one_line import with_kind
+from superpose_server.errors import InvalidArgument
 
 # Tokens of the prompt that the text of the first new token may depend on.
 _CONTEXT_TOKENS = 8

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from superpose_adapters.adapter import Adapter, Factors
 from superpose_adapters.layout import Layout
 from superpose_adapters.mix import BoundEntry, BoundMix
+from superpose_adapters.one_line import with_kind
 from superpose_server.engine.probe import distance, percent, random_ids, reference, refusal
 from superpose_server.engine.runner import Runner
-from superpose_server.errors import SelfCheckError, with_kind
+from superpose_server.errors import SelfCheckError
 from superpose_server.model.batch import Span
 from superpose_server.model.capacity import positions_of
 from superpose_server.model.memory import is_out_of_memory

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from superpose_adapters.mix import BoundMix
+from superpose_adapters.one_line import with_kind
 from superpose_server.engine.probe import distance, percent, random_ids, references, refusal
 from superpose_server.engine.runner import Runner
-from superpose_server.errors import SelfCheckError, with_kind
+from superpose_server.errors import SelfCheckError
+from superpose_server.model.attention import use_own_attention
 from superpose_server.model.batch import Span
 from superpose_server.model.capacity import positions_of
 from superpose_server.model.memory import give_back, is_out_of_memory
@@ -74,6 +76,7 @@ def expect(module: Any, length: int | None = None) -> Expected:
     Raises:
         SelfCheckError: Transformers' own pass fails, or its output is not finite.
     """
+    use_own_attention(module)
     config = module.config.get_text_config(decoder=True)
     tokens = min(_LENGTH, length or _LENGTH, positions_of(config) or _LENGTH)
     texts = tuple(random_ids(tokens, range(config.vocab_size), seed) for seed in range(_TEXTS))

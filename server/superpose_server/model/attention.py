@@ -33,6 +33,23 @@ class UnknownAttention(ValueError):
     """A model asks of attention what is not done here; the message continues "its attention"."""
 
 
+def own_attention(model_class: Any) -> str | None:
+    """Return by which attention transformers' own passes of a class are run.
+
+    The eager one, which alone honours every argument that a class gives to transformers' interface.
+    Where a class has attention of its own, None, which is what transformers chooses: its eager form
+    may be another model than the rest (Falcon's adds ALiBi twice).
+    """
+    return "eager" if model_class._supports_attention_backend else None
+
+
+def use_own_attention(module: Any) -> None:
+    """Let a transformers model attend by its `own_attention` again."""
+    own = own_attention(type(module))
+    if own is not None:
+        module.set_attn_implementation(own)
+
+
 def refuse_unknown(mask: object, others: Mapping[str, object]) -> None:
     """Refuse whatever a model asks of its attention beyond what is named in the signatures below.
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MIB = 1 << 20
 _MEMINFO = Path("/proc/meminfo")
@@ -47,6 +47,19 @@ def lasting_copy(tensor: Tensor, device: torch.device | None = None) -> Tensor:
     """Return a contiguous copy in `lasting_zeros`, on `device` or where `tensor` is."""
     kept = lasting_zeros(tensor.shape, tensor.dtype, device or tensor.device)
     return kept.copy_(tensor.detach())
+
+
+@torch.no_grad()
+def own_storage(module: nn.Module) -> None:
+    """Move every parameter and buffer out of a mapped checkpoint file into storage of its own.
+
+    A mapped file may change or shrink while it is served. And its tensors are aligned to 8 bytes
+    only, where the bits of a matrix product depend on the alignment of its output: the same mix
+    would not give the same bits in the live weights and in a fresh fold.
+    """
+    tensor: Tensor
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = lasting_copy(tensor.data) if tensor.dim() else tensor.data.clone()
 
 
 def give_back() -> None:

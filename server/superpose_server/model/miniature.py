@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from superpose_server.errors import with_kind
-from superpose_server.model.family import own_attention
+from superpose_adapters.one_line import with_kind
+from superpose_server.model.attention import own_attention
 
 WINDOW = 6
 """Tokens: what attention windows and chunks are shrunk to."""

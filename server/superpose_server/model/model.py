@@ -14,14 +14,14 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from superpose_adapters.layout import read_layout
-from superpose_server.errors import one_line
+from superpose_adapters.one_line import one_line
 from superpose_server.model import attention
 from superpose_server.model.activation import replace_activations
 from superpose_server.model.batch import Batch, Span
 from superpose_server.model.cache import SlotCache, TokenStore
 from superpose_server.model.capacity import ANY_POSITIONS, CACHE_SHARE, find_capacity, positions_of
 from superpose_server.model.kernels.build import load_kernels
-from superpose_server.model.memory import free_bytes
+from superpose_server.model.memory import free_bytes, own_storage
 from superpose_server.model.packed import pack_modules
 from superpose_server.model.passes import Way, row_pass, shared_pass, whole_pass
 from superpose_server.model.rope import fix_frequencies
@@ -87,6 +87,8 @@ class Model:
         self.base_digest = base_digest
         self.device = device
         self.module = module
+        if device.type == "cpu":
+            own_storage(module)
         self.dtype: torch.dtype = next(module.parameters()).dtype
         config = self.module.config.get_text_config(decoder=True)
         self.vocabulary: int = config.vocab_size
@@ -144,12 +146,10 @@ class Model:
 
     def _find_way(self) -> Way:
         """Find the fastest way to run rows that this base allows, and set its attention to it."""
-        own = self.module.config._attn_implementation
         try:
             windows = survey_attention(self.module, self.context_length, self.device)
         except Exception as reason:  # Whatever its code says to what it is shown here.
-            if self.module.config._attn_implementation != own:
-                self.module.set_attn_implementation(own)
+            attention.use_own_attention(self.module)
             way = Way.ROWS if self._keeps_keys() else Way.WHOLE
             _log.warning("rows run alone, which is slower: %s; %s", way.value, one_line(reason))
             return way

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from superpose_adapters.digest import checkpoint_files
+from superpose_adapters.one_line import with_kind
 from superpose_adapters.tensorfile import TensorEntry, TensorFileError, read_header
-from superpose_server.errors import with_kind
 
 # What transformers' own format for several hosts is called, which it loads before anything else.
 _DISTRIBUTED = "shard-*-model-*-of-*.safetensors"

@@ -17,7 +17,7 @@ from transformers import (
     DynamicCache,
 )
 
-from superpose_server.errors import with_kind
+from superpose_adapters.one_line import with_kind
 
 _QUANTISED = ("quantization_config", "compression_config")
 _OTHER_INPUTS = re.compile("vision|image|audio|speech|video|vq")
@@ -25,16 +25,6 @@ _OTHER_INPUTS = re.compile("vision|image|audio|speech|video|vq")
 _KEY_VALUE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 _CROSS_ATTENTION = re.compile("cross|encoder_attn")
 _ANOTHER = "use a text-only decoder such as GPT-2 or Llama"
-
-
-def own_attention(model_class: Any) -> str | None:
-    """Return by which attention transformers' own passes of a class are run.
-
-    The eager one, which alone honours every argument that a class gives to transformers' interface.
-    Where a class has attention of its own, None, which is what transformers chooses: its eager form
-    may be another model than the rest (Falcon's adds ALiBi twice).
-    """
-    return "eager" if model_class._supports_attention_backend else None
 
 
 def refuse_settings(settings: dict[str, Any]) -> str | None:

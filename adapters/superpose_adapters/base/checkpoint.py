@@ -2,38 +2,37 @@
 
 The checkpoint is the base. transformers would fill what is missing with random parameters, drop
 what it has no place for, read integers as weights, merge an adapter that lies beside them, and warn
-at most. None of that is ever served.
+at most. None of that is ever served, or trained on.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from superpose_adapters.tensorfile import TensorEntry
-from superpose_server.errors import with_kind
-from superpose_server.model.checkpoint_folder import (
+from superpose_adapters.base.family import (
+    refuse_class,
+    refuse_config,
+    refuse_settings,
+)
+from superpose_adapters.base.folder import (
     read_headers,
     read_settings,
     refuse,
     weight_files,
 )
-from superpose_server.model.family import (
-    own_attention,
-    refuse_class,
-    refuse_config,
-    refuse_settings,
-)
-from superpose_server.model.memory import lasting_copy
+from superpose_adapters.one_line import with_kind
+from superpose_adapters.tensorfile import TensorEntry
 
 _FLOATS = {"F64", "F32", "BF16", "F16"}
 # What torch.compile and DataParallel put before every name.
@@ -47,10 +46,17 @@ _NAMED = 3  # tensors that a line names
 _log = logging.getLogger(__name__)
 
 
-def load_checkpoint(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Load a base: on the CPU, in eval mode, with transformers' own attention.
+def load_checkpoint(
+    folder: Path, dtype: torch.dtype, adjust: Callable[[Any], None] | None = None
+) -> nn.Module:
+    """Load a base: on the CPU, in eval mode, without gradients.
 
-    Every parameter is in storage of its own. Code in the folder is never run.
+    Parameters may lie in the mapped file. Code in the folder is never run.
+
+    Args:
+        folder: Of the checkpoint.
+        dtype: Of the parameters.
+        adjust: Changes its configuration before the model is made.
 
     Raises:
         CheckpointError: It cannot be served as it is; one line says why, and what to do.
@@ -59,14 +65,16 @@ def load_checkpoint(folder: Path, dtype: torch.dtype) -> nn.Module:
     _refuse_if(folder, refuse_settings(read_settings(folder)))
     paths = weight_files(folder)
     with _quiet():
-        skeleton = _skeleton(folder, dtype)
+        config = _config(folder)
+        if adjust is not None:
+            adjust(config)
+        skeleton = _skeleton(folder, config, dtype)
         stored = read_headers(folder, paths)
         mapping = _unwrap(folder, stored)
         stored = {re.sub(_WRAPPERS, "", name): entry for name, entry in stored.items()}
         _check_stored(folder, skeleton, stored)
-        module = _load(folder, dtype, mapping, skeleton, stored)
+        module = _load(folder, config, dtype, mapping, skeleton, stored)
     module.eval().requires_grad_(False)
-    _own_storage(module)
     return module
 
 
@@ -90,11 +98,7 @@ def _quiet() -> Generator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
-    """Build the model without memory, so that an unfit one is refused before its weights are read.
-
-    It tells the names, shapes and buffers that the class has as well.
-    """
+def _config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # As many kinds as there are fields that can be wrong.
@@ -104,13 +108,20 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
             error,
         )
     _refuse_if(folder, refuse_config(config))
+    # What a file asks for may not be installed.
+    config._attn_implementation = None
+    return config
+
+
+def _skeleton(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    """Build the model without memory, so that an unfit one is refused before its weights are read.
+
+    It tells the names, shapes and buffers that the class has as well.
+    """
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(
-                config,
-                dtype=dtype,
-                attn_implementation=own_attention(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]),
-                trust_remote_code=False,
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=False
             )
     except Exception as error:  # From anywhere in the class's own code.
         refuse(
@@ -168,6 +179,7 @@ def _check_stored(folder: Path, skeleton: Any, stored: dict[str, TensorEntry]) -
 
 def _load(
     folder: Path,
+    config: Any,
     dtype: torch.dtype,
     mapping: dict[str, str] | None,
     skeleton: Any,
@@ -178,8 +190,8 @@ def _load(
     try:
         module, told = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
-            attn_implementation=own_attention(type(skeleton)),
             use_safetensors=True,
             trust_remote_code=False,
             key_mapping=mapping,
@@ -277,16 +289,3 @@ def _is_buffer(name: str, entry: TensorEntry, skeleton: Any) -> bool:
     if _MASKED.search(name):
         return entry.shape in ((), (1,))
     return bool(names & {buffer for buffer, _ in skeleton.named_buffers()})
-
-
-@torch.no_grad()
-def _own_storage(module: nn.Module) -> None:
-    """Move every parameter out of the mapped checkpoint file into storage of its own.
-
-    A mapped file may change or shrink while it is served. And its tensors are aligned to 8 bytes
-    only, where the bits of a matrix product depend on the alignment of its output: the same mix
-    would not give the same bits in the live weights and in a fresh fold.
-    """
-    tensor: Tensor
-    for tensor in (*module.parameters(), *module.buffers()):
-        tensor.data = lasting_copy(tensor.data) if tensor.dim() else tensor.data.clone()

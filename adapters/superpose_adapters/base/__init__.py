@@ -1,0 +1,1 @@
+"""Reading bases: a checkpoint folder in, transformers' model out, whole or refused."""
