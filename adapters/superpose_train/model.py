@@ -53,8 +53,8 @@ def load_base(base: str, folder: Path) -> tuple[Any, Any]:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"base {base} has no tokenizer that can be used ({one_line(error)}): copy its tokenizer "
-            "files there"
+            f"base {base} has no tokenizer that can be used ({one_line(error)}): copy its files "
+            "there"
         ) from error
     model.config.use_cache = False
     # GPT-2's class name does not tell transformers which loss is meant, and it says so each time.

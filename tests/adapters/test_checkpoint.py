@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tests.makers import make_adapter, tiny_gpt2, tiny_llama
+from tests.makers import make_adapter, save_base, tiny_gpt2, tiny_llama
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
@@ -46,6 +46,16 @@ HUB_GPT2 = {
     "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
     "vocab_size": 257,
 }
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoint folders of the tiny GPT-2 and the tiny Llama, which tests copy."""
+    root = tmp_path_factory.mktemp("bases")
+    return {
+        "gpt2": save_base(tiny_gpt2(), root / "gpt2"),
+        "llama": save_base(tiny_llama(), root / "llama"),
+    }
 
 
 @pytest.fixture

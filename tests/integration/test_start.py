@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.adapters import test_checkpoint as refusals
 from tests.integration.harness import Family, LoopThread, ServerProcess, start
 from tests.makers import make_adapter, save_base, tiny_gpt2, tiny_llama
-from tests.server import test_checkpoint as refusals
 from tests.zoo import build
 
 import superpose_server.__main__ as command

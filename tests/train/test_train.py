@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.full_disk import files_of_at_most
 from tests.makers import load_peft, save_base, tiny_gpt2, tiny_llama
 from torch import nn
@@ -628,7 +629,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--target-modules", "lm_head"], "lm_head matches lm_head, which cannot be adapted"),
         (["--out", "taken"], "taken exists; name another --out"),
         (["--base", "no/such/base/here"], "base no/such/base/here: neither a folder"),
-        (["--base", "broken"], "base broken cannot be loaded"),
+        (["--base", "broken"], "base broken names no model_type in config.json"),
         (["--name", "../evil"], "../evil"),
         (["--rank", "0"], "--rank must be at least 1, got 0"),
         (["--epochs", "nan"], "--epochs must be a finite number above 0, got nan"),
@@ -707,3 +708,17 @@ def test_base_labels_are_never_paths(tmp_path: Path) -> None:
     assert base_label("mini") == "mini"
     assert base_label("openai-community/gpt2") == "openai-community/gpt2"
     assert base_label(str(tmp_path)) == tmp_path.name
+
+
+def test_a_base_that_is_not_whole_is_not_trained_on(
+    base: Path, data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partial = Path(shutil.copytree(base, tmp_path / "partial"))
+    tensors = load_file(partial / "model.safetensors")
+    del tensors["transformer.h.1.mlp.c_fc.weight"]
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    assert main(command(partial, data[0], tmp_path / "out")) == 1
+    line = last_line(capsys)
+    assert f"base {partial} is not a whole GPT2LMHeadModel" in line
+    assert "lacks transformer.h.1.mlp.c_fc.weight" in line
+    assert not (tmp_path / "out").exists()
