@@ -49,6 +49,7 @@ _REASONS = (
 )
 _PIECE = 16
 _TEXTS = (40, 25)
+_END = 128
 _PROMPTS = (21, 9, 13)
 _NEW_TOKENS = 10
 _WAYS = {Way.SHARED: "shared passes", Way.ROWS: "rows alone", Way.WHOLE: "whole rows"}
@@ -84,14 +85,13 @@ def measure(
         folder / "base", device=device, kernels=kernels, graphs=graphs, prefill_tokens=_PIECE
     )
     model = bench.model
-    targets = [
-        module
-        for module, shape in model.layout.items()
-        if module.rpartition(".")[2] in specimen.targets and not shape.tied
-    ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        lora: dict[str, Any] = {"target_modules": targets, "size": 0.3, "fan_in_fan_out": False}
+        lora: dict[str, Any] = {
+            "target_modules": list(specimen.targets),
+            "size": 0.3,
+            "fan_in_fan_out": False,
+        }
         adapted = make_adapter(base, folder / "adapter", **lora)
         # As it was trained: PEFT loses Laguna's shared experts when it reads its own file.
         merged = peft_model(base, **lora).merge_and_unload()  # type: ignore[operator]
@@ -100,7 +100,9 @@ def measure(
     exact = _Exact({empty.digest: base, mix.digest: merged})
     room = model.context_length
     texts = [_ids(min(length, room), seed) for seed, length in enumerate(_TEXTS)]
-    worst = {"base": _compare(bench, texts, (empty, empty), exact)}
+    # To where rows end, but for bases that have no end.
+    longest = [_ids(min(room, _END) - back, 9 + back) for back in (0, 1)]
+    worst = {"base": max(_compare(bench, t, (empty, empty), exact) for t in (texts, longest))}
     worst["corrected"] = _compare(bench, texts, (empty, mix), exact)
     bench.fold(mix)
     worst["folded"] = _compare(bench, texts, (mix, mix), exact)

@@ -27,6 +27,7 @@ from superpose_server.engine.twin_check import check_meaning
 from superpose_server.engine.weights_check import Expected, expect
 from superpose_server.errors import SelfCheckError, ServerError, StartupError
 from superpose_server.model.capacity import positions_of
+from superpose_server.model.kernels.build import CompilerError
 from superpose_server.model.memory import MIB, is_out_of_memory
 from superpose_server.model.model import Model
 
@@ -109,7 +110,8 @@ def startup_error(config: ServerConfig, error: Exception) -> StartupError:
     if isinstance(error, TokenizerError):
         return StartupError(f"base {config.base} {line}")
     # What says all by itself; other libraries raise OSError and ValueError, too.
-    if isinstance(error, CheckpointError | StoreError | ServerError) or line.startswith("base "):
+    ours = CheckpointError | CompilerError | StoreError | ServerError
+    if isinstance(error, ours) or line.startswith("base "):
         return StartupError(line)
     kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
     return StartupError(f"base {config.base} cannot be served: {kind}{line}")
@@ -163,8 +165,14 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise StartupError(f"--device {name} is unknown: use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise StartupError(f"--device {name} is none that is served on: use auto, cpu or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise StartupError(f"--device {name}: no GPU that torch can use; use cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise StartupError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} GPUs, counted from 0"
+        )
     return device
 
 

@@ -172,13 +172,16 @@ class Runtime:
                 if folder.is_dir() and not folder.name.startswith("."):
                     self._register(folder.name, self._read(folder, root), Source.DIRECTORY)
         for domain, digest in self._store.names.items():
-            try:
-                adapter = self._store.load(digest, self.model.layout, self.limits.adapter)
-            except AdapterError as error:
-                raise StartupError(
-                    f"pushed adapter {domain}: {error}; use another --state-dir for this base"
-                ) from error
+            adapter = self._pushed(domain, digest)
             self._register(domain, adapter, Source.PUSHED)
+
+    def _pushed(self, domain: str, digest: str) -> Adapter:
+        try:
+            return self._store.load(digest, self.model.layout, self.limits.adapter)
+        except AdapterError as error:
+            raise StartupError(
+                f"pushed adapter {domain}: {error}; use another --state-dir for this base"
+            ) from error
 
     def _read(self, folder: Path, root: Path | None = None) -> Adapter:
         try:
@@ -228,7 +231,7 @@ class Runtime:
         if registered is not None and registered.adapter.digest == entry.adapter_digest:
             return registered.adapter
         if entry.adapter_digest in self._store:
-            return self._store.load(entry.adapter_digest, self.model.layout, self.limits.adapter)
+            return self._pushed(entry.domain, entry.adapter_digest)
         found = (
             "is gone" if registered is None else f"now has digest {registered.adapter.digest[:12]}"
         )

@@ -321,7 +321,7 @@ def test_a_folder_is_refused_for_its_files(case: str, gpt2: Path) -> None:
 
 # By its configuration.
 
-QUANTISED = "): this server serves unquantised checkpoints in float32, bfloat16 or float16; save a"
+QUANTISED = "): only unquantised checkpoints will do, in float32, bfloat16 or float16; save a"
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     **{
         method: ({"quantization_config": {"quant_method": method, "bits": 4}}, QUANTISED)
@@ -508,7 +508,7 @@ def test_a_model_type_of_its_own_is_refused(trap: Path, gpt2: Path) -> None:
 LN, WTE = "transformer.ln_f.weight", "transformer.wte.weight"
 WHOLE = "is not a whole GPT2LMHeadModel as config.json describes it: "
 AGAIN = ": copy it again, or save the model again with save_pretrained"
-NO_PARAMETERS = ": this server serves float32, bfloat16 and float16 checkpoints; save a dequantised"
+NO_PARAMETERS = ": only float32, bfloat16 and float16 checkpoints will do; save a dequantised"
 TENSORS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (
         lambda f: change(f, drop=(LN,)),

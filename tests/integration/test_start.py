@@ -21,12 +21,14 @@ from tests.zoo import build
 
 import superpose_server.__main__ as command
 import superpose_server.loading as loading_room
+import superpose_server.model.model as model_room
 import superpose_server.runtime as runtime_room
 from superpose_adapters.store import AdapterStore
 from superpose_server.config import ServerConfig, parse_config
 from superpose_server.engine.engine import Engine
 from superpose_server.errors import StartupError
 from superpose_server.model.cache import SlotCache
+from superpose_server.model.kernels.build import load_kernels
 from superpose_server.model.memory import is_out_of_memory
 from superpose_server.runtime import Runtime
 from superpose_server.weights.resident import ResidentWeights
@@ -555,3 +557,24 @@ def test_a_mixture_of_experts_starts_in_bfloat16(loop: LoopThread, tmp_path: Pat
         assert len(served.greedy()) == 8
     finally:
         served.stop()
+
+
+def test_a_start_without_a_compiler_says_so_with_the_self_check_on(
+    gpt2: Family, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # Unwrapped, so that what this process has loaded already is no help.
+    monkeypatch.setattr(model_room, "load_kernels", load_kernels.__wrapped__)
+    config = ServerConfig(str(gpt2.base), state_dir=tmp_path / "state", device="cpu")
+    with pytest.raises(StartupError, match=r"cannot compile the kernels .*--compile off") as caught:
+        Runtime(config)
+    assert "base " not in str(caught.value)
+    assert "--no-self-check" not in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["mps", "meta", "nowhere", "cuda:99"])
+def test_other_devices_are_refused_by_name(device: str, gpt2: Family, tmp_path: Path) -> None:
+    config = ServerConfig(str(gpt2.base), state_dir=tmp_path / "state", device=device)
+    with pytest.raises(StartupError, match=f"^--device {device}"):
+        Runtime(config)

@@ -38,6 +38,11 @@ def test_the_table_has_every_model_type_that_can_be_built() -> None:
     assert types | set(UNBUILT) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+def test_every_published_figure_is_rounding() -> None:
+    for name, outcome in TABLE.items():
+        assert all(distance <= TOLERANCE for distance in outcome.worst.values()), name
+
+
 def test_refusals_name_no_flag_and_no_file_that_is_not_there() -> None:
     for outcome in TABLE.values():
         assert not re.search(r"trust_remote_code|/tmp|Traceback|FAILED", outcome.verdict)

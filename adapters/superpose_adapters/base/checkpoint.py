@@ -164,8 +164,8 @@ def _check_stored(folder: Path, skeleton: Any, stored: dict[str, TensorEntry]) -
     if strange:
         refuse(
             folder,
-            f"stores what is no unquantised parameter ({_some(strange)}): this server serves "
-            "float32, bfloat16 and float16 checkpoints; save a dequantised one",
+            f"stores what is no unquantised parameter ({_some(strange)}): only float32, "
+            "bfloat16 and float16 checkpoints will do; save a dequantised one",
         )
     expected = skeleton.state_dict()
     prefix = f"{skeleton.base_model_prefix}."

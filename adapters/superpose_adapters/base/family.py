@@ -32,7 +32,7 @@ def refuse_settings(settings: dict[str, Any]) -> str | None:
     method = _quantised_by(settings)
     if method is not None:
         return (
-            f"is quantised ({method}): this server serves unquantised checkpoints in float32, "
+            f"is quantised ({method}): only unquantised checkpoints will do, in float32, "
             "bfloat16 or float16; save a dequantised checkpoint and serve that"
         )
     if settings.get("transformers_weights") is not None:

@@ -24,6 +24,7 @@ from superpose_server.engine.runner import Runner
 from superpose_server.errors import SelfCheckError
 from superpose_server.model.batch import Span
 from superpose_server.model.capacity import positions_of
+from superpose_server.model.kernels.build import CompilerError
 from superpose_server.model.memory import is_out_of_memory
 from superpose_server.model.miniature import MiniatureError, make_miniature
 from superpose_server.model.model import Model
@@ -31,9 +32,9 @@ from superpose_server.weights.resident import ResidentWeights
 
 # Tokens of prompt and answer of each row: longer than a twin's windows, and the second becomes
 # longer than its switch-over length while it is decoded.
-_ROWS = ((21, 4), (9, 6))
+_ROWS = ((21, 4), (9, 6), (80, 4))
 _PIECE = 8
-_LENGTH = 32
+_LENGTH = 96
 # Tokens of a twin that are no special ones.
 _WORDS = range(20, 180)
 _RANK = 2
@@ -64,7 +65,7 @@ def check_meaning(
         raise SelfCheckError(f"it cannot be checked: {error}") from error
     try:
         _compare(twin.to(device), config, device, kernels)
-    except SelfCheckError:
+    except (SelfCheckError, CompilerError):
         raise
     except Exception as error:  # From anywhere in the class's own code.
         if is_out_of_memory(error):
@@ -79,7 +80,7 @@ def _compare(twin: Any, config: Any, device: torch.device, kernels: bool) -> Non
         twin,
         base_digest="twin",
         device=device,
-        max_batch=2,
+        max_batch=len(_ROWS),
         max_length=min(_LENGTH, positions or _LENGTH),
         kernels=kernels,
         graphs=False,
@@ -88,14 +89,21 @@ def _compare(twin: Any, config: Any, device: torch.device, kernels: bool) -> Non
     mixes = (
         BoundMix(model.base_digest),
         BoundMix.of(model.base_digest, [BoundEntry("twin", adapter, 1.0)]),
+        BoundMix(model.base_digest),
     )
     rows = _rows(model.context_length)
-    _refuse_sight_of_later_tokens(plain, rows[1].ids, model.switch)
+    # The short one, since some choose what they attend to among so many; and the long one.
+    for text in (rows[1].ids, rows[2].ids):
+        _refuse_sight_of_later_tokens(plain, text, model.switch)
     weights = ResidentWeights(model.module, model.layout, model.base_digest, None)
     found = _serve(Runner(model, weights), rows, mixes)
     summed = _with_delta(plain, adapter, model.layout)
     for what, module, row, logits in zip(
-        ("a row", "a corrected row"), (plain, summed), rows, found, strict=True
+        ("a row", "a corrected row", "a long row"),
+        (plain, summed, plain),
+        rows,
+        found,
+        strict=True,
     ):
         off = distance(logits, _one_by_one(module, row))
         for part, tokens in (("prompt", slice(row.prompt)), ("answer", slice(row.prompt, None))):
@@ -167,10 +175,12 @@ def _one_by_one(module: nn.Module, row: _Row) -> Tensor:
 def _refuse_sight_of_later_tokens(
     module: nn.Module, text: tuple[int, ...], switch: int | None
 ) -> None:
-    short, long = reference(module, text[:_PIECE]), reference(module, text)[:_PIECE]
-    far = switch is not None and len(text) > switch
-    if not far and not float(distance(short, long).max()) <= _TOLERANCE:
-        raise SelfCheckError("its tokens see later ones, so that it cannot continue a text")
+    if switch is not None and len(text) > switch:
+        return
+    whole = reference(module, text)
+    for end in range(_PIECE, len(text), 2 * _PIECE + 1):
+        if not float(distance(reference(module, text[:end]), whole[:end]).max()) <= _TOLERANCE:
+            raise SelfCheckError("its tokens see later ones, so that it cannot continue a text")
 
 
 def _adapter(layout: Layout, module: nn.Module) -> Adapter:

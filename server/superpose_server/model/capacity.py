@@ -16,7 +16,12 @@ _FEWEST = 1024
 # Tokens of a row of a base that sets no limit, as with ALiBi.
 ANY_POSITIONS = 2048
 # Where configurations say how many positions a base has.
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+_POSITIONS = (
+    *("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"),
+    "max_target_positions",
+)
+# No row is longer, whatever a configuration says: some say a number that means none.
+_MOST = 1 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +37,8 @@ class Capacity:
 def positions_of(config: Any) -> int | None:
     """Return how many positions a base has by its configuration; None: any number."""
     found = (getattr(config, name, None) for name in _POSITIONS)
-    return next((value for value in found if isinstance(value, int) and value > 0), None)
+    positions = next((value for value in found if isinstance(value, int) and value > 0), None)
+    return None if positions is None else min(positions, _MOST)
 
 
 def find_capacity(

@@ -21,11 +21,11 @@ from superpose_server.model.batch import Batch, Span
 from superpose_server.model.cache import SlotCache, TokenStore
 from superpose_server.model.capacity import ANY_POSITIONS, CACHE_SHARE, find_capacity, positions_of
 from superpose_server.model.kernels.build import load_kernels
-from superpose_server.model.memory import free_bytes, own_storage
+from superpose_server.model.memory import free_bytes, is_out_of_memory, own_storage
 from superpose_server.model.packed import pack_modules
 from superpose_server.model.passes import Way, row_pass, shared_pass, whole_pass
 from superpose_server.model.rope import fix_frequencies
-from superpose_server.model.survey import SURVEYED, survey_attention, survey_rows
+from superpose_server.model.survey import SURVEYED, OwnMask, survey_attention, survey_rows
 
 # What the CPU kernels store; float16 has no fast conversion on most processors.
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -98,10 +98,10 @@ class Model:
         self.context_length = max_length or positions or ANY_POSITIONS
         self.switch = fix_frequencies(self.module)
         self.packed = kernels and device.type == "cpu" and self.dtype in _KERNEL_DTYPES
-        if self.packed:
-            load_kernels()
         self.way = self._find_way()
         self.packed &= self.way is Way.SHARED
+        if self.packed:
+            load_kernels()
         self.scratch_slot = 0
         self._forward: Callable[[Batch, Tensor], Tensor] = self._pass
         self.cache = self._make_cache(*SURVEYED)
@@ -148,7 +148,11 @@ class Model:
         """Find the fastest way to run rows that this base allows, and set its attention to it."""
         try:
             windows = survey_attention(self.module, self.context_length, self.device)
+        except OwnMask as reason:
+            raise ValueError(f"it {reason}") from reason
         except Exception as reason:  # Whatever its code says to what it is shown here.
+            if is_out_of_memory(reason):
+                raise
             attention.use_own_attention(self.module)
             way = Way.ROWS if self._keeps_keys() else Way.WHOLE
             _log.warning("rows run alone, which is slower: %s; %s", way.value, one_line(reason))

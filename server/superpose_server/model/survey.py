@@ -44,6 +44,10 @@ class Unshared(ValueError):
     """Why rows cannot share a pass of this base; the message continues "it"."""
 
 
+class OwnMask(ValueError):
+    """Why a base is not served at all; the message continues "it"."""
+
+
 @dataclass(frozen=True)
 class _Mask:
     """What transformers' mask for a layer says: each token sees itself and `window` - 1 before.
@@ -53,6 +57,16 @@ class _Mask:
 
     window: int | None
     refused: Unshared | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """A class that computes with its mask chooses by it what is attended to.
+
+        Raises:
+            OwnMask: Always.
+        """
+        raise OwnMask(
+            "computes with its attention's masks, so that one text's depend on its length"
+        )
 
 
 def read_mask(sees: Callable[..., Any], length: int) -> int | None:
@@ -212,13 +226,30 @@ def survey_rows(
             batch = _batch((count,) if alone else lengths, device)
             run(batch, torch.arange(wanted, device=device))
     if alone:
-        called = {name for name, kind in seen.items() if kind and _NO_PRODUCT not in kind}
-        return {name: shape for name, shape in layout.items() if name in called}, frozenset()
+        plain = {name for name, kind in seen.items() if kind and _NO_PRODUCT not in kind}
+        uncalled = [name for name, kind in seen.items() if not kind]
+        # The other half of an encoder-decoder has adapters all the same, which add nothing.
+        if not _matter(module, uncalled, lambda: run(batch, torch.arange(wanted, device=device))):
+            plain |= set(uncalled)
+        return {name: shape for name, shape in layout.items() if name in plain}, frozenset()
     tokens, heads = (
         frozenset(name for name, kind in seen.items() if kind == {which})
         for which in (_TOKENS, _WANTED)
     )
     return {name: shape for name, shape in layout.items() if name in tokens | heads}, heads
+
+
+def _matter(module: nn.Module, uncalled: list[str], run: Callable[[], Tensor]) -> bool:
+    """Return whether modules that are never called matter: a class may read their parameters."""
+    parameters = [module.get_submodule(name).get_parameter("weight") for name in uncalled]
+    kept = [parameter.data for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.data = torch.full_like(parameter, torch.nan)
+        return not bool(run().isfinite().all())
+    finally:
+        for parameter, data in zip(parameters, kept, strict=True):
+            parameter.data = data
 
 
 def _noting(sees: set[str], kinds: dict[int, str]) -> Callable[..., None]:
