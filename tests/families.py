@@ -13,8 +13,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from tests.makers import make_adapter, peft_model, save_base
 from tests.server.helpers import Bench
+from tests.server.kinds import in_float64
 from tests.zoo import ZOO, build
 from torch import Tensor
 
@@ -119,20 +119,10 @@ class _Exact:
 
     @torch.no_grad()
     def logits(self, mix: BoundMix, ids: Sequence[int]) -> Tensor:
-        with _float64():
+        with in_float64():
             model = self._models[mix.digest].double()
             logits: Tensor = model(input_ids=torch.tensor([ids])).logits[0]
         return logits
-
-
-@contextmanager
-def _float64() -> Iterator[None]:
-    # Some classes make positions in the default dtype.
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def _ids(count: int, seed: int) -> list[int]:
