@@ -1,6 +1,6 @@
 """The self-check of meaning: a base's small random twin here against transformers' own pass.
 
-In float32, on windows and switch-over lengths of a few tokens: two rows of different lengths whose
+In float32, on windows and switch-over lengths of a few tokens: rows of different lengths whose
 prompts come in pieces, tokens decoded one at a time, and a correction.
 """
 
@@ -30,8 +30,8 @@ from superpose_server.model.miniature import MiniatureError, make_miniature
 from superpose_server.model.model import Model
 from superpose_server.weights.resident import ResidentWeights
 
-# Tokens of prompt and answer of each row: longer than a twin's windows, and the second becomes
-# longer than its switch-over length while it is decoded.
+# Tokens of prompt and answer of each row: longer than a twin's windows; the second becomes longer
+# than its switch-over length while it is decoded; the third is far longer than either.
 _ROWS = ((21, 4), (9, 6), (80, 4))
 _PIECE = 8
 _LENGTH = 96
@@ -92,7 +92,7 @@ def _compare(twin: Any, config: Any, device: torch.device, kernels: bool) -> Non
         BoundMix(model.base_digest),
     )
     rows = _rows(model.context_length)
-    # The short one, since some choose what they attend to among so many; and the long one.
+    # Of a long text some see later tokens that they do not see in a short one.
     for text in (rows[1].ids, rows[2].ids):
         _refuse_sight_of_later_tokens(plain, text, model.switch)
     weights = ResidentWeights(model.module, model.layout, model.base_digest, None)

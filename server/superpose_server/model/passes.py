@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import enum
 import inspect
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,7 +47,8 @@ def row_pass(module: Any, cache: SlotCache, batch: Batch, keep: Tensor) -> Tenso
     """Run tokens of one row as transformers' own `generate` does."""
     [span] = batch.spans
     seen = torch.ones(1, span.end - span.start, dtype=torch.int64, device=batch.ids.device)
-    return _alone(module, batch, keep, past_key_values=cache.row(batch), attention_mask=seen)
+    row = cache.row(batch)
+    return _alone(module, batch, keep, past_key_values=row, use_cache=True, attention_mask=seen)
 
 
 def whole_pass(module: Any, cache: object, batch: Batch, keep: Tensor) -> Tensor:
@@ -53,19 +56,18 @@ def whole_pass(module: Any, cache: object, batch: Batch, keep: Tensor) -> Tensor
     return _alone(module, batch, keep, attention_mask=torch.ones_like(batch.ids[None]))
 
 
+@lru_cache(maxsize=4)
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
 def _alone(module: Any, batch: Batch, keep: Tensor, **more: Any) -> Tensor:
-    accepts = inspect.signature(module.forward).parameters
+    accepts = _arguments(type(module).forward)
     if "position_ids" in accepts:
         more["position_ids"] = batch.positions[None]
     if "logits_to_keep" in accepts:
         more["logits_to_keep"] = keep
-    cached = "past_key_values" in more
-    output = (
-        module(input_ids=batch.ids[None], use_cache=cached, **more)
-        if cached
-        else module(input_ids=batch.ids[None], **more)
-    )
-    logits: Tensor = output.logits[0]
+    logits: Tensor = module(input_ids=batch.ids[None], **more).logits[0]
     if "logits_to_keep" not in accepts:
         logits = logits[keep]
     return logits.float()
