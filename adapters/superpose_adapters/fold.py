@@ -10,7 +10,7 @@ that is what makes removal exact, where (W + d) - d is not W in floating point.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -65,3 +65,29 @@ def fold_into(
         tile = slice(start, start + rows)
         exact = base[tile].to(out.device, torch.float32)  # A copy, since `out` is narrower.
         out[tile].copy_(exact.addmm_(left[tile], right))
+
+
+def fold_alike_into(
+    outs: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    layout: ModuleLayout,
+) -> None:
+    """Write base + (B_cat @ A_cat) into several alike parameters: `fold_into`, all at once.
+
+    On a GPU launching a product of few ranks takes longer than computing it, so that one batched
+    product for all of a model's layers takes a third of the time of one for each.
+
+    Args:
+        outs: Storages of the parameters, n of one shape, dtype and device; they keep their address.
+        bases: The n base parameters, same shape and dtype, on any device.
+        pairs: n times A_cat, float32 (R, in), and B_cat, float32 (out, R), on the device of `outs`.
+        layout: Of each of them.
+    """
+    a, b = (torch.stack(factors) for factors in zip(*pairs, strict=True))
+    left, right = (a.mT, b.mT) if layout.transposed else (b, a)
+    exact = torch.empty((len(outs), *outs[0].shape), dtype=torch.float32, device=outs[0].device)
+    parts = list(exact.unbind())
+    torch._foreach_copy_(parts, list(bases))
+    exact.baddbmm_(left, right)
+    torch._foreach_copy_(list(outs), parts)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from superpose_adapters.adapter import Adapter, Factors
-from superpose_adapters.fold import concatenate_factors, fold_into
+from superpose_adapters.fold import concatenate_factors, fold_alike_into, fold_into
 from superpose_adapters.layout import ModuleLayout
 
 Term = tuple[Factors, float]
@@ -83,12 +83,16 @@ def test_float32_fold_is_within_the_bound_of_the_exact_sum(
 def check_rounding(
     problem: tuple[int, ModuleLayout, Tensor, list[Term]], dtype: torch.dtype
 ) -> None:
+    _, layout, base, terms = problem
+    narrow = base.to(dtype)
+    check_folded(fold(narrow, adapters(terms), layout), narrow, terms, layout)
+
+
+def check_folded(folded: Tensor, narrow: Tensor, terms: list[Term], layout: ModuleLayout) -> None:
+    dtype = narrow.dtype
     # Rounding is monotone: whatever float32 accumulation made of the sum, its rounding lies
     # between the roundings of the two ends of what accumulation may be off by. Almost always the
     # two are the same number.
-    _, layout, base, terms = problem
-    narrow = base.to(dtype)
-    folded = fold(narrow, adapters(terms), layout)
     exact, slack = reference(narrow, terms, layout.transposed)
     low, high = (exact - slack).to(dtype), (exact + slack).to(dtype)
     assert bool(((low <= folded) & (folded <= high)).all())
@@ -110,6 +114,40 @@ def test_float16_fold_is_the_rounded_float32_sum(
     problem: tuple[int, ModuleLayout, Tensor, list[Term]],
 ) -> None:
     check_rounding(problem, torch.float16)
+
+
+@given(problems(), st.integers(2, 5), st.sampled_from([torch.bfloat16, torch.float16]))
+def test_alike_parameters_are_folded_together_as_each_alone(
+    problem: tuple[int, ModuleLayout, Tensor, list[Term]], count: int, dtype: torch.dtype
+) -> None:
+    seed, layout, base, terms = problem
+    generator = torch.Generator().manual_seed(seed)
+    # Layers of a model: one shape and one rank, each with parameters and factors of its own.
+    layers = []
+    for _ in range(count):
+        narrow = (torch.randn(base.shape, generator=generator) * 0.05).to(dtype)
+        own = [
+            (
+                Factors(
+                    torch.randn(f.a.shape, generator=generator),
+                    torch.randn(f.b.shape, generator=generator) * float(f.b.abs().max()),
+                    f.scaling,
+                ),
+                weight,
+            )
+            for f, weight in terms
+        ]
+        layers.append((narrow, own))
+    pairs = [concatenate_factors(adapters(own), MODULE) for _, own in layers]
+    bases = [narrow for narrow, _ in layers]
+    before = [narrow.clone() for narrow in bases]
+    outs = [torch.full_like(narrow, torch.nan) for narrow in bases]
+    addresses = [out.data_ptr() for out in outs]
+    fold_alike_into(outs, bases, [pair for pair in pairs if pair is not None], layout)
+    assert [out.data_ptr() for out in outs] == addresses
+    assert all(torch.equal(a, b) for a, b in zip(bases, before, strict=True))
+    for out, (narrow, own) in zip(outs, layers, strict=True):
+        check_folded(out, narrow, own, layout)
 
 
 def test_bfloat16_fold_of_many_tiles_is_the_rounded_float32_sum() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import combinations
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from superpose_server.engine.runner import Runner
 from superpose_server.engine.score import ScoreRow
 from superpose_server.model.batch import Batch, Span
-from superpose_server.model.graphs import DecodeGraphs, Step
+from superpose_server.model.graphs import CaptureError, DecodeGraphs, Step
 from superpose_server.model.model import Model
 
 ROWS, LENGTH = 5, 300
@@ -284,3 +285,39 @@ def test_a_text_that_is_scored_meanwhile_keeps_its_keys(bases: dict[str, Path]) 
     exact = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     found = torch.tensor(future.result().value[0], dtype=torch.float64)
     assert torch.allclose(found, exact, rtol=0, atol=1e-4)
+
+
+def test_a_step_that_cannot_be_captured_runs_uncaptured_and_the_log_says_so(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench(base)
+    bench.model.capturable = True
+    captures = itertools.count()
+
+    def capture(step: Step) -> Step:
+        # Some buckets are captured before one is not.
+        if next(captures) == 2:
+            raise CaptureError("it waits for the device")
+        return step
+
+    bench.engine.runner = Runner(bench.model, bench.weights, capture=lambda: capture)
+    assert next(captures) == 3
+    [record] = caplog.records
+    assert "cannot be captured" in record.message
+    assert "it waits for the device" in record.message
+    mixes = [bench.mix(), bench.mix((random_adapter(bench.layout, 1), 1.0))]
+    clients = [bench.submit([72, 101], mix)[1] for mix in mixes]
+    bench.run()
+    for client, mix in zip(clients, mixes, strict=True):
+        assert client.tokens == bench.alone([72, 101], mix)
+
+
+def test_memory_that_runs_out_in_a_capture_is_no_reason_to_do_without(base: Path) -> None:
+    bench = Bench(base)
+    bench.model.capturable = True
+
+    def capture(step: Step) -> Step:
+        raise torch.OutOfMemoryError("no memory, says the test")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Runner(bench.model, bench.weights, capture=lambda: capture)

@@ -753,7 +753,7 @@ def test_a_fold_is_the_exact_sum_rounded_once(rank: int, dtype: torch.dtype, thr
     assert pair[0].shape[1] == RANKS[rank]
     out = torch.full_like(kept, torch.nan)
     address = out.data_ptr()
-    form.fold(out, kept, pair)
+    form.fold([out], [kept], [pair])
     assert out.data_ptr() == address
     assert torch.equal(kept, before)
     assert not out[-1, :, 150 % 16 :].any()  # what fills the last panel stays 0
@@ -772,10 +772,10 @@ def test_a_fold_is_the_exact_sum_rounded_once(rank: int, dtype: torch.dtype, thr
 
     torch.set_num_threads(1)
     again = torch.randn(out.shape).to(dtype)
-    form.fold(again, kept, pair)
+    form.fold([again], [kept], [pair])
     torch.set_num_threads(2)
     third = torch.zeros_like(out)
-    form.fold(third, kept, pair)
+    form.fold([third], [kept], [pair])
     assert torch.equal(again, out)
     assert torch.equal(third, out)
 
@@ -786,7 +786,8 @@ def test_a_bfloat16_tie_goes_to_even(dtype: torch.dtype) -> None:
     base = torch.ones(2, 16, dtype=dtype)
     a = torch.tensor([[1.0, 3.0]])
     out = pack(base, transposed=True)
-    PackedFormat().fold(out, out.clone(), PackedFormat().arrange(a, torch.full((16, 1), 2.0**-8)))
+    pair = PackedFormat().arrange(a, torch.full((16, 1), 2.0**-8))
+    PackedFormat().fold([out], [out.clone()], [pair])
     exact = torch.tensor([[1 + 2.0**-8], [1 + 3 * 2.0**-8]], dtype=torch.float64).expand(2, 16)
     ties = torch.tensor([[1.0], [1 + 2.0**-6]], dtype=torch.float64).expand(2, 16)
     expected = exact if dtype == torch.float32 else ties
@@ -807,4 +808,4 @@ def test_a_fold_of_other_shapes_is_refused() -> None:
     kept = pack(base, transposed=True)
     pair = PackedFormat().arrange(a[:, :-1], b)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        PackedFormat().fold(kept.clone(), kept, pair)
+        PackedFormat().fold([kept.clone()], [kept], [pair])

@@ -4,7 +4,7 @@ import functools
 import gc
 import itertools
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Hashable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from superpose_adapters.mix import BoundEntry, BoundMix
 from superpose_server.errors import FailedPrecondition, Internal
 from superpose_server.model.kernels.build import load_kernels
 from superpose_server.model.packed import pack_modules
+from superpose_server.weights import parameter_format
 from superpose_server.weights.parameter_format import PackedFormat, Pair, PlainFormat
 from superpose_server.weights.resident import PreparedMix, ResidentWeights, Verification
 
@@ -249,6 +250,42 @@ def test_a_served_model_does_not_share_memory_with_the_checkpoint(
         assert not any(int(a, 16) <= address < int(b, 16) for a, b in mapped), name
 
 
+# Folds of several parameters together, as on a GPU.
+
+
+def test_parameters_folded_together_change_and_verify_as_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def kind(self: PlainFormat, out: Tensor, pair: Pair) -> Hashable:
+        return self.layout, pair[0].shape
+
+    monkeypatch.setattr(PlainFormat, "kind", kind)
+    # Room for two of the larger parameters.
+    monkeypatch.setattr(parameter_format, "_TOGETHER", 2 * 64 * 192)
+    case = Case(dtype=torch.bfloat16)
+    mix = bound((case.adapters[0], 0.5), (case.adapters[1], -1.0), (case.adapters[2], 2.0))
+    prepared = case.fold(mix)
+    assert max(len(group) for group in prepared.groups) > 1
+    grouped = sorted(module for group in prepared.groups for module in group)
+    assert grouped == sorted(prepared.factors)
+    for group in prepared.groups:
+        sizes = [case.start[f"{module}.weight"].numel() for module in group]
+        assert len(group) == 1 or sum(sizes) <= 2 * 64 * 192
+    live = dict(case.module.named_parameters())
+    for name, exact in dense_weights(case.start, mix, case.layout).items():
+        # One rounding to 8 bits, and some in float32 before it.
+        limit = 2.0**-8 * exact.abs() + 1e-5
+        assert bool(((live[name].double() - exact).abs() <= limit).all()), name
+    assert case.verify().ok
+    assert run_job(case.weights.measure_fold_error(prepared)) < 0.5
+    damaged = f"{prepared.groups[0][-1]}.weight"
+    with torch.no_grad():
+        live[damaged].view(-1)[3] += 1.0
+    assert case.verify().damaged_resident == (damaged,)
+    case.fold(BoundMix("base"))
+    assert_same_bits(case.bits(), case.start)
+
+
 # Faults in a fold.
 
 
@@ -259,10 +296,10 @@ def fail_folds(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
     def replace(form: type[PlainFormat | PackedFormat]) -> None:
         real = form.fold
 
-        def failing(self: Any, out: Tensor, base: Tensor, pair: Pair) -> None:
-            real(self, out, base, pair)
+        def failing(self: Any, outs: list[Tensor], bases: list[Tensor], pairs: list[Pair]) -> None:
+            real(self, outs, bases, pairs)
             if next(numbers) in calls:
-                out[: -(-out.shape[0] // 2)] = torch.nan
+                outs[0][: -(-outs[0].shape[0] // 2)] = torch.nan
                 raise MemoryError("no memory, says the test")
 
         monkeypatch.setattr(form, "fold", failing)
@@ -327,15 +364,16 @@ def test_restoring_to_the_base_that_fails_keeps_the_old_mix(
     case = Case()
     old = case.fold(bound((case.adapters[0], 1.0)))
     bits = case.bits()
-    real = Tensor.copy_
-    calls = iter(range(100))
+    real = torch._foreach_copy_
+    calls = itertools.count()
 
-    def failing(self: Tensor, source: Tensor) -> Tensor:
-        if next(calls) == 3:
+    def failing(outs: list[Tensor], sources: list[Tensor]) -> None:
+        if next(calls) == 0:
+            real(outs[:3], sources[:3])
             raise RuntimeError("device lost, says the test")
-        return real(self, source)
+        real(outs, sources)
 
-    monkeypatch.setattr(Tensor, "copy_", failing)
+    monkeypatch.setattr(torch, "_foreach_copy_", failing)
     with pytest.raises(Internal):
         case.weights.fold(PreparedMix(BoundMix("base")))
     monkeypatch.undo()

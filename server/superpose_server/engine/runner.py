@@ -6,6 +6,7 @@ corrected. How a pass is run, compiled, captured or with hooks, is decided here 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
@@ -16,11 +17,13 @@ from superpose_adapters.mix import BoundMix
 from superpose_server.engine.captured import CapturedSteps
 from superpose_server.model.batch import Span
 from superpose_server.model.cache import TokenStore
-from superpose_server.model.graphs import GpuCapture, Step
+from superpose_server.model.graphs import CaptureError, GpuCapture, Step
 from superpose_server.model.model import Model
 from superpose_server.model.passes import Way
 from superpose_server.weights.corrections import Corrections
 from superpose_server.weights.resident import ResidentWeights
+
+_log = logging.getLogger(__name__)
 
 
 class Runner:
@@ -36,22 +39,36 @@ class Runner:
         """Run on `model`, whose parameters are `weights`.
 
         Args:
-            model: The model. If it is capturable, its decode steps are captured now.
+            model: The model. If it is capturable, its decode steps are captured now; if that
+                fails, they run as they are, and the log says why.
             weights: Tells which mix is resident.
             capture: Makes what turns a step into its replay.
         """
         self.model = model
         self._weights = weights
         self._captured = CapturedSteps(model) if model.capturable else None
-        self._corrections = Corrections(
+        self._corrections = self._make_corrections()
+        if self._captured is not None:
+            try:
+                self._captured.capture(self._corrections, capture())
+            except CaptureError as error:
+                _log.warning(
+                    "decode steps of this base cannot be captured and run uncaptured, which takes "
+                    "longer: %s",
+                    error,
+                )
+                self._captured = None
+                self._corrections = self._make_corrections()
+
+    def _make_corrections(self) -> Corrections:
+        model = self.model
+        return Corrections(
             {name: model.module.get_submodule(name) for name in model.layout},
             model.device,
             heads=model.heads,
             terms=model.terms,
             pool=None if self._captured is None else self._captured.pool,
         )
-        if self._captured is not None:
-            self._captured.capture(self._corrections, capture())
 
     @torch.inference_mode()
     def run(

@@ -14,11 +14,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from superpose_adapters.one_line import one_line
 from superpose_server.model.batch import Batch, Span
 
 Step = Callable[[], Tensor]
 
 _SHORTEST = 128
+
+
+class CaptureError(RuntimeError):
+    """A step ran, but cannot be captured: it waits for the device, say."""
 
 
 class GpuCapture:
@@ -35,6 +40,9 @@ class GpuCapture:
         """Return a replay of `step`, which must allocate nothing that outlives it but its result.
 
         The result holds until another step of the pool is replayed.
+
+        Raises:
+            CaptureError: The step does what a capture forbids.
         """
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
@@ -44,8 +52,14 @@ class GpuCapture:
         graph = torch.cuda.CUDAGraph()
         # What other threads do on the device is theirs.
         mode = "thread_local"
-        with _no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
-            result = step()
+        try:
+            with _no_collection(), torch.cuda.graph(graph, self._pool, capture_error_mode=mode):
+                result = step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # Leaving the capture fails too then; what began it is the first.
+            raise CaptureError(one_line(error.__context__ or error)) from error
 
         def replay() -> Tensor:
             graph.replay()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +36,7 @@ from superpose_server.weights.parameter_format import (
     Pair,
     ParameterFormat,
     PlainFormat,
+    fold_groups,
 )
 
 _VERIFY_ATTEMPTS = 8
@@ -53,11 +54,13 @@ class PreparedMix:
     Attributes:
         mix: The mix.
         factors: {module: concatenated factors in fold order, as its `ParameterFormat` wants them}.
+        groups: The modules of `factors` that are folded together.
         fold_error: Expected share of the delta that rounding loses, 0 to 1.
     """
 
     mix: BoundMix
     factors: dict[str, Pair] = field(default_factory=dict)
+    groups: tuple[tuple[str, ...], ...] = ()
     fold_error: float = 0.0
 
     @property
@@ -119,6 +122,10 @@ class ResidentWeights:
             else PlainFormat(shape, self.device)
             for name, shape in layout.items()
         }
+        # A tied head has no parameter of its own, and is not folded.
+        self._live = {
+            name: self._parameters[f"{name}.weight"] for name, m in layout.items() if not m.tied
+        }
         self.lost = False
         self.base_digest = base_digest
         self.resident = PreparedMix(BoundMix(base_digest))
@@ -127,9 +134,6 @@ class ResidentWeights:
     def base_nbytes(self) -> int:
         """Bytes of the kept base parameters."""
         return sum(t.numel() * t.element_size() for t in self._base.values())
-
-    def _live(self, module: str) -> Tensor:
-        return self._parameters[f"{module}.weight"]
 
     @torch.inference_mode()
     def keep_base(self, adapter: Adapter) -> None:
@@ -162,7 +166,8 @@ class ResidentWeights:
                 self._refuse_infinite(mix, module, factors[module], largest)
         energy = {module: self._rounding[module] for module in factors}
         error = expected_fold_error(energy, mix_norm(weights)) if factors else 0.0
-        return PreparedMix(mix, factors, error)
+        groups = tuple(fold_groups(self._formats, self._live, factors))
+        return PreparedMix(mix, factors, groups, error)
 
     def analyze(self, prepared: PreparedMix) -> Analysis:
         """Return the geometry of a mix against this base; runs where `prepare` may run."""
@@ -171,7 +176,7 @@ class ResidentWeights:
     def _keep_base(self, module: str) -> None:
         # A module that is not kept was never folded, so its live parameter is the base.
         if module not in self._base:
-            live = self._live(module)
+            live = self._live[module]
             flat = live.detach().reshape(-1)
             pieces = torch.split(flat, _MEASURED) if flat.device.type == "cpu" else (flat,)
             self._rounding[module] = sum(rounding_energy(piece) for piece in pieces)
@@ -185,7 +190,7 @@ class ResidentWeights:
         # |sum| <= max |W| + |B| |A|; only where this bound is no help is the sum itself formed.
         if self._largest[module] + largest < limit:
             return
-        folded = self._fresh(module, pair)
+        [folded] = self._fresh((module,), {module: pair})
         if not bool(torch.isfinite(folded).all()):
             domains = ", ".join(f"{e.domain}={e.weight:g}" for e in mix.entries)
             raise FailedPrecondition(
@@ -220,32 +225,44 @@ class ResidentWeights:
 
     def _write(self, target: PreparedMix) -> None:
         stale = set(self.resident.factors) - set(target.factors)
-        for module, pair in target.factors.items():
-            self._formats[module].fold(self._live(module), self._base[module], pair)
-        for module in stale:
-            self._live(module).copy_(self._base[module])
+        for group in target.groups:
+            self._fold(group, [self._live[module] for module in group], target.factors)
+        self._copy_base(stale)
         if self.device.type == "cuda":
             # A fault on the device must show here, where the old mix can be put back.
             torch.cuda.synchronize(self.device)
         self.resident = target
 
+    def _fold(
+        self, group: Sequence[str], outs: Sequence[Tensor], factors: Mapping[str, Pair]
+    ) -> None:
+        self._formats[group[0]].fold(
+            outs, [self._base[module] for module in group], [factors[module] for module in group]
+        )
+
+    def _copy_base(self, modules: Iterable[str]) -> None:
+        names = list(modules)
+        if names:
+            torch._foreach_copy_(
+                [self._live[name] for name in names], [self._base[name] for name in names]
+            )
+
     def _restore(self, before: PreparedMix) -> None:
-        self._copy_base()
+        self._put_base_back()
         try:
             self._write(before)
         except Exception:
             _log.exception("refold failed mix=%s; serving it by correction", before.mix.digest)
-            self._copy_base()
+            self._put_base_back()
 
-    def _copy_base(self) -> None:
+    def _put_base_back(self) -> None:
         """Put every module that may have been written right; allocates nothing beside the base.
 
         Raises:
             DataLoss: Even that failed; the weights are no mix at all.
         """
         try:
-            for module, base in list(self._base.items()):
-                self._live(module).copy_(base)
+            self._copy_base(list(self._base))
         except Exception as error:
             self.lost = True
             raise DataLoss(
@@ -257,7 +274,7 @@ class ResidentWeights:
     def verify(self) -> Generator[bool, None, Verification]:
         """Compare every live bit with a fresh fold and every base bit with its hash at load.
 
-        Yields after each parameter, so that the engine can step in between; begins anew when the
+        Yields after a few parameters, so that the engine can step in between; begins anew when the
         resident mix changes meanwhile.
 
         Raises:
@@ -276,16 +293,20 @@ class ResidentWeights:
 
     def _verify_against(self, resident: PreparedMix) -> Generator[bool, None, Verification | None]:
         kept = set(self._base)
+        expected = dict(self._hashes)
+        for group in resident.groups:
+            for module, fresh in zip(group, self._fresh(group, resident.factors), strict=True):
+                expected[f"{module}.weight"] = hash_bytes(fresh)
+            yield True
+            if self.resident is not resident:
+                return None
         hashes, damaged_resident, damaged_base = {}, [], []
         for name, parameter in self._parameters.items():
             module = name.removesuffix(".weight")
             hashes[name] = hash_bytes(parameter)
             if module in kept and hash_bytes(self._base[module]) != self._hashes[name]:
                 damaged_base.append(name)
-            expected = self._hashes[name]
-            if module in resident.factors:
-                expected = hash_bytes(self._fresh(module, resident.factors[module]))
-            if hashes[name] != expected:
+            if hashes[name] != expected[name]:
                 damaged_resident.append(name)
             yield True
             if self.resident is not resident:
@@ -295,22 +316,23 @@ class ResidentWeights:
         )
 
     @torch.inference_mode()
-    def _fresh(self, module: str, pair: Pair) -> Tensor:
-        folded = torch.empty_like(self._live(module))
-        self._formats[module].fold(folded, self._base[module], pair)
+    def _fresh(self, group: Sequence[str], factors: Mapping[str, Pair]) -> list[Tensor]:
+        folded = [torch.empty_like(self._live[module]) for module in group]
+        self._fold(group, folded, factors)
         return folded
 
     def measure_fold_error(self, prepared: PreparedMix) -> Generator[bool, None, float]:
         """Return norm(W(mix) - W0 - delta) / norm(delta), measured; yields after each module."""
         lost = total = 0.0
-        for module, pair in prepared.factors.items():
-            base = self._base[module].to(self.device)
-            with torch.inference_mode():
-                delta = self._formats[module].delta(pair)
-                error = self._fresh(module, pair).double() - base.double() - delta
-                lost += float(error.square().sum())
-                total += float(delta.square().sum())
-            yield True
+        for group in prepared.groups:
+            for module, fresh in zip(group, self._fresh(group, prepared.factors), strict=True):
+                base = self._base[module].to(self.device)
+                with torch.inference_mode():
+                    delta = self._formats[module].delta(prepared.factors[module])
+                    error = fresh.double() - base.double() - delta
+                    lost += float(error.square().sum())
+                    total += float(delta.square().sum())
+                yield True
         return (lost / total) ** 0.5 if total else 0.0
 
 
