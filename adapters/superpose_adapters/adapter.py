@@ -18,6 +18,7 @@ Reason = Literal[
     "CONFIG_INVALID",
     "UNSUPPORTED_FEATURE",
     "TARGET_NOT_FOUND",
+    "TARGET_NOT_ADAPTABLE",
     "TIED_PARAMETER",
     "TENSOR_MISSING",
     "TENSOR_SURPLUS",
@@ -71,12 +72,15 @@ class Adapter:
         config: The config fields that matter to a reader (r, lora_alpha, use_rslora, patterns,
             target_modules), as plain JSON values.
         nbytes: Bytes of the tensor file.
+        warnings: What an operator should know of it, a line each: it is served, but was read in a
+            way that its files do not quite say, or seems to be another base's.
     """
 
     digest: str
     modules: Mapping[str, Factors]
     config: Mapping[str, object] = field(default_factory=dict)
     nbytes: int = 0
+    warnings: tuple[str, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         """Tell whether two adapters have one digest."""

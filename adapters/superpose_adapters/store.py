@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import Any
 
 from superpose_adapters.adapter import Adapter, AdapterError
+from superpose_adapters.base.facts import BaseFacts
 from superpose_adapters.digest import canonical_json
 from superpose_adapters.durable import sync, write_synced
 from superpose_adapters.layout import Layout
@@ -185,15 +186,24 @@ class AdapterStore:
             raise self._damaged(path, f"its contents have the digest {found}")
         return config, tensors
 
-    def load(self, digest: str, layout: Layout, limits: Limits = DEFAULT_LIMITS) -> Adapter:
+    def load(
+        self,
+        digest: str,
+        layout: Layout,
+        limits: Limits = DEFAULT_LIMITS,
+        *,
+        base: BaseFacts | None = None,
+    ) -> Adapter:
         """Return a stored adapter, checked again, as it may be served on another base now.
+
+        For the arguments see `read_adapter`.
 
         Raises:
             KeyError: No object of this digest is stored.
             StoreError: The object is damaged.
             AdapterError: It does not fit this base or these limits.
         """
-        return parse_adapter(*self.files(digest), layout, limits)
+        return parse_adapter(*self.files(digest), layout, limits, base=base)
 
     def collect(self, in_use: Collection[str]) -> list[str]:
         """Remove every object that has no name and is not among the digests `in_use`.

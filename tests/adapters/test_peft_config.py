@@ -18,6 +18,7 @@ from superpose_adapters.adapter import AdapterError
 from superpose_adapters.layout import ModuleLayout, read_layout
 from superpose_adapters.peft.config import (
     IGNORED,
+    OF_OTHER_TRAINERS,
     REFUSED,
     UNDERSTOOD,
     PeftConfig,
@@ -38,6 +39,7 @@ def parse(**fields: Any) -> PeftConfig:
 def test_the_tables_are_those_of_the_installed_peft() -> None:
     table = UNDERSTOOD | IGNORED | REFUSED
     assert len(table) == len(UNDERSTOOD) + len(IGNORED) + len(REFUSED)
+    assert not table.keys() & OF_OTHER_TRAINERS
     for field in dataclasses.fields(peft.LoraConfig):
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
@@ -62,33 +64,28 @@ def test_what_peft_writes_by_default_is_accepted() -> None:
         exclude_modules=(),
         layers_to_transform=(),
         layers_pattern=(),
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=None,
     )
+    assert config.warnings == ()
 
 
 REFUSED_VALUES: dict[str, Any] = {
-    "bias": "all",
     "modules_to_save": ["lm_head"],
     "megatron_config": {"tp": 1},
-    "megatron_core": "other.core",
     "trainable_token_indices": [0],
-    "loftq_config": {"loftq_bits": 4},
-    "eva_config": {"rho": 2.0},
-    "corda_config": {"corda_method": "ipm"},
-    "lora_ga_config": {"direction": "ArBr"},
     "use_dora": True,
     "velora_config": {"num_groups": 1},
     "alora_invocation_tokens": [1, 2],
     "use_qalora": True,
-    "qalora_group_size": 8,
     "monteclora_config": {"num_samples": 1},
     "layer_replication": [[0, 1]],
-    "runtime_config": {"ephemeral_gpu_offload": True},
     "lora_bias": True,
     "target_parameters": ["mlp.experts"],
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 3},
     "kasa_config": {"beta": 1.0},
-    "ensure_weight_tying": True,
 }
 
 
@@ -106,7 +103,7 @@ def test_every_refused_field_is_tried() -> None:
         ("some_new_switch", True),
         *(
             ("init_lora_weights", init)
-            for init in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "eva", "lora_ga", 1)
+            for init in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "Eva", 1)
         ),
     ],
 )
@@ -117,9 +114,31 @@ def test_other_methods_are_refused_by_name(field: str, value: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+@pytest.mark.parametrize(
+    "init", [True, False, None, "gaussian", "Gaussian", "orthogonal", "eva", "mica", "MiCA"]
+)
 def test_initialisations_that_leave_the_base_are_accepted(init: Any) -> None:
     assert parse(init_lora_weights=init).r == 8
+
+
+def test_an_mlx_config_is_refused_with_the_way_out() -> None:
+    text = json.dumps({"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}).encode()
+    with pytest.raises(AdapterError, match="MLX's, not PEFT's.* superpose-convert") as caught:
+        parse_config(text)
+    assert caught.value.reason == "UNSUPPORTED_FEATURE"
+
+
+@pytest.mark.parametrize("field", sorted(OF_OTHER_TRAINERS))
+def test_fields_of_other_trainers_that_change_nothing_are_accepted(field: str) -> None:
+    assert parse(**{field: "anything"}) == parse()
+    with pytest.raises(AdapterError, match=f"field '{field}_too' is not known"):
+        parse(**{f"{field}_too": "anything"})
+
+
+@pytest.mark.parametrize("task", ["SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", "QUESTION_ANS"])
+def test_another_task_is_accepted_with_a_warning(task: str) -> None:
+    (warning,) = parse(task_type=task).warnings
+    assert task in warning
 
 
 def test_a_field_of_a_later_peft_that_is_off_is_accepted() -> None:
@@ -145,6 +164,8 @@ def test_a_field_of_a_later_peft_that_is_off_is_accepted() -> None:
         ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
         ({"lora_alpha": True}, "lora_alpha is true"),
         ({"use_rslora": 1}, "use_rslora is 1"),
+        ({"bias": "some"}, 'bias is "some"'),
+        ({"bias": None}, "bias is null"),
         ({"fan_in_fan_out": "no"}, "fan_in_fan_out is"),
         ({"rank_pattern": [1]}, "rank_pattern is"),
         ({"rank_pattern": {"c_attn": 0}}, "rank_pattern of"),

@@ -26,6 +26,7 @@ from superpose_adapters.base.family import (
     refuse_settings,
 )
 from superpose_adapters.base.folder import (
+    WRAPPERS,
     read_headers,
     read_settings,
     refuse,
@@ -35,8 +36,6 @@ from superpose_adapters.one_line import with_kind
 from superpose_adapters.tensorfile import TensorEntry
 
 _FLOATS = {"F64", "F32", "BF16", "F16"}
-# What torch.compile and DataParallel put before every name.
-_WRAPPERS = r"^(?:(?:_orig_mod|module)\.)+"
 # What older classes stored although they could make it: positions, lower triangles, and a score.
 _POSITION_IDS = re.compile(r"(^|\.)position_ids$")
 _MASK = re.compile(r"(^|\.)att(n|ention)\.bias$")
@@ -71,7 +70,7 @@ def load_checkpoint(
         skeleton = _skeleton(folder, config, dtype)
         stored = read_headers(folder, paths)
         mapping = _unwrap(folder, stored)
-        stored = {re.sub(_WRAPPERS, "", name): entry for name, entry in stored.items()}
+        stored = {re.sub(WRAPPERS, "", name): entry for name, entry in stored.items()}
         _check_stored(folder, skeleton, stored)
         module = _load(folder, config, dtype, mapping, skeleton, stored)
     module.eval().requires_grad_(False)
@@ -138,7 +137,7 @@ def _unwrap(folder: Path, names: Iterable[str]) -> dict[str, str] | None:
     """Return the renaming that takes a wrapper's prefix from every name; None: there is none."""
     prefixes: dict[str, str] = {}
     for name in names:
-        match = re.match(_WRAPPERS, name)
+        match = re.match(WRAPPERS, name)
         prefixes.setdefault(match.group() if match else "", name)
     if set(prefixes) <= {""}:
         return None
@@ -151,7 +150,7 @@ def _unwrap(folder: Path, names: Iterable[str]) -> dict[str, str] | None:
         )
     (prefix,) = prefixes
     _log.warning("base %s: every tensor is named behind %s; loaded without that", folder, prefix)
-    return {_WRAPPERS: ""}
+    return {WRAPPERS: ""}
 
 
 def _check_stored(folder: Path, skeleton: Any, stored: dict[str, TensorEntry]) -> None:

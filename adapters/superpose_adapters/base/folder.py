@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +14,8 @@ from superpose_adapters.tensorfile import TensorEntry, TensorFileError, read_hea
 
 # What transformers' own format for several hosts is called, which it loads before anything else.
 _DISTRIBUTED = "shard-*-model-*-of-*.safetensors"
+# What torch.compile and DataParallel put before every name.
+WRAPPERS = r"^(?:(?:_orig_mod|module)\.)+"
 
 
 class CheckpointError(ValueError):
@@ -90,6 +93,20 @@ def weight_files(folder: Path) -> list[Path]:
         if not path.is_file():
             refuse(folder, f"lacks {path.name}, which {index.name} names: copy that file too")
     return paths
+
+
+def find_tensors(folder: Path, names: Collection[str]) -> list[tuple[Path, TensorEntry]]:
+    """Return file and place of every tensor that has one of `names`, wrappers' prefixes taken off.
+
+    Raises:
+        CheckpointError: The folder is no whole checkpoint.
+    """
+    return [
+        (path, entry)
+        for path in weight_files(folder)
+        for entry in read_headers(folder, [path]).values()
+        if re.sub(WRAPPERS, "", entry.name) in names
+    ]
 
 
 def read_headers(folder: Path, paths: Sequence[Path]) -> dict[str, TensorEntry]:

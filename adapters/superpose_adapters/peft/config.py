@@ -33,47 +33,66 @@ UNDERSTOOD: dict[str, Any] = {
     "layers_pattern": None,
     "fan_in_fan_out": False,
     "init_lora_weights": True,
+    "bias": "none",
+    "base_model_name_or_path": None,
 }
 
-# Fields that matter to training or to a reader only; any value is accepted and ignored.
+# Fields that change nothing of what is served here; any value is accepted and ignored.
 IGNORED: dict[str, Any] = {
     "auto_mapping": None,
     "peft_version": None,
-    "base_model_name_or_path": None,
     "revision": None,
     "inference_mode": False,
     "lora_dropout": 0.0,
-}
-
-# Other methods. Each must hold its default.
-REFUSED: dict[str, Any] = {
-    "bias": "none",
-    "modules_to_save": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "trainable_token_indices": None,
+    # How initialisations go about it; init_lora_weights says which one it was, and counts.
     "loftq_config": {},
     "eva_config": None,
     "corda_config": None,
     "lora_ga_config": None,
+    # Parts of methods whose switches (use_qalora, megatron_config) must be off.
+    "qalora_group_size": 16,
+    "megatron_core": "megatron.core",
+    # Where PEFT computes; it is not even saved.
+    "runtime_config": {"ephemeral_gpu_offload": False},
+    # Ties what is added to a tied embedding or head, and nothing may be added to those here.
+    "ensure_weight_tying": False,
+}
+
+# Fields of other trainers that change nothing once an adapter is trained: the learning rates of
+# LoRA+ and the dtype of training (ms-swift), whether eval mode merges (PEFT before 0.3), and words.
+OF_OTHER_TRAINERS = frozenset(
+    {"lorap_lr_ratio", "lorap_emb_lr", "lora_dtype", "merge_weights", "_comment"}
+)
+
+# Other methods. Each must hold its default.
+REFUSED: dict[str, Any] = {
+    "modules_to_save": None,
+    "megatron_config": None,
+    "trainable_token_indices": None,
     "use_dora": False,
     "velora_config": None,
     "alora_invocation_tokens": None,
     "use_qalora": False,
-    "qalora_group_size": 16,
     "monteclora_config": None,
     "layer_replication": None,
-    "runtime_config": {"ephemeral_gpu_offload": False},
     "lora_bias": False,
     "target_parameters": None,
     "use_bdlora": None,
     "arrow_config": None,
     "kasa_config": None,
-    "ensure_weight_tying": False,
 }
 
 # Initialisations that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do not.
-PLAIN_INITS = (True, False, "gaussian", "orthogonal")
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+
+# Tasks whose adapters mean the same on a causal language model as long as nothing but LoRA was
+# trained; PEFT's other tasks come with a head of their own.
+_OTHER_TASKS = ("SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", "QUESTION_ANS")
+_BIASES = ("none", "lora_only", "all")
+# Fields of MLX's adapter_config.json.
+_MLX_FIELDS = ("lora_parameters", "lora_layers")
+
+_INERT = IGNORED.keys() | OF_OTHER_TRAINERS
 
 # Values by which PEFT says "off"; a field of a later PEFT that holds one changes nothing.
 _OFF: tuple[Any, ...] = (None, False, {}, [], "")
@@ -104,6 +123,18 @@ class PeftConfig:
     exclude_modules: str | tuple[str, ...]
     layers_to_transform: tuple[int, ...]
     layers_pattern: tuple[str, ...]
+    bias: str
+    task_type: str | None
+    base_model_name_or_path: str | None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What of the config an operator should know, a line each."""
+        if self.task_type not in _OTHER_TASKS:
+            return ()
+        return (
+            f"task_type is {self.task_type}: it is served on a causal language model all the same",
+        )
 
     @property
     def effect(self) -> dict[str, Any]:
@@ -146,9 +177,11 @@ def parse_config(text: bytes) -> PeftConfig:
         AdapterError: CONFIG_INVALID or UNSUPPORTED_FEATURE, naming the field.
     """
     config = _parse_object(text)
+    if "peft_type" not in config and any(name in config for name in _MLX_FIELDS):
+        raise _unsupported("is MLX's, not PEFT's: convert the folder with superpose-convert")
     if config.get("peft_type") != "LORA":
         raise _unsupported(f"peft_type is {shorten(config.get('peft_type'))}: only LORA is served")
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
+    if config.get("task_type") not in (None, "CAUSAL_LM", *_OTHER_TASKS):
         raise _unsupported(f"task_type is {shorten(config['task_type'])}: only CAUSAL_LM is served")
     _check_init(config.get("init_lora_weights", True))
     for name, value in config.items():
@@ -158,7 +191,7 @@ def parse_config(text: bytes) -> PeftConfig:
                     f"{name} is {shorten(value)}: only {shorten(REFUSED[name])} is served, "
                     "so train a plain LoRA"
                 )
-        elif name not in UNDERSTOOD and name not in IGNORED and not _is_off(value):
+        elif name not in UNDERSTOOD and name not in _INERT and not _is_off(value):
             raise _unsupported(f"field {name[:80]!r} is not known: remove it if it has no effect")
     return _understood({name: config.get(name, UNDERSTOOD[name]) for name in UNDERSTOOD})
 
@@ -166,11 +199,13 @@ def parse_config(text: bytes) -> PeftConfig:
 def _understood(fields: Mapping[str, Any]) -> PeftConfig:
     target, exclude = fields["target_modules"], fields["exclude_modules"]
     layers, layers_pattern = fields["layers_to_transform"], fields["layers_pattern"]
-    if not isinstance(fields["use_rslora"], bool):
-        raise _invalid(f"use_rslora is {shorten(fields['use_rslora'])}: use true or false")
-    # PEFT sets this one by the type of the module, whatever the file says; so does the layout.
-    if not isinstance(fields["fan_in_fan_out"], bool):
-        raise _invalid(f"fan_in_fan_out is {shorten(fields['fan_in_fan_out'])}: use true or false")
+    # PEFT sets fan_in_fan_out by the type of the module, whatever it says here; so does the layout.
+    for name in ("use_rslora", "fan_in_fan_out"):
+        if fields[name] is not None and not isinstance(fields[name], bool):
+            raise _invalid(f"{name} is {shorten(fields[name])}: use true or false")
+    if fields["bias"] not in _BIASES:
+        raise _invalid(f"bias is {shorten(fields['bias'])}: use one of {', '.join(_BIASES)}")
+    name = fields["base_model_name_or_path"]
     if target is None:
         raise _invalid("target_modules is null: name the adapted modules")
     if isinstance(target, str) and (layers is not None or layers_pattern is not None):
@@ -185,7 +220,7 @@ def _understood(fields: Mapping[str, Any]) -> PeftConfig:
     return PeftConfig(
         r=_rank("r", fields["r"]),
         lora_alpha=_alpha("lora_alpha", fields["lora_alpha"]),
-        use_rslora=fields["use_rslora"],
+        use_rslora=bool(fields["use_rslora"]),
         rank_pattern={
             key: _rank(f"rank_pattern of {shorten(key)}", value)
             for key, value in _object("rank_pattern", fields["rank_pattern"])
@@ -198,12 +233,17 @@ def _understood(fields: Mapping[str, Any]) -> PeftConfig:
         exclude_modules=exclude if isinstance(exclude, str) else _names("exclude_modules", exclude),
         layers_to_transform=_layers(layers),
         layers_pattern=_names("layers_pattern", layers_pattern),
+        bias=fields["bias"],
+        task_type=fields["task_type"],
+        base_model_name_or_path=name if isinstance(name, str) else None,
     )
 
 
 def _check_init(value: Any) -> None:
+    # PEFT reads these two in any case.
+    known = value.lower() if str(value).lower() in ("gaussian", "mica") else value
     # 1 == True in Python; PEFT tells them apart.
-    if not any(value is init or (isinstance(value, str) and value == init) for init in PLAIN_INITS):
+    if not any(known is init or (isinstance(known, str) and known == init) for init in PLAIN_INITS):
         raise _unsupported(
             f"init_lora_weights is {shorten(value)}, which may change the base: convert it with "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...), or train with true"

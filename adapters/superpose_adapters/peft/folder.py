@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,17 +18,22 @@ import torch
 from torch import Tensor
 
 from superpose_adapters.adapter import Adapter, AdapterError, Factors
+from superpose_adapters.base.facts import BaseFacts
 from superpose_adapters.digest import adapter_digest
 from superpose_adapters.layout import Layout
 from superpose_adapters.mix import check_domain
+from superpose_adapters.peft.beside import check_bias, check_copies
 from superpose_adapters.peft.config import parse_config
+from superpose_adapters.peft.keys import PREFIX, factor_key, module_of, read_keys
 from superpose_adapters.peft.targets import select_modules
 from superpose_adapters.tensorfile import TensorEntry, TensorFileError, read_header
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 
-_KEY_PREFIX = "base_model.model."
+MLX_TENSORS_NAME = "adapters.safetensors"
+
+_GIT_LFS = b"version https://git-lfs.github.com/spec/"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle")
 # Far above any real header (two keys of about 100 bytes a module), far below a decoded bomb.
@@ -40,8 +45,8 @@ class Limits:
     """Caps on an adapter.
 
     Attributes:
-        max_rank: Largest rank of a module.
-        max_bytes: Largest tensor file.
+        max_rank: Largest rank of a module; the server's --max-rank.
+        max_bytes: Largest tensor file; the server's --max-adapter-mib.
         max_config_bytes: Largest config file. PEFT writes about 1 KiB, and some 50 bytes more for
             each entry of rank_pattern.
     """
@@ -65,7 +70,12 @@ DEFAULT_LIMITS = Limits()
 
 
 def read_adapter(
-    folder: Path, layout: Layout, limits: Limits = DEFAULT_LIMITS, *, root: Path | None = None
+    folder: Path,
+    layout: Layout,
+    limits: Limits = DEFAULT_LIMITS,
+    *,
+    base: BaseFacts | None = None,
+    root: Path | None = None,
 ) -> Adapter:
     """Read the PEFT folder `folder`, whose name must be fit for a domain.
 
@@ -73,6 +83,8 @@ def read_adapter(
         folder: Holds adapter_config.json and adapter_model.safetensors; other files are not read.
         layout: The base's modules.
         limits: Caps on rank and sizes.
+        base: What else is known of the base; without it everything that has to be compared with
+            the base is refused.
         root: Nothing outside this directory is read, links resolved; default the folder's parent.
 
     Raises:
@@ -86,43 +98,60 @@ def read_adapter(
     inside = _resolve(folder, home)
     if not inside.is_dir():
         raise AdapterError("FILE_MISSING", f"{folder}: not a directory: name a PEFT folder")
+    _check_kind(inside)
     config = _read_file(inside / CONFIG_NAME, home, limits.max_config_bytes)
-    if not os.path.lexists(inside / TENSORS_NAME):
-        for path in sorted(inside.iterdir()):
-            if path.suffix in _PICKLE_SUFFIXES and path.name.startswith("adapter_model"):
-                raise _pickle(path.name)
     tensors = _read_file(inside / TENSORS_NAME, home, limits.max_bytes)
-    return parse_adapter(config, tensors, layout, limits)
+    return parse_adapter(config, tensors, layout, limits, base=base)
 
 
 def parse_adapter(
-    config: bytes, tensors: bytes, layout: Layout, limits: Limits = DEFAULT_LIMITS
+    config: bytes,
+    tensors: bytes,
+    layout: Layout,
+    limits: Limits = DEFAULT_LIMITS,
+    *,
+    base: BaseFacts | None = None,
 ) -> Adapter:
     """Check the contents of adapter_config.json and adapter_model.safetensors against a base.
 
-    The result holds float32 copies that share no memory with `tensors`.
+    The result holds float32 copies that share no memory with `tensors`. For `base` see
+    `read_adapter`.
 
     Raises:
         AdapterError: It is refused; `reason` says why.
     """
     _check_size(CONFIG_NAME, len(config), limits.max_config_bytes)
     _check_size(TENSORS_NAME, len(tensors), limits.max_bytes)
+    for name, data in ((CONFIG_NAME, config), (TENSORS_NAME, tensors)):
+        _check_content(name, data)
     parsed = parse_config(config)
-    selected = select_modules(parsed, layout)
     entries = _entries(tensors)
-    _check_keys(entries, selected)
+    keys = read_keys(entries)
+    prefix = _missing_prefix(keys.factors, layout, base)
+    # As the adapter was trained: without the head, the names of modules lack the prefix.
+    seen = {
+        module.removeprefix(prefix): shape
+        for module, shape in layout.items()
+        if module.startswith(prefix)
+    }
+    selected = select_modules(parsed, seen, base.modules if base else {})
+    check_bias(parsed.bias, (prefix + module for module in selected), base)
+    others = check_copies({n: entries[key] for n, key in keys.others.items()}, tensors, base)
+    factors = {name: entries[key] for name, key in keys.factors.items()}
+    _check_surplus({**factors, **others}, selected, layout, base, prefix)
+    _check_missing(factors, selected)
     for module, (rank, _) in selected.items():
-        _check_module(module, rank, entries, layout, limits)
-    stored = {key: _decode(tensors, entry) for key, entry in entries.items()}
-    for key, tensor in stored.items():
+        _check_module(module, rank, factors, seen, limits)
+    stored = {name: _decode(tensors, entry) for name, entry in factors.items()}
+    for name, tensor in stored.items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(
-                "NOT_FINITE", f"tensor {key} holds NaN or infinity: the training diverged"
+                "NOT_FINITE", f"tensor {name} holds NaN or infinity: the training diverged"
             )
     modules = {
-        module: Factors(
-            a=stored[_key(module, "A")].float(),
-            b=stored[_key(module, "B")].float().T.contiguous().T,
+        prefix + module: Factors(
+            a=stored[factor_key(module, "A")].float(),
+            b=stored[factor_key(module, "B")].float().T.contiguous().T,
             scaling=parsed.scaling(rank, alpha),
         )
         for module, (rank, alpha) in selected.items()
@@ -138,6 +167,12 @@ def parse_adapter(
         modules=modules,
         config=parsed.summary,
         nbytes=len(tensors),
+        warnings=(
+            *keys.warnings,
+            *([f"trained on the model without its head; {prefix} is put in front"] * bool(prefix)),
+            *parsed.warnings,
+            *_other_base(parsed.base_model_name_or_path, base),
+        ),
     )
 
 
@@ -148,15 +183,60 @@ def files_digest(config: bytes, tensors: bytes) -> str:
         AdapterError: They are no longer an adapter's files.
     """
     entries = _entries(tensors)
-    for entry in entries.values():
+    factors = {name: entries[key] for name, key in read_keys(entries).factors.items()}
+    for entry in factors.values():
         _check_dtype(entry)
-    stored = {key: _decode(tensors, entry) for key, entry in entries.items()}
+    stored = {name: _decode(tensors, entry) for name, entry in factors.items()}
     return adapter_digest(stored, parse_config(config).effect)
 
 
-def _key(module: str, factor: str) -> str:
-    """Return PEFT's key of a factor. It names no adapter: `.default.` is dropped on saving."""
-    return f"{_KEY_PREFIX}{module}.lora_{factor}.weight"
+def inner_adapter(folder: Path) -> Path | None:
+    """Return the first folder just below `folder` that holds an adapter's config, if one does."""
+    return next((path.parent for path in sorted(folder.glob(f"*/{CONFIG_NAME}"))), None)
+
+
+def _missing_prefix(factors: Iterable[str], layout: Layout, base: BaseFacts | None) -> str:
+    """Return what the modules' names lack if they are those of the model without its head."""
+    modules = {module_of(name) for name in factors}
+    if base is None or not base.backbone or not modules or modules & layout.keys():
+        return ""
+    prefix = f"{base.backbone}."
+    return prefix if all(f"{prefix}{module}" in layout for module in modules) else ""
+
+
+def _other_base(name: str | None, base: BaseFacts | None) -> tuple[str, ...]:
+    if name is None or base is None or not base.differs_from(name):
+        return ()
+    return (
+        f"its base_model_name_or_path is {name[:200]}, and this base is {base.name}: on another "
+        "model than the one it was trained on it means nothing",
+    )
+
+
+def _check_kind(folder: Path) -> None:
+    """Refuse a folder that is known to be something else than PEFT's."""
+    if not os.path.lexists(folder / TENSORS_NAME):
+        if (folder / MLX_TENSORS_NAME).exists() and (folder / CONFIG_NAME).exists():
+            raise AdapterError(
+                "UNSUPPORTED_FEATURE",
+                f"{folder}: an adapter of MLX ({MLX_TENSORS_NAME}): convert it with "
+                "superpose-convert",
+            )
+        for path in sorted(folder.iterdir()):
+            if path.suffix in _PICKLE_SUFFIXES and path.name.startswith("adapter_model"):
+                raise _pickle(path.name)
+    if not os.path.lexists(folder / CONFIG_NAME) and (inner := inner_adapter(folder)):
+        raise AdapterError(
+            "FILE_MISSING", f"{folder}: no {CONFIG_NAME}, but {inner} holds one: name that folder"
+        )
+
+
+def _check_content(name: str, data: bytes) -> None:
+    if data.startswith(_GIT_LFS):
+        raise AdapterError(
+            "FILE_CORRUPT",
+            f"{name} is a Git LFS pointer, not the file itself: run git lfs pull, or download it",
+        )
 
 
 def _pickle(name: str) -> AdapterError:
@@ -167,10 +247,13 @@ def _pickle(name: str) -> AdapterError:
 
 def _check_size(name: str, size: int, limit: int) -> None:
     if size > limit:
+        remedy = (
+            "train a smaller rank, or start the server with a larger --max-adapter-mib"
+            if name == TENSORS_NAME
+            else "PEFT writes some KiB"
+        )
         raise AdapterError(
-            "TOO_LARGE",
-            f"{name} is larger than the limit of {limit} bytes: train a smaller rank or raise the "
-            "server's limit",
+            "TOO_LARGE", f"{name} is larger than the limit of {limit} bytes: {remedy}"
         )
 
 
@@ -224,17 +307,42 @@ def _entries(tensors: bytes) -> dict[str, TensorEntry]:
     return {entry.name: entry for entry in header}
 
 
-def _check_keys(entries: Mapping[str, TensorEntry], selected: Mapping[str, object]) -> None:
-    expected = {_key(module, factor) for module in selected for factor in "AB"}
+def _check_surplus(
+    entries: Mapping[str, TensorEntry],
+    selected: Iterable[str],
+    layout: Layout,
+    base: BaseFacts | None,
+    prefix: str,
+) -> None:
+    expected = {factor_key(module, factor) for module in selected for factor in "AB"}
     surplus = sorted(set(entries) - expected)
+    for name in surplus:
+        module, lora, _ = name.removeprefix(PREFIX).partition(".lora_")
+        owner = base.owner(prefix + module) if base and lora else None
+        if base and owner is not None and owner not in layout:
+            raise AdapterError(
+                "TARGET_NOT_ADAPTABLE",
+                f"tensor {name[:200]}: module {owner} ({base.modules[owner]}) is in this base, but "
+                "cannot be adapted here: train without it in target_modules",
+            )
     if surplus:
-        named = ", ".join(name[:200] for name in surplus[:3])
+        named = ", ".join(entries[name].name[:200] for name in surplus[:3])
+        mlx = any(name.endswith((".lora_a", ".lora_b")) for name in surplus)
+        remedy = (
+            "they are named as MLX's: convert its folder with superpose-convert"
+            if mlx
+            else "the delta would be incomplete; save with peft's save_pretrained for this base"
+        )
         raise AdapterError(
             "TENSOR_SURPLUS",
             f"{len(surplus)} tensors that the config or the base has no use for ({named}): "
-            "the delta would be incomplete; save with peft's save_pretrained for this base",
+            f"{remedy}",
         )
-    missing = sorted(expected - set(entries))
+
+
+def _check_missing(factors: Mapping[str, TensorEntry], selected: Iterable[str]) -> None:
+    expected = {factor_key(module, factor) for module in selected for factor in "AB"}
+    missing = sorted(expected - set(factors))
     if missing:
         raise AdapterError(
             "TENSOR_MISSING",
@@ -257,12 +365,13 @@ def _check_module(
     if rank > limits.max_rank:
         raise AdapterError(
             "RANK_TOO_HIGH",
-            f"module {module} has rank {rank}: the limit is {limits.max_rank}",
+            f"module {module} has rank {rank}: the limit is {limits.max_rank}; train a smaller "
+            "rank, or start the server with a larger --max-rank",
         )
     size = layout[module]
     shapes = {"A": (rank, size.in_features), "B": (size.out_features, rank)}
     for factor, shape in shapes.items():
-        entry = entries[_key(module, factor)]
+        entry = entries[factor_key(module, factor)]
         _check_dtype(entry)
         if entry.shape != shape:
             raise AdapterError(

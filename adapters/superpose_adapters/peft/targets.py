@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TypeVar
 
 from superpose_adapters.adapter import AdapterError
@@ -15,13 +16,21 @@ _ALL_LINEAR = "all-linear"
 _Number = TypeVar("_Number", int, float)
 
 
-def select_modules(config: PeftConfig, layout: Layout) -> dict[str, tuple[int, float]]:
+def select_modules(
+    config: PeftConfig, layout: Layout, present: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, tuple[int, float]]:
     """Return {module: (rank, alpha)} of the base's modules that `config` adapts, sorted by name.
+
+    Args:
+        config: Checked.
+        layout: The modules that can be adapted.
+        present: {module: its class} of all modules, for the words of a refusal.
 
     Raises:
         AdapterError: Nothing is selected, a selected parameter is tied, or a pattern is bad.
     """
     budget = Budget()
+    named = not _is_all_linear(config)
     targets = _targets(config, layout, budget)
     excluded = _selector("exclude_modules", config.exclude_modules, budget)
     rank_of = _first_match("rank_pattern", config.rank_pattern, config.r, budget)
@@ -38,6 +47,15 @@ def select_modules(config: PeftConfig, layout: Layout) -> dict[str, tuple[int, f
             )
         selected[module] = (rank_of(module), alpha_of(module))
     if not selected:
+        # all-linear asks for no names.
+        for module in sorted(present.keys() - layout.keys()) if named else ():
+            if targets(module) and not excluded(module):
+                raise AdapterError(
+                    "TARGET_NOT_ADAPTABLE",
+                    f"adapter_config.json: target_modules {shorten(config.target_modules)} select "
+                    f"module {module} ({present[module]}), which is in this base, but cannot be "
+                    "adapted here: train the Linear or Conv1D modules of its layers",
+                )
         raise AdapterError(
             "TARGET_NOT_FOUND",
             f"adapter_config.json: target_modules {shorten(config.target_modules)} select no "
@@ -46,8 +64,13 @@ def select_modules(config: PeftConfig, layout: Layout) -> dict[str, tuple[int, f
     return selected
 
 
+def _is_all_linear(config: PeftConfig) -> bool:
+    target = config.target_modules
+    return isinstance(target, str) and target.lower() == _ALL_LINEAR
+
+
 def _targets(config: PeftConfig, layout: Layout, budget: Budget) -> Callable[[str], bool]:
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == _ALL_LINEAR:
+    if _is_all_linear(config):
         return lambda module: not layout[module].head
     return _selector(
         "target_modules",
