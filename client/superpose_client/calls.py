@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2
 
 from superpose_client import requests
 from superpose_client.call import UNLIMITED, WORK, Call, Calls
+from superpose_client.errors import AdapterFolderError
 from superpose_client.mix import MixLike
 from superpose_client.requests import (
     AdapterFiles,
@@ -177,19 +178,31 @@ def push(
     *,
     replace: bool = False,
     timeout: float | None = None,
-) -> Call[PushResult]:
+) -> Calls[PushResult]:
     """Store an adapter, a PEFT folder or its two files, under a domain name.
 
     The same bytes again are fine; other bytes need `replace`.
 
     Raises:
-        AdapterFolderError: The folder lacks a file, or holds a pickle.
+        AdapterFolderError: The folder lacks a file, holds a pickle, or more than the server takes.
     """
-    files = adapter if isinstance(adapter, AdapterFiles) else AdapterFiles.read(adapter)
+    found = adapter if isinstance(adapter, AdapterFiles) else requests.adapter_folder(adapter)
+    size = requests.tensors_size(found)
+    if size > requests.TAKEN_UNASKED:
+        most = (yield info(timeout=timeout)).limits.max_adapter_bytes
+        if size > most:
+            raise AdapterFolderError(
+                f"the tensors have {size} bytes, more than the {most} that this server takes; "
+                "start it with a larger --max-adapter-mib"
+            )
+    files = found if isinstance(found, AdapterFiles) else AdapterFiles.read(found)
     request = adapter_pb2.PushAdapterRequest(
         domain=domain, config=files.config, tensors=files.tensors, replace=replace
     )
-    return Call("Adapter.PushAdapter", request, PushResult.from_proto, timeout, WORK)
+    result: PushResult = yield Call(
+        "Adapter.PushAdapter", request, PushResult.from_proto, timeout, WORK
+    )
+    return result
 
 
 def delete(domain: str, *, timeout: float | None = None) -> Call[None]:

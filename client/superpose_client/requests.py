@@ -12,9 +12,12 @@ from superpose_client.results import MixState, ScoreResult
 from superpose_proto.v1 import inference_pb2, mix_pb2
 
 MAX_SCORE_ITEMS = 256
-MAX_ADAPTER_BYTES = 256 * 2**20
+# Bytes of tensors that any server takes, or refuses in words of its own. More may be cut off by its
+# limit on messages, so it is asked before.
+TAKEN_UNASKED = 16 * 2**20
 _CONFIG = "adapter_config.json"
 _TENSORS = "adapter_model.safetensors"
+_MLX_TENSORS = "adapters.safetensors"
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or the messages of a chat as {"role": ..., "content": ...}."""
@@ -55,31 +58,54 @@ class AdapterFiles(NamedTuple):
 
     @classmethod
     def read(cls, folder: str | PathLike[str]) -> Self:
-        """Read adapter_config.json and adapter_model.safetensors.
+        """Read adapter_config.json and adapter_model.safetensors, as large as they are.
 
         Raises:
-            AdapterFolderError: A file is missing, too large, or a pickle, which is never sent.
+            AdapterFolderError: A file is missing, or a pickle, which is never sent.
         """
-        path = Path(folder)
-        if not path.is_dir():
-            raise AdapterFolderError(f"{path} is not a folder; give the one that holds {_CONFIG}")
-        for name in (_CONFIG, _TENSORS):
-            if (path / name).is_file():
-                continue
-            pickles = sorted(file.name for file in path.glob("*.bin"))
-            if name == _TENSORS and pickles:
-                raise AdapterFolderError(
-                    f"{path / pickles[0]} is a pickle, which is refused; "
-                    "save the adapter with safe_serialization=True"
-                )
-            raise AdapterFolderError(
-                f"{path} holds no {name}; name the folder that PEFT's save_pretrained wrote"
-            )
-        if (size := (path / _TENSORS).stat().st_size) > MAX_ADAPTER_BYTES:
-            raise AdapterFolderError(
-                f"{path / _TENSORS} has {size} bytes, more than {MAX_ADAPTER_BYTES}"
-            )
+        path = adapter_folder(folder)
         return cls((path / _CONFIG).read_bytes(), (path / _TENSORS).read_bytes())
+
+
+def adapter_folder(folder: str | PathLike[str]) -> Path:
+    """Return a folder that holds the two files of an adapter in PEFT's format.
+
+    Raises:
+        AdapterFolderError: A file is missing, or a pickle, which is never sent.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise AdapterFolderError(f"{path} is not a folder; give the one that holds {_CONFIG}")
+    for name in (_CONFIG, _TENSORS):
+        if (path / name).is_file():
+            continue
+        pickles = sorted(file.name for file in path.glob("*.bin"))
+        if name == _TENSORS and (path / _MLX_TENSORS).is_file():
+            raise AdapterFolderError(
+                f"{path} holds an adapter of MLX ({_MLX_TENSORS}); convert it with "
+                "superpose-convert, which comes with superpose[server]"
+            )
+        if name == _TENSORS and pickles:
+            raise AdapterFolderError(
+                f"{path / pickles[0]} is a pickle, which is refused; "
+                "save the adapter with safe_serialization=True"
+            )
+        inner = sorted(path.glob(f"*/{_CONFIG}"))
+        if name == _CONFIG and inner:
+            raise AdapterFolderError(
+                f"{path} holds no {name}, but {inner[0].parent} does; name that folder"
+            )
+        raise AdapterFolderError(
+            f"{path} holds no {name}; name the folder that PEFT's save_pretrained wrote"
+        )
+    return path
+
+
+def tensors_size(adapter: Path | AdapterFiles) -> int:
+    """Return the bytes of an adapter's tensors, of a folder without reading them."""
+    if isinstance(adapter, AdapterFiles):
+        return len(adapter.tensors)
+    return (adapter / _TENSORS).stat().st_size
 
 
 def mix(value: MixLike | None) -> mix_pb2.Mix | None:

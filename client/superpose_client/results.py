@@ -126,7 +126,7 @@ class ScoreResult(FromMessage, message=inference_pb2.ScoreResponse):
 
 @dataclass(frozen=True)
 class AdapterInfo(FromMessage, message=adapter_pb2.Adapter):
-    """An adapter. In lists `modules` and `config_json` are empty."""
+    """An adapter. In lists `modules`, `config_json` and `warnings` are empty."""
 
     domain: str
     digest: str
@@ -137,6 +137,7 @@ class AdapterInfo(FromMessage, message=adapter_pb2.Adapter):
     modules: tuple[str, ...]
     weight: float
     config_json: str
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def _(adapter: AdapterInfo) -> RenderableType:
         fields.append((f"{len(adapter.modules)} modules", _by_layer(adapter.modules)))
     if adapter.config_json:
         fields.append(("config", adapter.config_json))
-    return _fields(*fields)
+    return _fields(*fields, *_warnings(adapter.warnings))
 
 
 @screen.register
@@ -209,8 +209,7 @@ def _(result: Analysis) -> RenderableType:
     if result.pairs:
         parts += ["", _pairs(result.pairs)]
     if result.warnings:
-        warnings = [("warning", Text(warning, style="yellow")) for warning in result.warnings]
-        parts += ["", _fields(*warnings)]
+        parts += ["", _fields(*_warnings(result.warnings))]
     return Group(*parts)
 
 
@@ -263,6 +262,10 @@ def _mix_fields(mix: MixState) -> list[tuple[str, str | Text]]:
         ("generation", str(mix.generation)),
         ("digest", mix.digest),
     ]
+
+
+def _warnings(warnings: Iterable[str]) -> list[tuple[str, Text]]:
+    return [("warning", Text(warning, style="yellow")) for warning in warnings]
 
 
 def _with_entries(mix: MixState, fields: Sequence[tuple[str, str | Text]]) -> RenderableType:

@@ -19,6 +19,7 @@ from tests.client.fake_server import (
     Failure,
     FakeServer,
     Hang,
+    adapter,
     analysis,
     default_answers,
     digest_of,
@@ -165,6 +166,16 @@ def test_show(ctl: Ctl, server: FakeServer) -> None:
     assert "4 x transformer.h.*.attn.c_attn" in shown
     assert '{"r":4,"lora_alpha":64,"target_modules":["c_attn"]}' in shown
     assert printed(ctl("show", "math", "--json"))["domain"] == "math"
+    assert "warning" not in shown
+
+
+def test_warnings_of_an_adapter_are_shown(ctl: Ctl, server: FakeServer, folder: Path) -> None:
+    warned = adapter(warnings=["it is another base's"])
+    server.answers["GetAdapter"] = adapter_pb2.GetAdapterResponse(adapter=warned)
+    server.answers["PushAdapter"] = adapter_pb2.PushAdapterResponse(adapter=warned)
+    for command in (["show", "math"], ["push", "math", str(folder)]):
+        assert "warning        it is another base's\n" in ctl(*command).stdout
+    assert printed(ctl("show", "math", "--json"))["warnings"] == ["it is another base's"]
 
 
 @pytest.mark.parametrize("replace", [False, True])

@@ -28,7 +28,7 @@ from superpose_client.async_client import AsyncClient
 from superpose_client.client import Client
 from superpose_client.requests import AdapterFiles
 from superpose_client.results import AdapterSource, FinishReason, HealthStatus
-from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2
+from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2, server_pb2
 
 
 def test_generate(caller: Caller, server: FakeServer) -> None:
@@ -477,10 +477,45 @@ def test_a_file_is_no_folder(caller: Caller, folder: Path) -> None:
         caller.push("math", folder / "adapter_config.json")
 
 
-def test_tensors_over_the_limit_are_not_even_read(caller: Caller, folder: Path) -> None:
+def test_tensors_over_the_servers_limit_are_not_even_read(
+    caller: Caller, server: FakeServer, folder: Path
+) -> None:
     with (folder / "adapter_model.safetensors").open("r+b") as file:
-        file.truncate(256 * 2**20 + 1)  # sparse: takes no space
-    with pytest.raises(errors.AdapterFolderError, match="268435457 bytes"):
+        file.truncate(2**28 + 1)  # sparse: takes no space
+    with pytest.raises(errors.AdapterFolderError, match=r"268435457 bytes.*--max-adapter-mib"):
+        caller.push("math", folder)
+    (asked,) = server.requests
+    assert asked == server_pb2.GetServerInfoRequest()
+    server.answers["GetServerInfo"] = server_pb2.GetServerInfoResponse(
+        limits=server_pb2.Limits(max_adapter_bytes=20 * 2**20)
+    )
+    with pytest.raises(errors.AdapterFolderError, match=r"20971521 bytes.*20971520"):
+        caller.push("math", AdapterFiles(b"{}", bytes(20 * 2**20 + 1)))
+
+
+def test_what_the_server_takes_is_sent_however_large(server: FakeServer) -> None:
+    size = 2**28 + 2**21  # more than the client itself took once
+    server.answers["GetServerInfo"] = server_pb2.GetServerInfoResponse(
+        limits=server_pb2.Limits(max_adapter_bytes=size)
+    )
+    with Client(server.address) as client:
+        client.push("math", AdapterFiles(b"{}", bytes(size)))
+    assert len(server.requests[-1].tensors) == size
+
+
+def test_an_adapter_one_level_below_is_named(
+    caller: Caller, server: FakeServer, folder: Path
+) -> None:
+    (folder / "checkpoint-9").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).rename(folder / "checkpoint-9" / name)
+    with pytest.raises(errors.AdapterFolderError, match=r"but .*checkpoint-9 does; name that"):
+        caller.push("math", folder)
+
+
+def test_an_adapter_of_mlx_is_named(caller: Caller, folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapters.safetensors")
+    with pytest.raises(errors.AdapterFolderError, match=r"MLX .*superpose-convert"):
         caller.push("math", folder)
 
 

@@ -14,16 +14,18 @@ PACKAGE = Path(superpose_client.__file__).parent
 PUBLIC_MODULES = ["async_client", "client", "errors", "mix", "requests", "results"]
 # Public in their modules for the other modules' sake.
 INTERNAL = {
-    "MAX_ADAPTER_BYTES",
     "MAX_SCORE_ITEMS",
     "MAX_WEIGHT",
     "P",
     "R",
     "ScoreBatches",
+    "TAKEN_UNASKED",
+    "adapter_folder",
     "format_weight",
     "from_rpc_error",
     "generate",
     "mix",
+    "tensors_size",
 }
 
 

@@ -57,6 +57,7 @@ class Adapter(google.protobuf.message.Message):
     MODULES_FIELD_NUMBER: builtins.int
     WEIGHT_FIELD_NUMBER: builtins.int
     CONFIG_JSON_FIELD_NUMBER: builtins.int
+    WARNINGS_FIELD_NUMBER: builtins.int
     domain: builtins.str
     digest: builtins.str
     """sha256 (hex) of the tensors and of the config fields that change the effect."""
@@ -72,6 +73,10 @@ class Adapter(google.protobuf.message.Message):
     """The effective part of adapter_config.json, as JSON."""
     @property
     def modules(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @property
+    def warnings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What an operator should know of it, such as that its config names another base; a line each."""
+
     def __init__(
         self,
         *,
@@ -84,8 +89,9 @@ class Adapter(google.protobuf.message.Message):
         modules: collections.abc.Iterable[builtins.str] | None = ...,
         weight: builtins.float = ...,
         config_json: builtins.str = ...,
+        warnings: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "config_json", b"config_json", "digest", b"digest", "domain", b"domain", "modules", b"modules", "parameters", b"parameters", "rank", b"rank", "source", b"source", "weight", b"weight"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "config_json", b"config_json", "digest", b"digest", "domain", b"domain", "modules", b"modules", "parameters", b"parameters", "rank", b"rank", "source", b"source", "warnings", b"warnings", "weight", b"weight"]) -> None: ...
 
 Global___Adapter: typing_extensions.TypeAlias = Adapter
 
@@ -106,7 +112,7 @@ class ListAdaptersResponse(google.protobuf.message.Message):
     ADAPTERS_FIELD_NUMBER: builtins.int
     @property
     def adapters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Adapter]:
-        """In ascending order of domain; `modules` and `config_json` are left empty."""
+        """In ascending order of domain; `modules`, `config_json` and `warnings` are left empty."""
 
     def __init__(
         self,

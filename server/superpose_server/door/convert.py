@@ -150,7 +150,7 @@ def _item_from_wire(item: inference_pb2.ScoreItem) -> ScoreItem:
 def adapter_to_wire(
     registered: Registered, default: BoundMix, *, whole: bool
 ) -> adapter_pb2.Adapter:
-    """Return an adapter for a response; with `whole` its modules and config too."""
+    """Return an adapter for a response; with `whole` its modules, config and warnings too."""
     adapter = registered.adapter
     held = {e.domain: e.weight for e in default.entries if e.adapter == adapter}
     message = adapter_pb2.Adapter(
@@ -165,4 +165,5 @@ def adapter_to_wire(
     if whole:
         message.modules.extend(adapter.modules)
         message.config_json = json.dumps(dict(adapter.config), sort_keys=True)
+        message.warnings.extend(adapter.warnings)
     return message
