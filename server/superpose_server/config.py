@@ -15,6 +15,10 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 # Prompt tokens of a step, unless told.
 PREFILL_TOKENS_CPU = 128
 PREFILL_TOKENS_GPU = 2048
+# A push may be this much over the cap and still be told so in words, rather than by the transport.
+PUSH_MARGIN_MIB = 16
+# Both together are less than what protobuf can write.
+MOST_ADAPTER_MIB = 2047 - PUSH_MARGIN_MIB
 
 _LOOPBACK_NAMES = {"localhost"}
 _ON = {"1", "true", "yes", "on"}
@@ -91,6 +95,10 @@ class ServerConfig:
             "captured graphs; off: neither"
         ),
     )
+    max_rank: int = field(default=256, metadata=_help("largest rank of an adapter"))
+    max_adapter_mib: int = field(
+        default=256, metadata=_help("largest tensor file of an adapter, pushed or in --adapter-dir")
+    )
     prefill_tokens: int | None = field(
         default=None,
         metadata=_help(
@@ -130,6 +138,13 @@ class ServerConfig:
             raise ValueError(f"--max-queue is {self.max_queue}: use 0 or more")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"--max-length is {self.max_length}: use at least 2")
+        if self.max_rank < 1:
+            raise ValueError(f"--max-rank is {self.max_rank}: use at least 1")
+        if not 1 <= self.max_adapter_mib <= MOST_ADAPTER_MIB:
+            raise ValueError(
+                f"--max-adapter-mib is {self.max_adapter_mib}: use 1 to {MOST_ADAPTER_MIB}, as a "
+                "push is one message, which holds 2 GiB"
+            )
         if self.prefill_tokens is not None and self.prefill_tokens < 1:
             raise ValueError(f"--prefill-tokens is {self.prefill_tokens}: use at least 1")
         if self.cache_mib is not None and self.cache_mib < 1:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from superpose_adapters.base.checkpoint import load_checkpoint
+from superpose_adapters.base.facts import BaseFacts, read_facts
 from superpose_adapters.base.folder import CheckpointError
 from superpose_adapters.bundled import resolve_base
 from superpose_adapters.digest import checkpoint_digest
@@ -42,6 +43,7 @@ class LoadedBase:
 
     Attributes:
         model: On its device.
+        facts: What else a reader of adapters needs to know of it.
         tokenizer: Of the base.
         expected: What the weights must give in the mode that serves; None: nobody asks.
         store: Adapters that were pushed for it, held against other servers.
@@ -49,6 +51,7 @@ class LoadedBase:
     """
 
     model: Model
+    facts: BaseFacts
     tokenizer: Tokenizer
     expected: Expected | None
     store: AdapterStore
@@ -67,6 +70,7 @@ def load_base(config: ServerConfig) -> LoadedBase:
     module = load_checkpoint(folder, _dtype(config.dtype, device))
     tokenizer = Tokenizer(folder)
     _check_length(config, module)
+    facts = read_facts(config.base, folder, module)
     module = module.to(device)
     base_digest = checkpoint_digest(folder)
     state_dir = config.state_dir or _default_state_dir(base_digest)
@@ -89,7 +93,7 @@ def load_base(config: ServerConfig) -> LoadedBase:
     except BaseException:
         store.close()
         raise
-    return LoadedBase(model, tokenizer, expected, store, state_dir)
+    return LoadedBase(model, facts, tokenizer, expected, store, state_dir)
 
 
 def startup_error(config: ServerConfig, error: Exception) -> StartupError:

@@ -16,8 +16,8 @@ import torch
 from superpose_adapters.adapter import Adapter, AdapterError
 from superpose_adapters.bundled import mini_adapters
 from superpose_adapters.mix import BoundEntry, BoundMix
-from superpose_adapters.peft.folder import DEFAULT_LIMITS, read_adapter
 from superpose_adapters.peft.folder import Limits as AdapterLimits
+from superpose_adapters.peft.folder import read_adapter
 from superpose_server.config import PREFILL_TOKENS_CPU, PREFILL_TOKENS_GPU, ServerConfig
 from superpose_server.control.actions import Operator
 from superpose_server.control.default_mix import DefaultMix, MixState
@@ -49,7 +49,6 @@ _log = logging.getLogger(__name__)
 class Limits:
     """Caps that are not set by flags."""
 
-    adapter: AdapterLimits = DEFAULT_LIMITS
     max_domains_in_mix: int = 64
     max_score_items: int = 256
 
@@ -79,6 +78,9 @@ class Runtime:
         """
         self.config = config
         self.limits = limits or Limits()
+        self.adapter_limits = AdapterLimits(
+            max_rank=config.max_rank, max_bytes=config.max_adapter_mib * MIB
+        )
         self.metrics = Metrics()
         self.started = time.monotonic()
         self.ending = asyncio.Event()
@@ -96,6 +98,7 @@ class Runtime:
         except Exception as error:
             raise startup_error(self.config, error) from error
         self.model, self.tokenizer, self._store = base.model, base.tokenizer, base.store
+        self._facts = base.facts
         try:
             self._start(base.state_dir, observer, base.expected)
         except BaseException as error:
@@ -135,7 +138,12 @@ class Runtime:
         self._weights.fold(self._weights.prepare(state.mix))
         self.default_mix = DefaultMix(journal, self._weights, self.engine, state)
         self._operator = Operator(
-            self.registry, self.default_mix, self._store, self._weights, self.limits.adapter
+            self.registry,
+            self.default_mix,
+            self._store,
+            self._weights,
+            self._facts,
+            self.adapter_limits,
         )
         threads = torch.get_num_threads()
         self._operator_thread = ThreadPoolExecutor(1, "operator", compute_with, (1,))
@@ -177,7 +185,9 @@ class Runtime:
 
     def _pushed(self, domain: str, digest: str) -> Adapter:
         try:
-            return self._store.load(digest, self.model.layout, self.limits.adapter)
+            return self._store.load(
+                digest, self.model.layout, self.adapter_limits, base=self._facts
+            )
         except AdapterError as error:
             raise StartupError(
                 f"pushed adapter {domain}: {error}; use another --state-dir for this base"
@@ -185,7 +195,9 @@ class Runtime:
 
     def _read(self, folder: Path, root: Path | None = None) -> Adapter:
         try:
-            return read_adapter(folder, self.model.layout, self.limits.adapter, root=root)
+            return read_adapter(
+                folder, self.model.layout, self.adapter_limits, base=self._facts, root=root
+            )
         except AdapterError as error:
             raise StartupError(f"adapter {folder}: {error}") from error
 
@@ -196,7 +208,9 @@ class Runtime:
                 f"domain {domain} is both {before.source.value} and {source.value}: "
                 "rename or remove one of them"
             )
-        self.registry.put(Registered(domain, adapter, source))
+        registered = Registered(domain, adapter, source)
+        self.registry.put(registered)
+        registered.log_warnings()
 
     def _restore(self, journal: Journal) -> MixState:
         """Return the default mix as it was when the last server stopped."""

@@ -19,7 +19,6 @@ from safetensors.torch import load, save
 from tests.integration.harness import PROMPT, Family, LoopThread, Served, start
 from tests.makers import EOS_ID, VOCABULARY, make_adapter
 
-from superpose_adapters.peft.folder import Limits as AdapterLimits
 from superpose_client import (
     AdapterFiles,
     AlreadyExistsError,
@@ -33,7 +32,8 @@ from superpose_proto.v1 import inference_pb2, inference_pb2_grpc, mix_pb2, mix_p
 from superpose_server.runtime import Limits
 
 CONTEXT = 1024
-MAX_BYTES = 128 << 10
+MAX_MIB = 1
+MAX_BYTES = MAX_MIB << 20
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +41,14 @@ def small(
     loop: LoopThread, gpt2: Family, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
     """A server with small caps, `a`, `b` and `c` pushed, and a=1 as default mix."""
-    limits = Limits(
-        adapter=AdapterLimits(max_rank=16, max_bytes=MAX_BYTES),
-        max_domains_in_mix=2,
-        max_score_items=256,
+    served = start(
+        loop,
+        gpt2.base,
+        tmp_path_factory.mktemp("bad") / "state",
+        limits=Limits(max_domains_in_mix=2, max_score_items=256),
+        max_rank=16,
+        max_adapter_mib=MAX_MIB,
     )
-    served = start(loop, gpt2.base, tmp_path_factory.mktemp("bad") / "state", limits=limits)
     gpt2.push_all(served.client)
     served.client.add("a")
     yield served
@@ -510,7 +512,11 @@ ADAPTERS: dict[str, tuple[Spoil, str, str]] = {
         "CONFIG_INVALID",
         "is not JSON",
     ),
-    "over the byte cap": (_swell, "TOO_LARGE", f"larger than the limit of {MAX_BYTES} bytes"),
+    "over the byte cap": (
+        _swell,
+        "TOO_LARGE",
+        f"larger than the limit of {MAX_BYTES} bytes.*--max-adapter-mib",
+    ),
     "DoRA": (_config(use_dora=True), "UNSUPPORTED_FEATURE", "use_dora is true"),
     "bias": (_config(bias="all"), "UNSUPPORTED_FEATURE", 'bias is "all"'),
     "LoRA bias": (_config(lora_bias=True), "UNSUPPORTED_FEATURE", "lora_bias is true"),
@@ -564,7 +570,7 @@ def test_an_adapter_over_the_rank_cap_is_refused(
             lambda served: served.client.push("high", folder),
             FailedPreconditionError,
             "RANK_TOO_HIGH",
-            "has rank 17: the limit is 16",
+            "has rank 17: the limit is 16.*--max-rank",
         ),
     )
 

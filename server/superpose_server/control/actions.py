@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 
 from superpose_adapters.adapter import AdapterError
+from superpose_adapters.base.facts import BaseFacts
 from superpose_adapters.geometry import Analysis
 from superpose_adapters.mix import BoundEntry, BoundMix, Mix, check_domain, check_weight
 from superpose_adapters.peft.folder import Limits, parse_adapter
@@ -34,6 +35,7 @@ class Operator:
         default_mix: DefaultMix,
         store: AdapterStore,
         weights: ResidentWeights,
+        base: BaseFacts,
         limits: Limits,
     ) -> None:
         """Act on these."""
@@ -41,6 +43,7 @@ class Operator:
         self._default = default_mix
         self._store = store
         self._weights = weights
+        self._base = base
         self._limits = limits
 
     def add(self, domain: str, weight: float, expected_generation: int | None) -> MixState:
@@ -117,7 +120,9 @@ class Operator:
         """
         _check_name(domain)
         try:
-            adapter = parse_adapter(config, tensors, self._weights.layout, self._limits)
+            adapter = parse_adapter(
+                config, tensors, self._weights.layout, self._limits, base=self._base
+            )
         except AdapterError as error:
             raise FailedPrecondition(f"{domain}: {error}", error.reason) from error
         before = self._registry.find(domain)
@@ -146,6 +151,7 @@ class Operator:
         except StoreError as error:
             raise FailedPrecondition(str(error), "STORE_WRITE_FAILED") from error
         self._registry.put(registered)
+        registered.log_warnings()
         self._collect()
         return registered, state
 

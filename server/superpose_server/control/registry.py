@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.mix import BoundEntry, BoundMix, Mix
 from superpose_server.errors import InvalidArgument, NotFound
+
+_log = logging.getLogger(__name__)
 
 
 class Source(enum.Enum):
@@ -26,6 +29,11 @@ class Registered:
     domain: str
     adapter: Adapter
     source: Source
+
+    def log_warnings(self) -> None:
+        """Write to the log what an operator should know of the adapter."""
+        for warning in self.adapter.warnings:
+            _log.warning("adapter %s: %s", self.domain, warning)
 
 
 class Registry:

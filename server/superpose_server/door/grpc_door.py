@@ -15,7 +15,7 @@ from superpose_proto.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-from superpose_server.config import split_address
+from superpose_server.config import PUSH_MARGIN_MIB, split_address
 from superpose_server.door.adapter_service import AdapterService
 from superpose_server.door.inference_service import InferenceService
 from superpose_server.door.mix_service import MixService
@@ -24,6 +24,7 @@ from superpose_server.door.server_service import ServerService
 from superpose_server.door.status import ErrorInterceptor
 from superpose_server.errors import StartupError
 from superpose_server.inference.inference import Inference
+from superpose_server.model.memory import MIB
 from superpose_server.runtime import Runtime
 
 _SERVICES = tuple(
@@ -35,8 +36,6 @@ _SERVICES = tuple(
         (server_pb2, "ServerService"),
     )
 )
-# A push may be this much over the cap and still be told so in words, rather than by the transport.
-_MESSAGE_MARGIN = 16 << 20
 # What handlers get to send their last message after the engine has aborted their rows.
 _CLOSING_SECONDS = 2.0
 
@@ -54,7 +53,7 @@ class GrpcDoor:
             options=[
                 (
                     "grpc.max_receive_message_length",
-                    runtime.limits.adapter.max_bytes + _MESSAGE_MARGIN,
+                    runtime.adapter_limits.max_bytes + PUSH_MARGIN_MIB * MIB,
                 ),
                 # Two servers on one port would each get a part of the requests.
                 ("grpc.so_reuseport", 0),

@@ -34,8 +34,8 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             limits=pb.Limits(
                 max_batch=runtime.model.max_batch,
                 max_queue=runtime.config.max_queue,
-                max_rank=runtime.limits.adapter.max_rank,
-                max_adapter_bytes=runtime.limits.adapter.max_bytes,
+                max_rank=runtime.adapter_limits.max_rank,
+                max_adapter_bytes=runtime.adapter_limits.max_bytes,
                 max_domains_in_mix=runtime.limits.max_domains_in_mix,
                 max_score_items=runtime.limits.max_score_items,
             ),

@@ -1,0 +1,105 @@
+"""What is said of an adapter wherever it is met, and the caps that are flags."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.integration.harness import Family, LoopThread, Served, start
+from tests.makers import make_adapter, peft_model
+
+from superpose_client import AdapterFiles
+from superpose_client.errors import AdapterFolderError, FailedPreconditionError
+
+OTHER = "elsewhere/quite-another"
+
+
+@pytest.fixture(scope="module")
+def served(
+    loop: LoopThread, llama: Family, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    state = tmp_path_factory.mktemp("warnings") / "state"
+    server = start(loop, llama.base, state, max_rank=300, max_adapter_mib=2)
+    yield server
+    server.stop()
+
+
+def warned(model: Family, folder: Path) -> Path:
+    make_adapter(model.model, folder, 1)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": OTHER}))
+    return folder
+
+
+def test_a_warning_is_in_the_reply_the_log_and_what_is_shown(
+    served: Served, llama: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        pushed = served.client.push("other", warned(llama, tmp_path / "other"))
+    (warning,) = pushed.adapter.warnings
+    assert OTHER in warning
+    assert f"adapter other: {warning}" in caplog.messages
+    assert served.client.adapter("other").warnings == (warning,)
+    assert served.client.push("plain", llama.adapters["a"]).adapter.warnings == ()
+
+
+def test_a_warning_outlives_the_server(
+    loop: LoopThread, llama: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = start(loop, llama.base, tmp_path / "state")
+    try:
+        (warning,) = first.client.push("other", warned(llama, tmp_path / "other")).adapter.warnings
+    finally:
+        first.stop()
+    with caplog.at_level(logging.WARNING):
+        again = start(
+            loop,
+            llama.base,
+            tmp_path / "state",
+            adapter_dir=warned(llama, tmp_path / "d" / "dir").parent,
+        )
+    try:
+        for domain in ("other", "dir"):
+            assert again.client.adapter(domain).warnings == (warning,)
+            assert f"adapter {domain}: {warning}" in caplog.messages
+    finally:
+        again.stop()
+
+
+def test_the_caps_are_those_of_the_flags(served: Served, llama: Family, tmp_path: Path) -> None:
+    limits = served.client.info().limits
+    assert (limits.max_rank, limits.max_adapter_bytes) == (300, 2 << 20)
+    high = make_adapter(llama.model, tmp_path / "high", r=300, target_modules=["v_proj"])
+    assert served.client.push("high", high).adapter.rank == 300
+    higher = make_adapter(llama.model, tmp_path / "higher", r=301, target_modules=["v_proj"])
+    with pytest.raises(FailedPreconditionError, match=r"rank 301: the limit is 300.*--max-rank"):
+        served.client.push("higher", higher)
+
+
+@pytest.mark.parametrize(
+    ("size", "error"),
+    [((2 << 20) + 1, FailedPreconditionError), (40 << 20, AdapterFolderError)],
+    ids=["a little", "more than a message holds"],
+)
+def test_too_many_bytes_are_refused_with_the_flags_name(
+    served: Served, size: int, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match=r"2097152.*--max-adapter-mib"):
+        served.client.push("large", AdapterFiles(b"{}", bytes(size)))
+
+
+def test_parameters_of_the_base_that_were_saved_along_change_nothing(
+    served: Served, llama: Family, tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {"r": 3, "target_modules": ["q_proj", "lm_head"]}
+    wrapped = peft_model(llama.model, 5, **fields)
+    wrapped.save_pretrained(tmp_path / "with", save_embedding_layers=True)  # type: ignore[operator]
+    make_adapter(llama.model, tmp_path / "without", 5, **fields)
+    with_copy = served.client.push("with", tmp_path / "with").adapter
+    without = served.client.push("without", tmp_path / "without").adapter
+    assert with_copy.digest == without.digest
+    assert with_copy.bytes > without.bytes + 257 * 32 * 4
