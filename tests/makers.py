@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from torch import nn
 from transformers import (
@@ -72,6 +72,51 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
+
+
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer as SentencePiece makes them for Llama: what has no token is spelled in bytes.
+
+    Ids: 0-2 are special, 3-258 the bytes, then a few letters and words.
+    """
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += ["\u2581", "a", "b", "c", ".", "\u00e9", "ab", "\u2581ab"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    merges = [("a", "b"), ("\u2581", "ab")]
+    tokenizer = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def tokenizer_adding(before: str = "", after: str = "") -> PreTrainedTokenizerFast:
+    """The byte-level tokenizer, which puts tokens around every text as Llama's or T5's does.
+
+    Args:
+        before: A new token, BOS.
+        after: The end of text.
+    """
+    tokenizer = tiny_tokenizer()
+    if before:
+        tokenizer.add_special_tokens({"bos_token": before})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=" ".join(filter(None, (before, "$A", after))),
+        special_tokens=[
+            (token, tokenizer.convert_tokens_to_ids(token)) for token in (before, after) if token
+        ],
+    )
+    return tokenizer
 
 
 def save_base(

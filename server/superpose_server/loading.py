@@ -15,6 +15,7 @@ from torch import nn
 from superpose_adapters.base.checkpoint import load_checkpoint
 from superpose_adapters.base.facts import BaseFacts, read_facts
 from superpose_adapters.base.folder import CheckpointError
+from superpose_adapters.base.tokenizer import TokenizerError
 from superpose_adapters.bundled import resolve_base
 from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.fast_bfloat16 import has_fast_bfloat16
@@ -22,7 +23,7 @@ from superpose_adapters.one_line import one_line
 from superpose_adapters.peft.folder import CONFIG_NAME
 from superpose_adapters.store import AdapterStore, StoreError
 from superpose_server.config import ServerConfig
-from superpose_server.engine.tokenizer import Tokenizer, TokenizerError
+from superpose_server.engine.tokenizer import Tokenizer
 from superpose_server.engine.trusted import Kind
 from superpose_server.engine.twin_check import check_meaning
 from superpose_server.engine.weights_check import Expected, expect

@@ -67,7 +67,7 @@ def check_left(served: Served) -> None:
     served.recorder.wait_for(lambda: bool(served.recorder.ends))
     (end,) = served.recorder.ends
     assert end.reason is FinishReason.ABORTED
-    assert len(end.row.tokens) < LONG.max_new_tokens
+    assert len(end.row.tokens) < LONG.limit
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["pieces", "whole"])

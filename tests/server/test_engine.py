@@ -278,7 +278,7 @@ def test_no_low_rank_arithmetic_when_every_row_asks_for_the_resident_mix(
     assert future.done()
     assert corrected == []
     # Prompts, of which one is a single token and runs apart without the kernels; steps; texts.
-    assert len(passes) == 1 + (not bench.model.packed) + (GREEDY.max_new_tokens - 1) + 1
+    assert len(passes) == 1 + (not bench.model.packed) + (GREEDY.limit - 1) + 1
     assert all(passes)
     assert {rows for _, rows in bench.observer.steps} == {0}
 
@@ -695,7 +695,7 @@ def test_who_is_told_the_end_finds_the_slot_free(bench: Bench, ending: str) -> N
 def test_eos_ends_a_text_unless_it_is_ignored(bench: Bench) -> None:
     # Bias the output towards the end of text after some steps by choosing it as what comes third.
     expected = bench.alone(PROMPTS[0], bench.mix())
-    bench.tokenizer.eos_token_id = expected[2]
+    bench.tokenizer.ends = frozenset({expected[2]})
     _, stopped = bench.submit(PROMPTS[0], bench.mix(), params(ignore_eos=False))
     _, ignoring = bench.submit(PROMPTS[0], bench.mix())
     bench.run()

@@ -63,7 +63,7 @@ def test_an_engine_s_work_is_counted(bases: dict[str, Path]) -> None:
     row.cancelled = True
     bench.run()
     bench.fold(mix)
-    tokens = GREEDY.max_new_tokens
+    tokens = GREEDY.limit
     assert value(metrics, "prompt_tokens_total") == 5
     assert value(metrics, "generation_tokens_total") == tokens + 2
     assert value(metrics, "corrected_rows_total") == tokens - 1  # prefill is no decode step

@@ -73,7 +73,7 @@ def test_a_prompt_in_pieces_is_the_prompt(
     _, client = bench.submit(LONG, mix)
     bench.run()
     assert client.tokens == bench.alone(LONG, mix)
-    pieces = [sizes(spans)[0] for spans in passes.take()][: -(GREEDY.max_new_tokens - 1)]
+    pieces = [sizes(spans)[0] for spans in passes.take()][: -(GREEDY.limit - 1)]
     starts = list(range(0, len(LONG), budget))
     assert pieces == [(start, min(budget, len(LONG) - start)) for start in starts]
 

@@ -280,7 +280,7 @@ def test_texts_are_the_same_while_mixes_shift(base: Path) -> None:
     assert residents == [mixes[i].digest for i in (0, 2, 3, 1, 0)]
     assert bench.observer.folds == [True] * 5
     for first, mix, client in rows:
-        assert client.tokens == bench.alone([first], mix, LONG.max_new_tokens)
+        assert client.tokens == bench.alone([first], mix, LONG.limit)
     # A fold is worth it: afterwards only the other row is corrected.
     corrected = [count for _, count in bench.observer.steps]
     assert corrected.count(1) > 3 * corrected.count(3)
@@ -301,7 +301,7 @@ def test_a_mix_is_folded_though_every_step_has_a_prompt(bases: dict[str, Path]) 
     assert steps > 40
     assert bench.engine.resident.digest == mix.digest
     for i, client in enumerate(clients):
-        assert client.tokens == bench.alone([65 + i], mix, FULL.max_new_tokens)
+        assert client.tokens == bench.alone([65 + i], mix, FULL.limit)
 
 
 def test_what_the_operator_folds_is_the_operators(bases: dict[str, Path]) -> None:
@@ -313,7 +313,7 @@ def test_what_the_operator_folds_is_the_operators(bases: dict[str, Path]) -> Non
         assert bench.engine.resident is mix
     bench.run()
     assert bench.engine.resident.digest == mixes[0].digest
-    assert client.tokens == bench.alone([65], mixes[0], LONG.max_new_tokens)
+    assert client.tokens == bench.alone([65], mixes[0], LONG.limit)
 
 
 def test_without_it_only_the_operator_folds(bases: dict[str, Path]) -> None:
@@ -377,7 +377,7 @@ def test_a_fold_that_fails_is_tried_once_and_harms_no_row(
     bench.run()
     assert calls == [1]
     for i, client in enumerate(clients):
-        assert client.tokens == bench.alone([65 + i], mix, LONG.max_new_tokens)
+        assert client.tokens == bench.alone([65 + i], mix, LONG.limit)
 
 
 @settings(max_examples=10)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -165,7 +167,14 @@ class Texts:
 class Tokens:
     """All that a row asks of a tokenizer before it has a text."""
 
-    eos_token_id = None
+    ends: frozenset[int] = frozenset()
+    special: Mapping[str, int] = MappingProxyType({})
+
+    def text_ids(self, ids: Iterable[int]) -> Iterator[int]:
+        return iter(ids)
+
+    def decode(self, ids: list[int]) -> str:
+        return ""
 
 
 TOKENIZER: Any = Tokens()

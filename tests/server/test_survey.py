@@ -253,7 +253,7 @@ def test_a_chunked_base_runs_its_rows_alone_and_right(tmp_path: Path) -> None:
     bench.run()
     exact = Exact(bench)
     for ids, client in told:
-        exact.check_text(ids, bench.mix(), client, params.max_new_tokens)
+        exact.check_text(ids, bench.mix(), client, params.limit)
 
 
 # Who sees which tokens.
@@ -399,7 +399,7 @@ def test_a_head_before_the_head_is_corrected_where_it_is_wanted(
     bench.run()
     exact = Exact(bench)
     for ids, mix, client in told:
-        exact.check_text(ids, mix, client, params.max_new_tokens)
+        exact.check_text(ids, mix, client, params.limit)
     rows = [ScoreRow(tuple(ids_of(4, 30)), first=11), ScoreRow(tuple(ids_of(5, 6)))]
     exact.check_scores(score(bench, rows, mixes[0]), rows, mixes[0])
 
@@ -426,7 +426,7 @@ def test_experts_and_routers_are_left_alone_and_the_rest_is_adapted(
     bench.run()
     exact = Exact(bench)
     for i, (client, mix) in enumerate(zip(clients, mixes, strict=True)):
-        exact.check_text(ids_of(i, 10 + i), mix, client, params.max_new_tokens)
+        exact.check_text(ids_of(i, 10 + i), mix, client, params.limit)
 
 
 def test_the_survey_leaves_no_hook_behind(bases: dict[str, Path]) -> None:

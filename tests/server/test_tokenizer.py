@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,95 @@ def test_stop_strings_before_min_new_tokens_are_text(tokenizer: Tokenizer) -> No
     assert run(tokenizer, ids, stop=(".",), min_new_tokens=4).text == "a.b"
 
 
+@pytest.mark.parametrize(
+    ("least", "text", "tokens"),
+    # "stop" is tokens 3 to 6 of "a stop b stop".
+    [(0, "a ", 6), (2, "a ", 6), (3, "a ", 6), (5, "a ", 6), (6, "a ", 6), (7, "a stop b ", 13)],
+)
+def test_a_stop_string_counts_from_the_token_of_its_last_character(
+    tokenizer: Tokenizer, least: int, text: str, tokens: int
+) -> None:
+    client = run(tokenizer, tokenizer.encode("a stop b stop"), stop=("stop",), min_new_tokens=least)
+    assert (client.text, client.reason) == (text, FinishReason.STOP)
+    assert len(client.tokens) == tokens
+
+
+@given(
+    text=st.text(alphabet="ab", min_size=1, max_size=12),
+    stop=st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3),
+    least=st.integers(0, 12),
+)
+def test_text_ends_at_the_first_token_from_the_least_on_that_ends_a_stop_string(
+    tokenizer: Tokenizer, text: str, stop: list[str], least: int
+) -> None:
+    least = min(least, len(text))
+    client = run(tokenizer, tokenizer.encode(text), stop=tuple(stop), min_new_tokens=least)
+    # One token a character, so a token ends what the text so far ends with.
+    for count in range(max(least, 1), len(text) + 1):
+        ending = [s for s in stop if text[:count].endswith(s)]
+        if ending:
+            assert client.text == text[: count - max(map(len, ending))]
+            assert (client.reason, len(client.tokens)) == (FinishReason.STOP, count)
+            return
+    assert (client.text, client.reason) == (text, FinishReason.LENGTH)
+
+
+def test_a_shorter_stop_string_that_was_text_does_not_count_once_a_longer_one_might_come(
+    tokenizer: Tokenizer,
+) -> None:
+    client = run(tokenizer, tokenizer.encode("abx"), stop=("b", "abc"), min_new_tokens=3)
+    assert (client.text, client.reason) == ("abx", FinishReason.LENGTH)
+
+
+def test_a_row_aborted_before_its_least_length_loses_no_text(tokenizer: Tokenizer) -> None:
+    client = Client()
+    params = SamplingParams(stop=("\N{REPLACEMENT CHARACTER}",), min_new_tokens=9)
+    row = Sequence([1], bound(), params, client, tokenizer)
+    for token in tokenizer.encode("x日")[:-1]:
+        client(row.append(token, None))
+    client(row.abort())
+    assert client.text == "x\N{REPLACEMENT CHARACTER}"
+
+
+# Stop strings that spell special tokens.
+
+
+@pytest.fixture(scope="module")
+def chatty(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """With the tokens of a chat: <|end|>, which is special, and <|tool|>, which is text."""
+    inner = Tokenizer(bases["gpt2"]).inner
+    inner.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    inner.add_tokens(["<|tool|>"])
+    folder = tmp_path_factory.mktemp("chatty")
+    inner.save_pretrained(folder)
+    return Tokenizer(folder)
+
+
+def test_a_stop_string_that_is_a_special_token_ends_a_row_at_the_token(chatty: Tokenizer) -> None:
+    end = chatty.special["<|end|>"]
+    ids = [*chatty.encode("one"), end, *chatty.encode("two")]
+    client = run(chatty, ids, stop=("<|end|>",), ignore_eos=True)
+    assert (client.text, client.reason) == ("one", FinishReason.STOP)
+    assert client.tokens[-1] == end
+    assert run(chatty, ids).text == "onetwo"
+    # Spelled in other tokens it is text, and ends a row as any other stop string.
+    spelled = [*chatty.encode("one<|en"), *chatty.encode("d|>two")]
+    assert run(chatty, spelled).text == "one<|end|>two"
+    assert run(chatty, spelled, stop=("<|end|>",)).text == "one"
+    # It is not chosen before the least length.
+    params = SamplingParams(stop=("<|end|>",), min_new_tokens=1)
+    assert Sequence([1], bound(), params, Client(), chatty).forbidden == {EOS_ID, end}
+
+
+def test_a_stop_string_that_is_an_added_token_with_text_is_found_in_the_text(
+    chatty: Tokenizer,
+) -> None:
+    ids = chatty.encode("one<|tool|>two")
+    assert len(ids) == 7
+    client = run(chatty, ids, stop=("e<|tool",))
+    assert (client.text, client.reason) == ("on", FinishReason.STOP)
+
+
 def test_an_aborted_row_gets_the_text_that_was_held(tokenizer: Tokenizer) -> None:
     client = Client()
     row = Sequence([1], bound(), SamplingParams(stop=("abc",)), client, tokenizer)
@@ -225,3 +315,38 @@ def test_text_goes_on_from_the_prompt_where_words_carry_their_space(tmp_path: Pa
     tokenizer = Tokenizer(tmp_path)
     assert push_all(Detokenizer(tokenizer, (), prompt=[1]), [2, 3]) == [" and", " three", ""]
     assert push_all(Detokenizer(tokenizer, ()), [2, 3]) == ["and", " three", ""]
+
+
+@given(prompt=TOKENS, ids=TOKENS)
+def test_pieces_are_what_the_tokens_add_to_the_prompt(
+    tokenizer: Tokenizer, prompt: list[int], ids: list[int]
+) -> None:
+    pieces = push_all(Detokenizer(tokenizer, (), prompt), ids)
+    before, whole = tokenizer.decode(prompt), tokenizer.decode(prompt + ids)
+    # A character that the prompt began is the answer's, once it is whole.
+    kept = max(n for n in range(len(before) + 1) if whole.startswith(before[:n]))
+    assert "".join(pieces) == whole[kept:]
+
+
+def test_a_character_that_the_prompt_began_is_the_answers(tokenizer: Tokenizer) -> None:
+    first, *rest = tokenizer.encode("日")
+    prompt = [*tokenizer.encode("語"), first]
+    assert push_all(Detokenizer(tokenizer, (), prompt), [*rest, 65]) == ["", "日", "b", ""]
+    assert push_all(Detokenizer(tokenizer, ("日",), prompt), [*rest, 65]) == ["", "", ""]
+
+
+@given(text=st.text(max_size=80))
+def test_a_text_is_the_same_behind_a_prompt_of_any_kind(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    for prompt in ([], [EOS_ID] * 20, tokenizer.encode(WORDS)):
+        assert "".join(push_all(Detokenizer(tokenizer, (), prompt), ids)) == text
+
+
+def test_a_word_in_pieces_is_told_without_its_joints(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps({"<unk>": 0, "hel@@": 1, "lo": 2, "he": 3}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nh e\n")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "ctrl"}))
+    tokenizer = Tokenizer(tmp_path)
+    ids = [3, 1, 2, 1, 1]
+    assert tokenizer.decode(ids) == "he hello helhel@@"
+    assert push_all(Detokenizer(tokenizer, ()), ids) == ["he", " hel", "lo", " hel", "hel", "@@"]

@@ -10,13 +10,16 @@ import math
 import random
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from superpose_server.errors import InvalidArgument
 
+# Tokens to make where a request does not say how many.
+_DEFAULT_LIMIT = 64
 _MAX_STOPS = 16
 # Far below any vocabulary, so that something is left to choose while they are forbidden.
 _MAX_STOP_TOKENS = 64
@@ -25,9 +28,16 @@ _MAX_STOP_LENGTH = 256
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What a request asks of sampling; field names as on the wire."""
+    """What a request asks of sampling; field names as on the wire.
 
-    max_new_tokens: int = 64
+    Attributes:
+        max_new_tokens: None: 64, or what the context leaves if that is less.
+        min_new_tokens: As many tokens are made before the text may end: until then no stop token is
+            chosen, and what spells a stop string is text. A stop string counts if its last
+            character comes with this token or a later one, wherever it began.
+    """
+
+    max_new_tokens: int | None = None
     min_new_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
@@ -45,10 +55,11 @@ class SamplingParams:
         Raises:
             InvalidArgument: Names the field and the range.
         """
-        if self.max_new_tokens < 1:
-            _refuse("max_new_tokens", self.max_new_tokens, "at least 1")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            _refuse("min_new_tokens", self.min_new_tokens, "from 0 to max_new_tokens")
+        if self.limit < 1:
+            _refuse("max_new_tokens", self.limit, "at least 1")
+        if not 0 <= self.min_new_tokens <= self.limit:
+            allowed = f"from 0 to max_new_tokens, which is {self.limit}"
+            _refuse("min_new_tokens", self.min_new_tokens, allowed)
         if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
             _refuse("temperature", self.temperature, "from 0 (greedy) to 100")
         if not 0 < self.top_p <= 1:
@@ -64,6 +75,21 @@ class SamplingParams:
         for text in self.stop:
             if not 1 <= len(text) <= _MAX_STOP_LENGTH:
                 _refuse("stop", f"{len(text)} characters", f"1 to {_MAX_STOP_LENGTH} characters")
+
+    @property
+    def limit(self) -> int:
+        """Tokens that are made at most."""
+        return _DEFAULT_LIMIT if self.max_new_tokens is None else self.max_new_tokens
+
+    def within(self, room: int) -> SamplingParams:
+        """Return these with what is left open about the length decided for `room` tokens.
+
+        Raises:
+            InvalidArgument: `room` is less than min_new_tokens, or none.
+        """
+        if self.max_new_tokens is not None:
+            return self
+        return replace(self, max_new_tokens=min(self.limit, room))
 
     @property
     def filters(self) -> bool:
@@ -86,7 +112,7 @@ def sample(
     logits: Tensor,
     params: Sequence[SamplingParams],
     generators: Sequence[random.Random],
-    forbidden: Sequence[frozenset[int]],
+    forbidden: Sequence[AbstractSet[int]],
 ) -> tuple[list[int], list[bool]]:
     """Choose one token a row.
 
@@ -94,7 +120,8 @@ def sample(
         logits: float32 (rows, vocabulary).
         params: One a row.
         generators: One a row; a row that is not greedy draws one number from its own.
-        forbidden: Tokens that a row may not be given, one set a row.
+        forbidden: Tokens that a row may not be given, one set a row. Ids that the base has no
+            logits for, as some tokenizers hold them, it cannot be given anyway.
 
     Returns:
         The tokens, and for each row whether its logits can be drawn from: a NaN or +inf among them,
@@ -107,7 +134,8 @@ def sample(
     if limited:
         allowed = logits.clone()
         for row in limited:
-            allowed[row, list(forbidden[row])] = -torch.inf
+            ids = [token for token in forbidden[row] if token < logits.shape[1]]
+            allowed[row, ids] = -torch.inf
         tokens[limited] = allowed[limited].argmax(dim=-1)
     drawing = [row for row, p in enumerate(params) if p.temperature > 0]
     # A row takes the same path, and so the same token, whoever else is in the batch.

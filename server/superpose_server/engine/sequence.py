@@ -6,6 +6,7 @@ import enum
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from superpose_adapters.mix import BoundMix
@@ -86,11 +87,12 @@ class Sequence:
         """Set up the row's own random numbers and text."""
         self.generator = self.params.generator()
         self._detokenizer = Detokenizer(self.tokenizer, self.params.stop, self.prompt)
-        eos = self.tokenizer.eos_token_id
-        stops = set(self.params.stop_token_ids)
-        if eos is not None and not self.params.ignore_eos:
-            stops.add(eos)
-        self.stop_token_ids = frozenset(stops)
+        # No text holds a special token, so one that is a stop string is met as a token.
+        special = self.tokenizer.special
+        stops = {special[text] for text in self.params.stop if text in special}
+        if not self.params.ignore_eos:
+            stops |= self.tokenizer.ends
+        self.stop_token_ids = frozenset(stops).union(self.params.stop_token_ids)
 
     @property
     def length(self) -> int:
@@ -108,31 +110,34 @@ class Sequence:
         return ids[self.computed : self.computed + count]
 
     @property
-    def forbidden(self) -> frozenset[int]:
+    def _long_enough(self) -> bool:
+        return len(self.tokens) >= self.params.min_new_tokens
+
+    @property
+    def forbidden(self) -> AbstractSet[int]:
         """Tokens that may not be chosen yet: those that would end the text too soon."""
-        short = len(self.tokens) < self.params.min_new_tokens
-        return self.stop_token_ids if short else frozenset()
+        return frozenset() if self._long_enough else self.stop_token_ids
 
     def append(self, token: int, logprob: float | None) -> Chunk:
         """Add the token that a step chose and return what the client is to see of it."""
         self.tokens.append(token)
-        count = len(self.tokens)
-        may_stop = count >= self.params.min_new_tokens
+        may_stop = self._long_enough
         text = self._detokenizer.push(token, may_stop=may_stop)
         reason = None
         if self._detokenizer.stopped or (token in self.stop_token_ids and may_stop):
             reason = FinishReason.STOP
-        elif count >= self.params.max_new_tokens:
+        elif len(self.tokens) >= self.params.limit:
             reason = FinishReason.LENGTH
         if reason is not None:
-            text += self._detokenizer.finish()
+            text += self._detokenizer.finish(may_stop=may_stop)
             if self._detokenizer.stopped:
                 reason = FinishReason.STOP
         return Chunk(text, (token,), () if logprob is None else (logprob,), reason)
 
     def abort(self) -> Chunk:
         """Return the last chunk of a row that the server ends early."""
-        return Chunk(self._detokenizer.finish(), finish_reason=FinishReason.ABORTED)
+        rest = self._detokenizer.finish(may_stop=self._long_enough)
+        return Chunk(rest, finish_reason=FinishReason.ABORTED)
 
     def times(self) -> Times:
         """Return the row's times, as of its end."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from superpose_adapters.scoring import EncodedText, encode_qa, encode_text
+from superpose_server.engine.sampling import SamplingParams
 from superpose_server.engine.tokenizer import Tokenizer
 from superpose_server.errors import InvalidArgument
 from superpose_server.inference.request import (
@@ -53,7 +54,8 @@ class Encoder:
                 field="request_id",
             )
         ids = self._prompt(request.prompt)
-        self._check_room(len(ids), request.options.max_new_tokens)
+        self._check_room(len(ids), request.options)
+        self._check_stops(request.options.stop)
         self._check_ids(request.options.stop_token_ids, "options.stop_token_ids")
         return ids
 
@@ -73,21 +75,38 @@ class Encoder:
             )
         return ids
 
-    def _check_room(self, prompt: int, new: int) -> None:
-        if prompt >= self._context:
+    def _check_room(self, prompt: int, options: SamplingParams) -> None:
+        room = self._context - prompt
+        if room < 1:
             raise InvalidArgument(
                 f"the prompt has {prompt} tokens but the context holds {self._context}, "
                 "answer included: shorten the prompt",
                 "PROMPT_TOO_LONG",
                 field="prompt",
             )
-        if prompt + new > self._context:
-            raise InvalidArgument(
-                f"max_new_tokens is {new}: with a prompt of {prompt} tokens "
-                f"the context of {self._context} leaves {self._context - prompt}",
-                "MAX_NEW_TOKENS_TOO_LARGE",
-                field="options.max_new_tokens",
-            )
+        for name, new in (
+            ("max_new_tokens", options.max_new_tokens),
+            ("min_new_tokens", options.min_new_tokens),
+        ):
+            if new is not None and new > room:
+                raise InvalidArgument(
+                    f"{name} is {new}: with a prompt of {prompt} tokens "
+                    f"the context of {self._context} leaves {room}",
+                    f"{name.upper()}_TOO_LARGE",
+                    field=f"options.{name}",
+                )
+
+    def _check_stops(self, stops: Iterable[str]) -> None:
+        """Refuse what would never be met: special tokens are no text, so none is a part of any."""
+        for stop in stops:
+            for token in self._tokenizer.special:
+                if token in stop and token != stop:
+                    raise InvalidArgument(
+                        f"stop is {stop!r}, but {token!r} is a special token of this base and no "
+                        f"text that others could stand beside: stop at {token!r} alone",
+                        "STOP_SPECIAL_TOKEN",
+                        field="options.stop",
+                    )
 
     def _check_ids(self, ids: Sequence[int], field: str) -> None:
         for token in ids:

@@ -56,7 +56,8 @@ class Inference:
             prompt = self._encoder.prompt(request)
         bound = self._bind(request.mix)
         inbox = self._delivery.inbox()
-        row = Sequence(prompt, bound.mix, request.options, inbox.put, self._runtime.tokenizer)
+        options = request.options.within(self._runtime.model.context_length - len(prompt))
+        row = Sequence(prompt, bound.mix, options, inbox.put, self._runtime.tokenizer)
         self._runtime.engine.submit(row)
         return Generation(request.request_id or str(uuid.uuid4()), bound, row, inbox)
 
