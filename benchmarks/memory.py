@@ -39,7 +39,7 @@ _COMPARABLE = 256 * _MIB
 _IMPORTS = """
 import sys
 import torch
-import superpose_server.__main__, superpose_server.door.server
+import superpose_server.command, superpose_server.door.server
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 with torch.device("meta"):
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1]))

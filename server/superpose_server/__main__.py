@@ -1,89 +1,17 @@
-"""`superpose-server`: read the configuration, serve until SIGTERM or SIGINT.
-
-Exits with 0 after that, 1 if the server cannot start, 2 for usage.
-"""
+"""`superpose-server`: the process of the command, which a signal ends from its first moment on."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import os
-import signal
-import socket
-import sys
-
-from superpose_adapters.bundled import resolve_base
-from superpose_server.config import ServerConfig, parse_config, split_address
-from superpose_server.errors import StartupError
-
-
-def _check(config: ServerConfig) -> None:
-    """Refuse what can be seen at once: torch takes seconds to import, and a base minutes to load.
-
-    Raises:
-        StartupError: No base, or an address that is taken.
-    """
-    for flag, address in (("listen", config.listen), ("metrics-listen", config.metrics_listen)):
-        host, port = split_address(flag, address)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise StartupError(
-                    f"cannot listen on --{flag} {address} ({error.strerror}): choose a free port, "
-                    "or 0 for any"
-                ) from error
-    try:
-        resolve_base(config.base)
-    except ValueError as error:
-        raise StartupError(str(error)) from error
-
-
-async def _serve(config: ServerConfig) -> None:
-    # Imported here, so that nothing that is refused before waits for torch.
-    from superpose_server.door.server import Server
-    from superpose_server.runtime import Runtime
-
-    ending = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ending.set)
-    runtime = Runtime(config)
-    try:
-        server = Server(runtime)
-        await server.start()
-    except BaseException:
-        runtime.close()
-        raise
-    state = runtime.default_mix.state
-    print(
-        f"ready address={server.address} base={config.base} generation={state.generation} "
-        f"digest={state.mix.digest} metrics={server.metrics_address}",
-        flush=True,
-    )
-    await ending.wait()
-    logging.getLogger(__name__).info("stopping grace=%g", config.grace)
-    await server.stop(config.grace)
+from superpose_server.ending import end_at_once
 
 
 def main() -> None:
     """Run as a command."""
-    config = parse_config()
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
-    # Loading a checkpoint is no matter for a progress bar in a server's log.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        _check(config)
-        asyncio.run(_serve(config))
-    except StartupError as error:
-        logging.getLogger(__name__).debug("the server cannot start", exc_info=error)
-        sys.exit(f"superpose-server: {error}")
+    end_at_once()
+    # Imported here: what it needs takes a moment to import, and torch some seconds.
+    from superpose_server.command import run
+
+    run()
 
 
 if __name__ == "__main__":

@@ -357,30 +357,39 @@ def check_greedy(model: nn.Module, prompt: tuple[int, ...], tokens: tuple[int, .
     assert logits.argmax(-1).tolist() == list(tokens)
 
 
-class ServerProcess:
-    """`superpose-server` in a process of its own, on free ports.
+def spawn(
+    base: Path | str, state_dir: Path, *flags: str, **environment: str
+) -> tuple[subprocess.Popen[str], Path]:
+    """Begin `superpose-server` on free ports; return the process and the file of its stderr.
 
     Without kernels, as `start`, unless a flag says `--compile=auto`.
+    """
+    errors = state_dir.parent / f"{state_dir.name}.stderr"
+    with errors.open("w") as file:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "superpose_server", f"--base={base}"),
+                *(f"--state-dir={state_dir}", "--listen=127.0.0.1:0"),
+                *("--metrics-listen=127.0.0.1:0", f"--device={DEVICE}", "--dtype=float32"),
+                *("--compile=off", *flags),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        )
+    return process, errors
+
+
+class ServerProcess:
+    """A `superpose-server` in a process of its own, as `spawn` begins it, that is ready.
 
     Attributes:
         ready: The words of the ready line, {name: value}; empty if it ended before.
     """
 
     def __init__(self, base: Path | str, state_dir: Path, *flags: str) -> None:
-        self.errors = state_dir.parent / f"{state_dir.name}.stderr"
-        with self.errors.open("w") as errors:
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "superpose_server", f"--base={base}"),
-                    *(f"--state-dir={state_dir}", "--listen=127.0.0.1:0"),
-                    *("--metrics-listen=127.0.0.1:0", f"--device={DEVICE}", "--dtype=float32"),
-                    *("--compile=off", *flags),
-                ],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            )
+        self.process, self.errors = spawn(base, state_dir, *flags)
         assert self.process.stdout is not None
         # Ends with the process at the latest; pytest-timeout bounds the rest.
         self.ready_line = self.process.stdout.readline()

@@ -19,7 +19,7 @@ from tests.integration.harness import Family, LoopThread, ServerProcess, start
 from tests.makers import make_adapter, save_base, tiny_gpt2, tiny_llama
 from tests.zoo import build
 
-import superpose_server.__main__ as command
+import superpose_server.command as command
 import superpose_server.loading as loading_room
 import superpose_server.model.model as model_room
 import superpose_server.runtime as runtime_room
@@ -208,7 +208,7 @@ def test_the_command_ends_with_that_line_and_status_1(
         with monkeypatch.context() as patch:
             fail_at("Model", error, patch)
             with pytest.raises(SystemExit) as caught:
-                command.main()
+                command.run()
         # A text: Python prints it to stderr and exits with 1.
         assert str(caught.value.code).startswith(f"superpose-server: base {gpt2.base} ")
         assert "\n" not in str(caught.value.code)

@@ -1,0 +1,88 @@
+"""`superpose-server`: read the configuration, serve until a signal ends it.
+
+Exits with 0 after that, 1 if the server cannot start, 2 for usage; a signal before the ready line
+kills it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+
+from superpose_adapters.bundled import resolve_base
+from superpose_server.config import ServerConfig, parse_config, split_address
+from superpose_server.errors import StartupError
+from superpose_server.starting import start_or_die
+
+
+def _check(config: ServerConfig) -> None:
+    """Refuse what can be seen at once: torch takes seconds to import, and a base minutes to load.
+
+    Raises:
+        StartupError: No base, or an address that is taken.
+    """
+    for flag, address in (("listen", config.listen), ("metrics-listen", config.metrics_listen)):
+        host, port = split_address(flag, address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise StartupError(
+                    f"cannot listen on --{flag} {address} ({error.strerror}): choose a free port, "
+                    "or 0 for any"
+                ) from error
+    try:
+        resolve_base(config.base)
+    except ValueError as error:
+        raise StartupError(str(error)) from error
+
+
+async def _serve(config: ServerConfig) -> None:
+    # Imported here, so that nothing that is refused before waits for torch; and before the loop
+    # takes the signals, since it hears of none while it imports.
+    from superpose_server.door.server import Server
+    from superpose_server.runtime import Runtime
+
+    async def start() -> Server:
+        runtime = await asyncio.to_thread(Runtime, config)
+        try:
+            server = Server(runtime)
+            await server.start()
+        except BaseException:
+            runtime.close()
+            raise
+        return server
+
+    server, ending = await start_or_die(start())
+    state = server.runtime.default_mix.state
+    print(
+        f"ready address={server.address} base={config.base} generation={state.generation} "
+        f"digest={state.mix.digest} metrics={server.metrics_address}",
+        flush=True,
+    )
+    await ending.wait()
+    logging.getLogger(__name__).info("stopping grace=%g", config.grace)
+    await server.stop(config.grace)
+
+
+def run() -> None:
+    """Run the command to its end."""
+    config = parse_config()
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    # Loading a checkpoint is no matter for a progress bar in a server's log.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        _check(config)
+        asyncio.run(_serve(config))
+    except StartupError as error:
+        logging.getLogger(__name__).debug("the server cannot start", exc_info=error)
+        sys.exit(f"superpose-server: {error}")

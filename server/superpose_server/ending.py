@@ -1,0 +1,36 @@
+"""The signals that end the server: SIGINT, SIGTERM, and SIGHUP, which means the same.
+
+Before the server is ready they end the process as if they were not handled, so that a shell sees
+130 or 143; a server that is ready stops in order and exits with 0. SIGHUP reloads nothing, because
+nothing is read again while the server runs.
+
+Imports nothing that takes a moment, so that a signal within the imports has its handler.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import NoReturn
+
+
+def end_at_once() -> None:
+    """From now on end the process at a signal, whatever is being imported or waited for."""
+    for number in ending_signals():
+        signal.signal(number, lambda number, _: die_of(number))
+
+
+def ending_signals() -> list[signal.Signals]:
+    """Return the signals that end the server; SIGHUP is none where it was ignored (nohup)."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
+def die_of(number: int) -> NoReturn:
+    """End the process as the signal does that nobody handles."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    # The first process of a container is not killed by its own signals.
+    os._exit(128 + number)

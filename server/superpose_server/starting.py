@@ -1,0 +1,83 @@
+"""A start that a signal can cut short, whatever it is loading or compiling."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections import defaultdict
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+from superpose_server.ending import die_of, ending_signals
+
+T = TypeVar("T")
+
+# Seconds that a start which is given up gets to remove what a compiler was writing.
+_PATIENCE = 0.5
+_PAUSE = 0.05
+_log = logging.getLogger(__name__)
+
+
+async def start_or_die(start: Coroutine[Any, Any, T]) -> tuple[T, asyncio.Event]:
+    """Return what `start` does, and the event of the first signal after it.
+
+    A signal before that ends the process, and the compilers that the start runs. The start must
+    leave the event loop free; its threads are not waited for, so what it writes must be whole at
+    any instant.
+    """
+    loop = asyncio.get_running_loop()
+    arrived: list[int] = []
+    ending = asyncio.Event()
+
+    def note(number: int) -> None:
+        arrived.append(number)
+        ending.set()
+
+    for number in ending_signals():
+        loop.add_signal_handler(number, note, number)
+    starting, waiting = asyncio.ensure_future(start), asyncio.ensure_future(ending.wait())
+    await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    # First: a signal of a terminal ends compilers too, which the start would call their fault.
+    if arrived:
+        name = signal.Signals(arrived[0]).name
+        _log.info("ended by a signal before it was ready signal=%s", name)
+        await _give_up(starting)
+        die_of(arrived[0])
+    waiting.cancel()
+    return starting.result(), ending
+
+
+async def _give_up(starting: asyncio.Future[Any]) -> None:
+    """End the compilers that a start runs, and let it remove their files if it does so soon."""
+    for _ in range(round(_PATIENCE / _PAUSE)):
+        _terminate_descendants()
+        await asyncio.wait({starting}, timeout=_PAUSE)
+        if starting.done():
+            return
+    _terminate_descendants()
+
+
+def _terminate_descendants() -> None:
+    """Send SIGTERM to all processes below this one; where there is no /proc, to none.
+
+    To those alone: the process group may be that of a script, too.
+    """
+    children: dict[int, list[int]] = defaultdict(list)
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # "pid (name) state parent ...", and the name may hold anything.
+            parent = int(file.read_bytes().rpartition(b")")[2].split()[1])
+        except (OSError, IndexError):
+            continue  # It has ended.
+        children[parent].append(int(file.parent.name))
+    below = children[os.getpid()]
+    for pid in below:  # Grows while it is read.
+        below += children.get(pid, [])
+    for pid in below:
+        try:
+            os.kill(pid, signal.SIGTERM)
+        except ProcessLookupError:
+            continue
