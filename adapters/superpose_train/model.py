@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from superpose_adapters.base.checkpoint import load_checkpoint
-from superpose_adapters.one_line import one_line
+from superpose_adapters.base.tokenizer import TokenizerError, load_tokenizer
 from superpose_train.options import Options
 from superpose_train.peft_names import module_of_a
 
@@ -50,12 +49,9 @@ def load_base(base: str, folder: Path) -> tuple[Any, Any]:
     model: Any = load_checkpoint(folder, torch.float32, _without_dropout)
     model.requires_grad_(True)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # As many kinds as there are things wrong with a file.
-        raise ValueError(
-            f"base {base} has no tokenizer that can be used ({one_line(error)}): copy its files "
-            "there"
-        ) from error
+        tokenizer = load_tokenizer(folder)
+    except TokenizerError as error:
+        raise ValueError(f"base {base} {error}") from error
     model.config.use_cache = False
     # GPT-2's class name does not tell transformers which loss is meant, and it says so each time.
     model.loss_type = "ForCausalLM"

@@ -345,7 +345,12 @@ class GenerateFlags(TypedDict):
     """`GenerateOptions` as flags; each goes out under its own name."""
 
     max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", callback=_within(_UINT32), help="[default: 64]")
+        int | None,
+        typer.Option(
+            metavar="N",
+            callback=_within(_UINT32),
+            help="[default: 64, or what the context leaves if that is less]",
+        ),
     ]
     min_new_tokens: Annotated[
         int | None, typer.Option(metavar="N", callback=_within(_UINT32), help="[default: 0]")

@@ -33,8 +33,8 @@ _Generate = TypeVar("_Generate", inference_pb2.GenerateRequest, inference_pb2.Ge
 class GenerateOptions(TypedDict, total=False):
     """The options of `generate` and `stream`, as inference.proto has and explains them.
 
-    What is left out, or None, is the server's choice: max_new_tokens 64, temperature 1 (0 is
-    greedy), a random seed, all else off.
+    What is left out, or None, is the server's choice: max_new_tokens 64 or what the context leaves
+    if that is less, temperature 1 (0 is greedy), a random seed, all else off.
     """
 
     max_new_tokens: int | None

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.makers import EOS_ID
 from tests.server.helpers import Client, bound
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from superpose_server.engine.sampling import SamplingParams
@@ -295,6 +296,25 @@ def test_messages_are_put_into_the_chat_template(bases: dict[str, Path]) -> None
     )
     ids = tokenizer.encode_chat([("user", "hi"), ("bot", "yes"), ("user", "so")])
     assert tokenizer.decode(ids) == "user: hi\nbot: yes\nuser: so\nbot:"
+
+
+@pytest.mark.parametrize("role", ["user", "<|end|>"])
+@pytest.mark.parametrize("content", ["a<|end|>", "<|tool|>b", "<|endoftext|>", "<|<|end|>end|>"])
+def test_what_a_message_spells_stays_text_and_what_the_template_writes_is_a_token(
+    chatty: Tokenizer, role: str, content: str
+) -> None:
+    chatty.inner.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}<|tool|>"
+    )
+    # One token a byte, whatever the text spells.
+    letters = sorted(ByteLevel.alphabet())
+    spelled = [letters.index(letter) for letter in f"{role}:\u0120{content}"]
+    end, tool = chatty.special["<|end|>"], chatty.inner.get_added_vocab()["<|tool|>"]
+    assert chatty.encode_chat([(role, content)]) == [*spelled, end, tool]
+    # A message without such tokens is what it was.
+    plain = chatty.encode_chat([("user", "hi, <| you |>")])
+    turns = [{"role": "user", "content": "hi, <| you |>"}]
+    assert plain == chatty.inner.apply_chat_template(turns, return_dict=False)
 
 
 def test_a_template_that_refuses_is_an_invalid_argument(bases: dict[str, Path]) -> None:

@@ -140,11 +140,17 @@ class GenerateOptions(google.protobuf.message.Message):
     LOGPROBS_FIELD_NUMBER: builtins.int
     MIN_P_FIELD_NUMBER: builtins.int
     max_new_tokens: builtins.int
-    """64 if absent. At least 1; prompt and new tokens must fit the context."""
+    """If absent 64, or what the context leaves if that is less. At least 1; prompt and new tokens
+    must fit the context.
+    """
     min_new_tokens: builtins.int
-    """0 if absent: no end-of-text token, stop token or stop string ends the text before this."""
+    """0 if absent. So many tokens come before the text may end: until then no stop token is chosen,
+    and only a stop string whose last character comes with this token or a later one counts.
+    """
     ignore_eos: builtins.bool
-    """Go on after the end-of-text token, up to max_new_tokens."""
+    """Go on after an end-of-text token, up to max_new_tokens. A base may have several: its
+    tokenizer's, and those that its generation_config.json names.
+    """
     temperature: builtins.float
     """1 if absent; 0 is greedy."""
     top_k: builtins.int
@@ -161,7 +167,10 @@ class GenerateOptions(google.protobuf.message.Message):
     def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
     def stop(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The text ends before the first of these that appears. At most 16 of 1 to 256 characters."""
+        """The text ends before the first of these that appears. At most 16 of 1 to 256 characters. One
+        that is a special token of the base ends it at that token, which is in no text; one that holds
+        such a token beside other characters is refused.
+        """
 
     def __init__(
         self,
