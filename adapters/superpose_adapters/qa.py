@@ -22,6 +22,8 @@ TEMPLATE = "Question: {q}\nAnswer: {a}"
 COLUMNS: Columns = ("question", "answer")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _SPACE = re.compile(r"\s+")
+# JSON can spell it, UTF-8 cannot.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +96,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with opener(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
-                # Decoded line by line, so that a bad byte is found in its own line.
-                if text := line.decode("utf-8").strip():
+                # Decoded line by line, so that a bad byte is found in its own line. Some editors
+                # begin a file with a byte order mark.
+                encoding = "utf-8-sig" if number == 1 else "utf-8"
+                if text := line.decode(encoding).strip():
                     yield number, text
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file; check the path") from error
@@ -120,7 +124,7 @@ def row_of(fields: Mapping[str, object], where: str, columns: Columns = COLUMNS)
     """Return the row that a record holds in its question and answer columns.
 
     Raises:
-        ValueError: naming `where`: a column that is missing, empty or no string.
+        ValueError: naming `where`: a column that is missing, empty or no text.
     """
     missing = [name for name in columns if name not in fields]
     if missing:
@@ -135,6 +139,11 @@ def row_of(fields: Mapping[str, object], where: str, columns: Columns = COLUMNS)
             raise ValueError(
                 f'{where}: "{name}" is empty or no string; '
                 f'every row needs a non-empty "{columns[0]}" and "{columns[1]}"'
+            )
+        if _SURROGATE.search(value):
+            raise ValueError(
+                f'{where}: "{name}" holds half a character (a surrogate such as \\ud83d alone): '
+                "write the whole one"
             )
         texts.append(value)
     return Row(*texts)

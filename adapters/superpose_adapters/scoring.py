@@ -1,17 +1,14 @@
 """What is scored, and how: one definition for the server's Score, the trainer and the study.
 
-A plain text is scored as it is; a question-answer row is the template's text and the end-of-text
-token. Both are truncated on the right. The loss covers every token but the first, or the answer's
-tokens only (end-of-text among them), and means are taken over tokens, not over texts.
+A text is scored as `text_encoder` makes it. The loss covers every token but the first, or the
+answer's tokens only (end-of-text among them), and means are taken over tokens, not over texts.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-from superpose_adapters.qa import TEMPLATE, prompt_text, row_text
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,51 +71,6 @@ class Loss:
             return math.exp(self.mean)
         except OverflowError:
             return math.inf
-
-
-def _token_ids(tokenizer: Any, text: str) -> list[int]:
-    # verbose=False: a text longer than the context is no news here, it is truncated below. Not by
-    # the tokenizer, whose truncation is a setting that other threads would see.
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
-def _check_max_length(max_length: int) -> None:
-    if max_length < 1:
-        raise ValueError(f"max_length must be at least 1, got {max_length}")
-
-
-def encode_text(tokenizer: Any, text: str, max_length: int) -> EncodedText:
-    """Encode a plain text as it is, no special token added, truncated to `max_length` tokens."""
-    _check_max_length(max_length)
-    return EncodedText(tuple(_token_ids(tokenizer, text)[:max_length]))
-
-
-def encode_qa(
-    tokenizer: Any, question: str, answer: str, max_length: int, template: str = TEMPLATE
-) -> EncodedText:
-    """Encode a question-answer row: template text, then end-of-text, truncated to `max_length`.
-
-    The answer starts at the first token that reaches beyond the prompt, found in the encoding of
-    the whole text: encoding the prompt alone may cut its end into other tokens.
-
-    Raises:
-        ValueError: the tokenizer has no end-of-text token.
-    """
-    _check_max_length(max_length)
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the base's tokenizer has no end-of-text token (eos_token)")
-    encoded = tokenizer(
-        row_text(question, answer, template),
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
-    prompt = len(prompt_text(question, template))
-    ids: list[int] = encoded["input_ids"]
-    ends = (end for _, end in encoded["offset_mapping"])
-    answer_start = next((index for index, end in enumerate(ends) if end > prompt), len(ids))
-    return EncodedText((*ids, tokenizer.eos_token_id)[:max_length], answer_start)
 
 
 def token_log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:

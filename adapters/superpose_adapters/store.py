@@ -2,7 +2,7 @@
 
     <state>/adapters/lock                       held while the store is open
     <state>/adapters/objects/<digest>/...       the two files of an adapter, never changed
-    <state>/adapters/names.json                 {domain: digest}
+    <state>/adapters/names.json                 {domain: digest, or digest and warnings}
     <state>/adapters/temporary/...              what is being written
 
 Invariant: whatever instant the machine stops at, `names.json` is whole and every digest in it has a
@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -38,6 +38,8 @@ from superpose_adapters.peft.folder import (
 )
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+# A digest, and what was said when it got the name.
+_Named = tuple[str, tuple[str, ...]]
 
 
 class StoreError(Exception):
@@ -99,7 +101,17 @@ class AdapterStore:
     @property
     def names(self) -> Mapping[str, str]:
         """The names, {domain: digest}, as a read-only copy."""
-        return MappingProxyType(dict(self._names))
+        return MappingProxyType({domain: digest for domain, (digest, _) in self._names.items()})
+
+    def warnings(self, domain: str) -> tuple[str, ...]:
+        """Return what was said of the adapter when it was pushed under this name.
+
+        It is kept with the name: adapters of one effect share an object, whatever their files say.
+
+        Raises:
+            KeyError: There is no such name.
+        """
+        return self._names[domain][1]
 
     def __contains__(self, digest: object) -> bool:
         """Tell whether an object of this digest is stored."""
@@ -142,8 +154,10 @@ class AdapterStore:
             shutil.rmtree(fresh, ignore_errors=True)
         return digest
 
-    def set_name(self, domain: str, digest: str) -> None:
+    def set_name(self, domain: str, digest: str, warnings: Sequence[str] = ()) -> None:
         """Let `domain` name a stored adapter, in place of what it named before.
+
+        For `warnings` see there.
 
         Raises:
             ValueError: `domain` is no valid name.
@@ -153,7 +167,7 @@ class AdapterStore:
         check_domain(domain)
         if digest not in self:
             raise KeyError(digest)
-        self._write_names({**self._names, domain: digest})
+        self._write_names({**self._names, domain: (digest, tuple(warnings))})
 
     def delete_name(self, domain: str) -> None:
         """Remove a name. The object stays until `collect`: a running row may use it still.
@@ -164,7 +178,7 @@ class AdapterStore:
         """
         if domain not in self._names:
             raise KeyError(domain)
-        self._write_names({d: digest for d, digest in self._names.items() if d != domain})
+        self._write_names({d: named for d, named in self._names.items() if d != domain})
 
     def files(self, digest: str) -> tuple[bytes, bytes]:
         """Return the config and tensor files of an object, checked against its digest.
@@ -214,7 +228,7 @@ class AdapterStore:
         Raises:
             OSError: The disk refuses; what is left is whole.
         """
-        keep = {*in_use, *self._names.values()}
+        keep = {*in_use, *self.names.values()}
         removed = sorted(path.name for path in self._objects.iterdir() if path.name not in keep)
         for digest in removed:
             # Out of sight by one rename first, so that no half of an object is found later.
@@ -230,7 +244,7 @@ class AdapterStore:
             return False
         return True
 
-    def _read_names(self) -> dict[str, str]:
+    def _read_names(self) -> dict[str, _Named]:
         try:
             names: Any = json.loads(self._index.read_bytes())
         except FileNotFoundError:
@@ -239,19 +253,26 @@ class AdapterStore:
             raise self._damaged(self._index, "it is not JSON") from error
         if not isinstance(names, dict):
             raise self._damaged(self._index, "it is not an object")
-        for domain, digest in names.items():
+        read: dict[str, _Named] = {}
+        for domain, value in names.items():
             try:
                 check_domain(domain)
             except ValueError as error:
                 raise self._damaged(self._index, str(error)) from error
-            if not isinstance(digest, str) or digest not in self:
+            digest, *warnings = value if isinstance(value, list) and value else [value]
+            if digest not in self or not all(isinstance(said, str) for said in warnings):
                 raise self._damaged(self._index, f"{domain} names an adapter that is not stored")
-        return names
+            read[domain] = (digest, tuple(warnings))
+        return read
 
-    def _write_names(self, names: Mapping[str, str]) -> None:
+    def _write_names(self, names: Mapping[str, _Named]) -> None:
         fresh, former = self._temporary / "names.json", self._temporary / "former.json"
         try:
-            write_synced(fresh, canonical_json(dict(names)))
+            content = {
+                domain: [digest, *warnings] if warnings else digest
+                for domain, (digest, warnings) in names.items()
+            }
+            write_synced(fresh, canonical_json(content))
             if self._index.exists():
                 os.link(self._index, former)
             fresh.replace(self._index)

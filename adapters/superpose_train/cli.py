@@ -79,6 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
         help=r"text of a row, ends in {a}; \n is a line break; default Question: {q}\nAnswer: {a}",
     )
     add(
+        "--no-special-tokens",
+        dest="special_tokens",
+        action="store_false",
+        help="train on the template alone, without what the base's tokenizer puts before a text "
+        "(BOS of Llama and Gemma) and serving shows",
+    )
+    add(
         "--loss-scope",
         choices=get_args(Scope),
         default=Options.loss_scope,

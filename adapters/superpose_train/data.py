@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from superpose_adapters.qa import Columns, Row, file_sha256, read_rows, row_of, split_rows
-from superpose_adapters.scoring import EncodedText, encode_qa
+from superpose_adapters.scoring import EncodedText
+from superpose_adapters.text_encoder import TextEncoder, TokenRefused
 from superpose_train.options import Options
 
 # owner/name or owner/name:configuration, as the Hub allows them.
@@ -22,12 +23,18 @@ _FILE_SUFFIXES = (".jsonl", ".json", ".gz")
 
 @dataclass(frozen=True)
 class Rows:
-    """Encoded rows by part, of all sources together, with what the record says of them."""
+    """Encoded rows by part, of all sources together, with what the record says of them.
+
+    Attributes:
+        files: The sources.
+        special_tokens: What stands before every row, as the base's tokenizer puts it there.
+    """
 
     train: list[EncodedText]
     validation: list[EncodedText]
     test: list[EncodedText]
     files: list[dict[str, Any]]
+    special_tokens: list[str]
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -51,14 +58,15 @@ def check_sources(options: Options) -> None:
             raise ValueError(f"{source}: no such file; check the path")
 
 
-def read_data(options: Options, tokenizer: Any) -> Rows:
+def read_data(options: Options, encoder: TextEncoder) -> Rows:
     """Read, split and encode every source; limits of rows hold for each of them.
 
     A training row without a token to train on (with --loss-scope answer, one whose question fills
     --max-length) is left out and counted.
 
     Raises:
-        ValueError: a bad row, or a source of which a part is empty.
+        ValueError: a bad row, one with a token that the base has no embedding for, or a source of
+            which a part is empty.
     """
     parts: dict[str, list[EncodedText]] = {"train": [], "validation": [], "test": []}
     files: list[dict[str, Any]] = []
@@ -75,7 +83,7 @@ def read_data(options: Options, tokenizer: Any) -> Rows:
                     f"{source}: no row falls into the {part} part of the 80:10:10 split; "
                     "give more rows"
                 )
-            texts = [_encode(tokenizer, row, options) for row in chosen]
+            texts = [_encode(encoder, row, options, source) for row in chosen]
             scored = [text for text in texts if _scored(text, options)]
             if not scored:
                 raise ValueError(
@@ -87,11 +95,16 @@ def read_data(options: Options, tokenizer: Any) -> Rows:
             if len(scored) < len(texts):
                 described.setdefault("rows_without_answer", {})[part] = len(texts) - len(scored)
         files.append({**described, "rows": counts})
-    return Rows(**parts, files=files)
+    return Rows(**parts, files=files, special_tokens=encoder.tokens_before)
 
 
-def _encode(tokenizer: Any, row: Row, options: Options) -> EncodedText:
-    return encode_qa(tokenizer, row.question, row.answer, options.max_length, options.template)
+def _encode(encoder: TextEncoder, row: Row, options: Options, source: str | Path) -> EncodedText:
+    try:
+        return encoder.row(row.question, row.answer, options.max_length, options.template)
+    except TokenRefused as error:
+        raise ValueError(
+            f"{source}: the row with the question {row.question[:80]!r} {error}: write it otherwise"
+        ) from error
 
 
 def _scored(text: EncodedText, options: Options) -> bool:

@@ -45,6 +45,8 @@ class Options:
         max_rows: Training rows of each source, sampled; a tuple has one number a source.
         max_eval_rows: Validation and test rows of each source, sampled.
         template: Text of a row: {q} stands for the question; it ends in {a}, the answer.
+        special_tokens: Put before a row what the base's tokenizer puts before a text, as serving
+            does; without, a row is the template alone.
         loss_scope: Tokens that are trained on and measured.
         question_column: The field that holds a row's question.
         answer_column: The field that holds a row's answer.
@@ -73,6 +75,7 @@ class Options:
     max_rows: int | tuple[int, ...] | None = None
     max_eval_rows: int | None = None
     template: str = TEMPLATE
+    special_tokens: bool = True
     loss_scope: Scope = "all"
     question_column: str = COLUMNS[0]
     answer_column: str = COLUMNS[1]
@@ -175,9 +178,9 @@ class Options:
         return decide(self.precision, self.torch_device)
 
     def parameters(self, targets: list[str]) -> dict[str, Any]:
-        """Return, as JSON has it, what beside base and data fixes the result."""
+        """Return, as JSON has it, what beside base, data and special tokens fixes the result."""
         values = asdict(self)
-        for field in ("base", "data", "name", "out", "device", "label"):
+        for field in ("base", "data", "name", "out", "device", "label", "special_tokens"):
             del values[field]
         values["target_modules"] = targets
         values["init_seed"] = self.first_seed

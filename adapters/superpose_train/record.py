@@ -37,6 +37,7 @@ def identity_of(
     return {
         "base_digest": base_digest,
         "data": rows.files,
+        "special_tokens": rows.special_tokens,
         "parameters": options.parameters(targets),
     }
 
@@ -183,6 +184,8 @@ def finished_record(out: Path, identity: dict[str, Any]) -> dict[str, Any] | Non
         record = read_record(out)
         # Of a record from before --precision.
         record["parameters"].setdefault("precision", trained_precision(record))
+        # Of one from before rows began as the base's tokenizer begins a text.
+        record.setdefault("special_tokens", [])
         if {name: record[name] for name in identity} == identity:
             return record
     except (OSError, ValueError, KeyError):

@@ -25,6 +25,7 @@ from superpose_adapters.bundled import resolve_base
 from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.durable import write_file
 from superpose_adapters.scoring import EncodedText, Loss, Scope
+from superpose_adapters.text_encoder import TextEncoder, vocabulary_of
 from superpose_train.data import check_sources, read_data
 from superpose_train.loss import check_finite, evaluate_loss, figures_by_part, pad_right
 from superpose_train.model import (
@@ -196,7 +197,8 @@ def train(options: Options) -> dict[str, Any]:
     pad: int = tokenizer.eos_token_id
     targets = choose_targets(model, model.config.model_type, options.target_modules)
     check_context(model, options.max_length)
-    rows = read_data(options, tokenizer)
+    encoder = TextEncoder(tokenizer, vocabulary_of(model), special_tokens=options.special_tokens)
+    rows = read_data(options, encoder)
     identity = identity_of(options, checkpoint_digest(folder), rows, targets)
     model = attach_adapter(model, options, targets)
     # Counted now: PEFT sets every factor trainable again when its adapter is switched.

@@ -31,13 +31,14 @@ def choices(study: Study, trained: Mapping[str, Any] | None) -> list[str]:
         for domain, each in study.inputs.files.items()
     )
     found = "as the search found (see Tuning)"
+    before = "".join(f"{token}, " for token in study.inputs.special_tokens)
     lines = [
         f"Training rows: {sizes}. A joint adapter is trained on the rows that its seed draws from "
         "each of its domains. Epochs and rows a batch: "
         + (found if searched else f"{training.epochs:g} and {training.batch_size}")
         + ".",
-        f"A row is the template {training.template!r} and the end-of-text token, cut on the right "
-        f"at {training.max_length} tokens; one row an example, pads masked. The loss is "
+        f"A row is {before}the template {training.template!r} and the end-of-text token, cut on "
+        f"the right at {training.max_length} tokens; one row an example, pads masked. The loss is "
         + ("on all tokens but the first" if training.loss_scope == "all" else "on the answer only")
         + ", its mean is over tokens and not over rows.",
         f"AdamW (betas {BETAS[0]:g} and {BETAS[1]:g}, epsilon {EPSILON:g}, no weight decay), "

@@ -51,6 +51,7 @@ class Training:
     Attributes:
         rows: Training rows a domain; None: all.
         eval_rows: Validation and test rows that the trainer itself looks at.
+        special_tokens: A row begins as the base's tokenizer begins a text, as it is served.
         precision: What the base computes in, whatever processor it is.
         stack: Adapters that are trained at a time. More are faster until a step has some 1,000
             tokens; beyond, what a large base makes of them leaves the processor's cache.
@@ -68,6 +69,7 @@ class Training:
     rows: int | None = None
     eval_rows: int | None = 32
     template: str = TEMPLATE
+    special_tokens: bool = True
     loss_scope: Scope = "all"
     precision: Decided = "float32"
     stack: int = MAX_STACK

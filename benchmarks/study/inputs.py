@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from benchmarks.study.config import Config
 from benchmarks.study.synthetic import write_topic
@@ -30,7 +29,8 @@ from superpose_adapters.qa import (
     split_key,
     split_rows,
 )
-from superpose_adapters.scoring import EncodedText, encode_qa
+from superpose_adapters.scoring import EncodedText
+from superpose_adapters.text_encoder import TextEncoder, TokenRefused, vocabulary_of
 from superpose_train.options import base_label
 
 # Which rows are scored follows from this and the file alone, whatever the adapters' seeds.
@@ -74,6 +74,8 @@ class Inputs:
         parameters: How many the base has.
         modules: {module: (in, out)} of what adapters may adapt.
         files: {domain: its file}.
+        special_tokens: What stands before every row, as the base's tokenizer puts it there; none
+            in studies from before rows began so.
         from_hub: The base came from the Hub or its cache, by its id.
         overrides: Flags of the command line that took the place of what the config says.
     """
@@ -84,6 +86,7 @@ class Inputs:
     parameters: int
     modules: Mapping[str, tuple[int, int]]
     files: Mapping[str, DataFile]
+    special_tokens: tuple[str, ...] = ()
     from_hub: bool = False
     overrides: tuple[str, ...] = ()
 
@@ -110,6 +113,7 @@ def read_inputs(path: Path) -> Inputs | None:
             parameters=fields["parameters"],
             modules={name: (size[0], size[1]) for name, size in fields["modules"].items()},
             files={domain: DataFile(**each) for domain, each in fields["files"].items()},
+            special_tokens=tuple(fields.get("special_tokens", ())),
             from_hub=fields["from_hub"],
             overrides=tuple(fields["overrides"]),
         )
@@ -139,7 +143,7 @@ class Sources:
         self.config = config
         self._base_name = base
         self.base = resolve_base(base)
-        self._tokenizer: Any = None
+        self._encoder: TextEncoder | None = None
         self._splits: dict[str, Split] = {}
         self._encoded: dict[tuple[str, Part, str], list[EncodedText]] = {}
         self.paths: dict[str, Path] = {}
@@ -157,13 +161,21 @@ class Sources:
                 self.paths[domain] = data / name
 
     @property
-    def tokenizer(self) -> Any:
-        """The base's tokenizer."""
-        if self._tokenizer is None:
+    def encoder(self) -> TextEncoder:
+        """Makes the ids of rows.
+
+        Raises:
+            ValueError: The base's tokenizer adds tokens that the base does not have.
+        """
+        if self._encoder is None:
             from transformers import AutoTokenizer
 
-            self._tokenizer = AutoTokenizer.from_pretrained(self.base)
-        return self._tokenizer
+            self._encoder = TextEncoder(
+                AutoTokenizer.from_pretrained(self.base),
+                _layout_of(self.base)[2],
+                special_tokens=self.config.training.special_tokens,
+            )
+        return self._encoder
 
     def split(self, domain: str) -> Split:
         """Return a domain's rows by part.
@@ -196,14 +208,21 @@ class Sources:
         ]
 
     def texts(self, domain: str, part: Part, template: str) -> list[EncodedText]:
-        """Return the rows of a part that are scored, encoded."""
+        """Return the rows of a part that are scored, encoded.
+
+        Raises:
+            ValueError: A row holds a token that the base has no embedding for.
+        """
         key = (domain, part, template)
         if key not in self._encoded:
             length = self.config.training.max_length
-            self._encoded[key] = [
-                encode_qa(self.tokenizer, row.question, row.answer, length, template)
-                for row in self.rows(domain, part)
-            ]
+            try:
+                self._encoded[key] = [
+                    self.encoder.row(row.question, row.answer, length, template)
+                    for row in self.rows(domain, part)
+                ]
+            except TokenRefused as error:
+                raise ValueError(f"{self.paths[domain]}: a row {error}") from error
         return self._encoded[key]
 
     def _limit(self, part: Part) -> int | None:
@@ -216,7 +235,7 @@ class Sources:
         Raises:
             ValueError: Either cannot be read.
         """
-        modules, parameters = _layout_of(self.base)
+        modules, parameters, _ = _layout_of(self.base)
         files = {}
         for domain, path in self.paths.items():
             split = self.split(domain)
@@ -230,6 +249,7 @@ class Sources:
             parameters=parameters,
             modules=modules,
             files=files,
+            special_tokens=tuple(self.encoder.tokens_before),
             from_hub=name != MINI and not Path(name).expanduser().is_dir(),
         )
 
@@ -261,8 +281,11 @@ def _sample(rows: tuple[Row, ...], limit: int | None) -> list[Row]:
 
 
 @cache
-def _layout_of(base: Path) -> tuple[dict[str, tuple[int, int]], int]:
-    """Return {module: (in, out)} of a base, and how many parameters it has; loads no weights."""
+def _layout_of(base: Path) -> tuple[dict[str, tuple[int, int]], int, int]:
+    """Return {module: (in, out)} of a base, its number of parameters, and of tokens.
+
+    Loads no weights.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -279,4 +302,5 @@ def _layout_of(base: Path) -> tuple[dict[str, tuple[int, int]], int]:
         for name, each in layout.items()
         if not each.head
     }
-    return sizes, sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return sizes, parameters, vocabulary_of(model)

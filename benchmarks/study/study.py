@@ -357,6 +357,7 @@ class Study:
             training.eval_rows,
             # Nothing of float32: all were trained in it before there was a choice.
             *([] if training.precision == "float32" else [training.precision]),
+            *self._special_tokens(),
         )
 
     def rows_key(self, domain: str, part: Part, template: str) -> str:
@@ -372,6 +373,7 @@ class Study:
             template,
             training.max_length,
             training.loss_scope,
+            *self._special_tokens(),
         )
 
     def scoring_key(self, scoring: Scoring) -> str:
@@ -400,6 +402,10 @@ class Study:
     def finding_key(self, kind: str, specs: Iterable[AdapterSpec], *parts: Any) -> str:
         """Return the key of what an experiment measures in its own way."""
         return self._key(kind, [self.adapter_key(spec) for spec in specs], *parts)
+
+    def _special_tokens(self) -> list[list[str]]:
+        # Nothing where there are none: rows began with none before they began as texts do.
+        return [list(self.inputs.special_tokens)] if self.inputs.special_tokens else []
 
     def _key(self, kind: str, *parts: Any) -> str:
         base = [self.inputs.base_digest, self.inputs.setup_digest]

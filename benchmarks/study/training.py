@@ -50,6 +50,7 @@ def options_of(study: Study, spec: AdapterSpec, sources: Sources, out: Path) -> 
         max_rows=tuple(rows for _, rows in spec.portions),
         max_eval_rows=training.eval_rows,
         template=spec.template,
+        special_tokens=training.special_tokens,
         loss_scope=training.loss_scope,
         precision=training.precision,
     )

@@ -22,6 +22,7 @@ from superpose_adapters.fast_bfloat16 import has_fast_bfloat16
 from superpose_adapters.one_line import one_line
 from superpose_adapters.peft.folder import CONFIG_NAME
 from superpose_adapters.store import AdapterStore, StoreError
+from superpose_adapters.text_encoder import TextEncoder, vocabulary_of
 from superpose_server.config import ServerConfig
 from superpose_server.engine.tokenizer import Tokenizer
 from superpose_server.engine.trusted import Kind
@@ -46,6 +47,7 @@ class LoadedBase:
         model: On its device.
         facts: What else a reader of adapters needs to know of it.
         tokenizer: Of the base.
+        texts: Makes token ids of texts by it.
         expected: What the weights must give in the mode that serves; None: nobody asks.
         store: Adapters that were pushed for it, held against other servers.
         state_dir: Where the store and the default mix are.
@@ -54,6 +56,7 @@ class LoadedBase:
     model: Model
     facts: BaseFacts
     tokenizer: Tokenizer
+    texts: TextEncoder
     expected: Expected | None
     store: AdapterStore
     state_dir: Path
@@ -70,6 +73,7 @@ def load_base(config: ServerConfig) -> LoadedBase:
     _check_adapter_dir(config.adapter_dir)
     module = load_checkpoint(folder, _dtype(config.dtype, device))
     tokenizer = Tokenizer(folder)
+    texts = TextEncoder(tokenizer.inner, vocabulary_of(module))
     _check_length(config, module)
     facts = read_facts(config.base, folder, module)
     module = module.to(device)
@@ -94,7 +98,7 @@ def load_base(config: ServerConfig) -> LoadedBase:
     except BaseException:
         store.close()
         raise
-    return LoadedBase(model, facts, tokenizer, expected, store, state_dir)
+    return LoadedBase(model, facts, tokenizer, texts, expected, store, state_dir)
 
 
 def startup_error(config: ServerConfig, error: Exception) -> StartupError:

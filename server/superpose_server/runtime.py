@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,8 +97,9 @@ class Runtime:
             base = load_base(self.config)
         except Exception as error:
             raise startup_error(self.config, error) from error
-        self.model, self.tokenizer, self._store = base.model, base.tokenizer, base.store
+        self.model, self._store = base.model, base.store
         self._facts = base.facts
+        self.tokenizer, self.texts = base.tokenizer, base.texts
         try:
             self._start(base.state_dir, observer, base.expected)
         except BaseException as error:
@@ -181,6 +182,8 @@ class Runtime:
                     self._register(folder.name, self._read(folder, root), Source.DIRECTORY)
         for domain, digest in self._store.names.items():
             adapter = self._pushed(domain, digest)
+            # Its files may be those of another name, whose adapter has the same effect.
+            adapter = replace(adapter, warnings=self._store.warnings(domain))
             self._register(domain, adapter, Source.PUSHED)
 
     def _pushed(self, domain: str, digest: str) -> Adapter:

@@ -19,7 +19,7 @@ from superpose_adapters.bundled import (
 )
 from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.qa import part_of, read_rows, split_key
-from superpose_adapters.scoring import encode_qa
+from superpose_adapters.text_encoder import TextEncoder, vocabulary_of
 from superpose_train.loss import evaluate_loss
 
 MEGABYTE = 10**6
@@ -75,9 +75,8 @@ def test_held_out_rows_are_of_the_test_part() -> None:
 @pytest.mark.parametrize("domain", MINI_DOMAINS)
 def test_each_adapter_lowers_the_perplexity_of_its_domain(domain: str, tokenizer: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(mini_base(), dtype=torch.float32)
-    rows = [
-        encode_qa(tokenizer, row.question, row.answer, 128) for row in read_rows(held_out(domain))
-    ]
+    encoder = TextEncoder(tokenizer, vocabulary_of(model))
+    rows = [encoder.row(row.question, row.answer, 128) for row in read_rows(held_out(domain))]
     before = evaluate_loss(model, rows, 0, 16).perplexity
     after = evaluate_loss(load_peft(model, mini_adapters()[domain]), rows, 0, 16).perplexity
     assert after < 0.8 * before

@@ -46,6 +46,7 @@ def test_reads_plain_and_gzipped_rows(tmp_path: Path) -> None:
         ('{"answer": "a"}', 1, '"question" is missing'),
         ('{"question": "q"}', 1, '"answer" is missing'),
         ('{"question": "q", "answer": "  "}', 1, '"answer" is empty or no string'),
+        ('{"question": "q", "answer": "\\ud83d"}', 1, '"answer" holds half a character'),
         ('{"question": 3, "answer": "a"}', 1, '"question" is empty or no string'),
         ("\n\n" + '{"question": null, "answer": "a"}', 3, '"question"'),
     ],
@@ -67,6 +68,7 @@ def test_a_bad_row_is_named_by_file_and_line(
     [
         ("none.jsonl", None, "no such file"),
         ("empty.jsonl", b"\n", "no rows"),
+        ("marked.jsonl", b"\xef\xbb\xbf\n", "no rows"),
         ("latin.jsonl", ROW.encode() + b'{"question": "\xe9"}', ":2: not UTF-8"),
         ("plain.jsonl.gz", ROW.encode(), "cannot be read"),
         ("short.jsonl.gz", gzip.compress(ROW.encode(), mtime=0)[:-9], "cannot be read"),

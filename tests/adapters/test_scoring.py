@@ -6,70 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.makers import EOS_ID, tiny_gpt2, tiny_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tests.makers import VOCABULARY, tiny_gpt2, tiny_tokenizer
 
 from superpose_adapters.scoring import (
     EncodedText,
     Loss,
     Scope,
-    encode_qa,
-    encode_text,
     loss_of,
     token_log_probabilities,
 )
+from superpose_adapters.text_encoder import TextEncoder
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
-
-
-def test_a_text_is_encoded_as_it_is(tokenizer: Any) -> None:
-    encoded = encode_text(tokenizer, "Hi there\n", 100)
-    assert tokenizer.decode(encoded.ids) == "Hi there\n"
-    assert len(encoded.ids) == 9
-    assert encoded.answer_start is None
-    assert encode_text(tokenizer, "", 100).ids == ()
-
-
-def test_a_row_is_the_template_and_the_end_of_text(tokenizer: Any) -> None:
-    encoded = encode_qa(tokenizer, "How?", "So.", 100)
-    assert tokenizer.decode(encoded.ids[:-1]) == "Question: How?\nAnswer: So."
-    assert encoded.ids[-1] == EOS_ID
-    assert encoded.answer_start is not None
-    assert tokenizer.decode(encoded.ids[encoded.answer_start : -1]) == " So."
-
-
-def test_the_answer_starts_at_the_token_that_reaches_into_it() -> None:
-    # One token ": S" straddles the border, which encoding the prompt alone would not show.
-    vocabulary = {c: i for i, c in enumerate("Question: How?\nAnswer: So.")}
-    vocabulary = {c: i for i, c in enumerate(sorted(vocabulary))}
-    vocabulary |= {" S": len(vocabulary), ": S": len(vocabulary) + 1, "<e>": len(vocabulary) + 2}
-    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[(" ", "S"), (":", " S")]))
-    bpe.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
-    straddling = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<e>")
-    encoded = encode_qa(straddling, "How?", "So.", 100)
-    assert encoded.answer_start is not None
-    assert encoded.ids[encoded.answer_start] == vocabulary[": S"]
-    assert len(encoded.ids) - encoded.answer_start == 4  # ": S", "o", ".", end of text
-
-
-@pytest.mark.parametrize("length", [1, 2, 20, 28, 29])
-def test_truncation_is_on_the_right(tokenizer: Any, length: int) -> None:
-    whole = encode_qa(tokenizer, "How?", "So.", 100)
-    cut = encode_qa(tokenizer, "How?", "So.", length)
-    assert cut.ids == whole.ids[:length]
-    assert cut.answer_start == whole.answer_start == 22
-    assert cut.first_scored("answer") == min(22, len(cut.ids))
-    assert cut.first_scored("all") == 1
-    assert encode_text(tokenizer, "abcdef", 4).ids == encode_text(tokenizer, "abcd", 4).ids
-
-
-def test_refusals(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
-        encode_text(tokenizer, "a", 0)
+def test_refusals() -> None:
     with pytest.raises(ValueError, match="plain text"):
         EncodedText((1, 2)).first_scored("answer")
     scope: Any = "some"
@@ -77,10 +26,6 @@ def test_refusals(tokenizer: Any) -> None:
         EncodedText((1, 2), 1).first_scored(scope)
     with pytest.raises(ValueError, match="nothing to score"):
         _ = Loss().mean
-    endless = tiny_tokenizer()
-    endless.eos_token = None
-    with pytest.raises(ValueError, match="no end-of-text"):
-        encode_qa(endless, "q", "a", 9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -102,9 +47,10 @@ def test_huge_logits_stay_finite() -> None:
     assert token_log_probabilities(logits, torch.tensor([1, 0])).tolist() == [0.0]
 
 
-def test_loss_is_transformers_own(tokenizer: Any) -> None:
+def test_loss_is_transformers_own() -> None:
     model = tiny_gpt2()
-    encoded = encode_qa(tokenizer, "How many?", "Two or three.", 64)
+    encoder = TextEncoder(tiny_tokenizer(), VOCABULARY)
+    encoded = encoder.row("How many?", "Two or three.", 64)
     ids = torch.tensor([encoded.ids])
     with torch.no_grad():
         output = model(input_ids=ids, labels=ids)

@@ -89,6 +89,21 @@ def test_putting_twice_changes_nothing(folder: Path) -> None:
         assert path.stat() == before
 
 
+def test_what_is_said_of_an_adapter_is_kept_with_its_name(tmp_path: Path) -> None:
+    with AdapterStore(tmp_path) as store:
+        digest = store.put(*files(0))
+        store.set_name("plain", digest)
+        store.set_name("said", digest, ["one", "two"])
+    with AdapterStore(tmp_path) as store:
+        assert store.names == {"plain": digest, "said": digest}
+        assert store.warnings("plain") == ()
+        assert store.warnings("said") == ("one", "two")
+        with pytest.raises(KeyError):
+            store.warnings("gone")
+        store.set_name("said", digest)
+        assert store.warnings("said") == ()
+
+
 def test_a_name_needs_a_stored_adapter_and_a_valid_domain(folder: Path) -> None:
     with AdapterStore(folder) as store:
         for digest in (DIGESTS[0], "", "../objects", "x" * 64):
@@ -157,6 +172,8 @@ def test_a_damaged_object_is_an_error_that_names_it_and_a_push_mends_it(
         ("", "not JSON"),
         ("[]", "not an object"),
         ('{"math": 3}', "names an adapter that is not stored"),
+        ('{"math": []}', "names an adapter that is not stored"),
+        (f'{{"math": ["{DIGESTS[0]}", 3]}}', "names an adapter that is not stored"),
         (f'{{"math": "{DIGESTS[1]}"}}', "names an adapter that is not stored"),
         (f'{{"../x": "{DIGESTS[0]}"}}', "not a valid name"),
     ],

@@ -52,6 +52,8 @@ def test_a_warning_outlives_the_server(
 ) -> None:
     first = start(loop, llama.base, tmp_path / "state")
     try:
+        # Of one effect: the store keeps the files of the first alone.
+        first.client.push("plain", make_adapter(llama.model, tmp_path / "plain", 1))
         (warning,) = first.client.push("other", warned(llama, tmp_path / "other")).adapter.warnings
     finally:
         first.stop()
@@ -66,8 +68,23 @@ def test_a_warning_outlives_the_server(
         for domain in ("other", "dir"):
             assert again.client.adapter(domain).warnings == (warning,)
             assert f"adapter {domain}: {warning}" in caplog.messages
+        assert again.client.adapter("plain").warnings == ()
     finally:
         again.stop()
+
+
+def test_a_push_that_mends_what_was_warned_of_ends_the_warning(
+    served: Served, llama: Family, tmp_path: Path
+) -> None:
+    bad = served.client.push("mended", warned(llama, tmp_path / "bad"))
+    assert bad.adapter.warnings
+    served.client.set("mended=0.5")
+    good = served.client.push("mended", make_adapter(llama.model, tmp_path / "good", 1))
+    assert good.adapter.warnings == served.client.adapter("mended").warnings == ()
+    assert good.adapter.digest == bad.adapter.digest
+    assert good.generation == served.client.mix().generation
+    assert served.client.mix().weights == {"mended": 0.5}
+    served.client.set("base")
 
 
 def test_the_caps_are_those_of_the_flags(served: Served, llama: Family, tmp_path: Path) -> None:

@@ -261,13 +261,13 @@ GENERATIONS = {
     ),
     "token out of range": BadGeneration(
         "TOKEN_OUT_OF_RANGE",
-        f"holds {VOCABULARY}: the vocabulary has {VOCABULARY} tokens, counted from 0",
+        f"holds token {VOCABULARY}, and the base has embeddings for {VOCABULARY} tokens alone",
         "token_ids",
         [1, VOCABULARY],
     ),
     "stop token out of range": BadGeneration(
         "TOKEN_OUT_OF_RANGE",
-        "holds 4294967295",
+        "holds token 4294967295",
         "options.stop_token_ids",
         options={"stop_token_ids": [2**32 - 1]},
     ),
@@ -342,13 +342,6 @@ SCORES = {
         r"items\[0\] is empty",
         "items[0]",
     ),
-    "one token": Case(
-        lambda s: s.client.score(["a"]),
-        InvalidArgumentError,
-        "NOTHING_TO_SCORE",
-        "no item has a scored token",
-        "items",
-    ),
     "answer of a text": Case(
         lambda s: s.client.score([("q", "a"), "text"], scope="answer"),
         InvalidArgumentError,
@@ -372,7 +365,7 @@ SCORES = {
         lambda s: s.client.score([[1, 2, VOCABULARY]]),
         InvalidArgumentError,
         "TOKEN_OUT_OF_RANGE",
-        f"holds {VOCABULARY}",
+        f"holds token {VOCABULARY}",
         "items[0]",
     ),
     "max_length 1": Case(

@@ -144,7 +144,7 @@ def test_ids_that_no_wire_has_checked_are_refused(
         "items[1]": inference.score(ScoreRequest(("ab", (1, token)))),
     }
     for field, call in calls.items():
-        with pytest.raises(InvalidArgument, match=f"holds {token}: the vocabulary") as caught:
+        with pytest.raises(InvalidArgument, match=f"holds token {token}, and the base") as caught:
             served.loop.run(call)
         assert caught.value.field == field
 

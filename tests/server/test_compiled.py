@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.makers import save_base, tiny_llama
+from tests.makers import VOCABULARY, save_base, tiny_llama
 from tests.server.helpers import (
     GREEDY,
     Bench,
@@ -94,13 +94,13 @@ def test_batches_of_any_size_run_on_one_graph(bench: Bench, uncompiled: Model) -
         for start in range(3):
             step = [(slot, 65 + start, len(TEXTS[slot]) + start) for slot in range(rows)]
             found, expected = decode(bench.model, step), decode(uncompiled, step)
-            assert found.shape == (rows, bench.model.vocabulary)
+            assert found.shape == (rows, VOCABULARY)
             assert torch.allclose(found, expected, rtol=0, atol=1e-5)
     for count in (1, 2, 3, 17, 60):
         for wanted in ([count - 1], [], list(range(count)), list(range(0, count, 2))):
             span = [Span(bench.model.scratch_slot, tuple(range(count)), 0)]
             found = run_base(bench.model, span, wanted)
-            assert found.shape == (len(wanted), bench.model.vocabulary)
+            assert found.shape == (len(wanted), VOCABULARY)
             assert torch.allclose(found, run_base(uncompiled, span, wanted), rtol=0, atol=1e-5)
 
 

@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.makers import save_base, tiny_gpt2, tiny_tokenizer
+from tests.makers import VOCABULARY, save_base, tiny_gpt2, tiny_tokenizer
 
 from superpose_adapters.qa import part_of, read_rows, split_key
+from superpose_adapters.text_encoder import TextEncoder
 from superpose_train.mini import make_mini
 from superpose_train.options import Options
 from superpose_train.train import train
+
+ENCODER = TextEncoder(tiny_tokenizer(), VOCABULARY)
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +30,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_held_out_rows_are_of_the_test_part_and_no_twins(data: Path) -> None:
-    rows = make_mini.held_out_rows(data / "math.jsonl", tiny_tokenizer())
+    rows = make_mini.held_out_rows(data / "math.jsonl", ENCODER)
     assert {part_of(row.question) for row in rows} == {"test"}
     assert len({split_key(row.question) for row in rows}) == len(rows) > 5
 
 
 def test_long_rows_are_left_out(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(make_mini, "HELD_OUT_TOKENS", 3)
-    assert make_mini.held_out_rows(data / "math.jsonl", tiny_tokenizer()) == []
+    assert make_mini.held_out_rows(data / "math.jsonl", ENCODER) == []
 
 
 def test_what_is_missing_is_made_and_measured(

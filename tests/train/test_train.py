@@ -16,13 +16,21 @@ import torch
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 from tests.full_disk import files_of_at_most
-from tests.makers import load_peft, save_base, tiny_gpt2, tiny_llama
+from tests.makers import (
+    VOCABULARY,
+    load_peft,
+    save_base,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_tokenizer,
+    tokenizer_adding,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.qa import file_sha256, part_of, read_rows, split_rows
-from superpose_adapters.scoring import encode_qa
+from superpose_adapters.text_encoder import TextEncoder
 from superpose_train import train as trainer_module
 from superpose_train.cli import main
 from superpose_train.data import is_hub_id
@@ -311,10 +319,10 @@ def test_joint_training_lowers_both_and_takes_rows_of_each(
     record = train(options(base, data, tmp_path / "both", max_rows=30, max_eval_rows=4, epochs=3))
     assert [file["rows"]["train"] for file in record["data"]] == [30, 30]
     assert [file["name"] for file in record["data"]] == ["one.jsonl", "two.jsonl"]
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    encoder = TextEncoder(AutoTokenizer.from_pretrained(base), VOCABULARY)
     model = load_peft(tiny_gpt2(), tmp_path / "both")
     for path in data:
-        rows = [encode_qa(tokenizer, row.question, row.answer, 40) for row in read_rows(path)]
+        rows = [encoder.row(row.question, row.answer, 40) for row in read_rows(path)]
         after = evaluate_loss(model, rows, 0, 16).mean
         assert after < 0.9 * evaluate_loss(tiny_gpt2(), rows, 0, 16).mean
 
@@ -329,10 +337,10 @@ def test_llama_trains_all_its_projections(data: tuple[Path, Path], tmp_path: Pat
 
 
 def test_evaluation_ignores_padding_and_batching(base: Path, data: tuple[Path, Path]) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    encoder = TextEncoder(AutoTokenizer.from_pretrained(base), VOCABULARY)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     rows = [
-        encode_qa(tokenizer, row.question, row.answer * (1 + i % 3), 60)
+        encoder.row(row.question, row.answer * (1 + i % 3), 60)
         for i, row in enumerate(read_rows(data[0])[:12])
     ]
     alone = evaluate_loss(model, rows, 0, 1)
@@ -393,6 +401,66 @@ def test_loss_on_the_answer_alone_in_another_template(
     figures = record["adapter_figures"]["test"]
     assert figures["tokens"] == tokens
     assert figures["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_rows_begin_as_the_bases_tokenizer_begins_a_text(
+    data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Losses of the base against transformers' own of `tokenizer(text)` and of the bare text."""
+    model, tokenizer = tiny_gpt2(vocab_size=VOCABULARY + 1), tokenizer_adding("<s>")
+    base = save_base(model, tmp_path / "base", tokenizer)
+    for special_tokens, before in ((True, ["<s>"]), (False, [])):
+        out = tmp_path / f"{special_tokens}"
+        record = train(options(base, data[0], out, special_tokens=special_tokens, max_steps=1))
+        assert record["special_tokens"] == before
+        nats, tokens = 0.0, 0
+        for row in split_rows(read_rows(data[0])).test:
+            text = f"Question: {row.question}\nAnswer: {row.answer}"
+            encoded = tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
+            ids = torch.tensor([[*encoded, tokenizer.eos_token_id][:40]])
+            with torch.no_grad():
+                nats += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+            tokens += ids.shape[1] - 1
+        figures = record["base_figures"]["test"]
+        assert figures["tokens"] == tokens
+        assert figures["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+
+
+def test_a_result_of_other_special_tokens_is_another(tmp_path: Path) -> None:
+    """A record from before they were told is one of rows that began with none."""
+    parameters = {"precision": "float32"}
+    identity = {"base_digest": "b", "parameters": parameters, "special_tokens": list[str]()}
+    out = tmp_path / "law"
+    out.mkdir()
+    (out / "training.json").write_text(json.dumps({"base_digest": "b", "parameters": parameters}))
+    assert finished_record(out, identity) is not None
+    with pytest.raises(ValueError, match="is not the result of this run"):
+        finished_record(out, identity | {"special_tokens": ["<s>"]})
+
+
+def test_a_row_with_a_token_that_the_base_lacks_is_named(
+    data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    base = save_base(tiny_gpt2(), tmp_path / "base", tokenizer)
+    path = tmp_path / "rows.jsonl"
+    lines = data[0].read_text("utf-8").splitlines()
+    lines[7] = json.dumps({"question": "it is [PAD]", "answer": "so"})
+    path.write_text("\n".join(lines), "utf-8")
+    assert main(command(base, path, tmp_path / "out", "--max-steps", "1")) == 1
+    assert "rows.jsonl: the row with the question 'it is [PAD]' holds token 257" in last_line(
+        capsys
+    )
+
+
+def test_a_byte_order_mark_is_no_part_of_the_rows(
+    base: Path, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    marked = tmp_path / "marked.jsonl"
+    marked.write_bytes(b"\xef\xbb\xbf" + data[0].read_bytes())
+    assert read_rows(marked) == read_rows(data[0])
+    assert main(command(base, marked, tmp_path / "out", "--max-steps", "1")) == 0
 
 
 def test_rows_whose_question_fills_the_length_are_left_out_and_counted(

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from superpose_adapters.bundled import MINI, MINI_DOMAINS
 from superpose_adapters.qa import Row, read_rows, split_key, split_rows
-from superpose_adapters.scoring import Scope, encode_qa
+from superpose_adapters.scoring import Scope
+from superpose_adapters.text_encoder import TextEncoder, vocabulary_of
 from superpose_train.loss import evaluate_loss
 from superpose_train.mini.pretrain import Settings, pretrain
 from superpose_train.model import library_warnings_ignored
@@ -41,11 +42,11 @@ HELD_OUT_ROWS = 48
 HELD_OUT_TOKENS = 224
 
 
-def held_out_rows(path: Path, tokenizer: Any) -> list[Row]:
+def held_out_rows(path: Path, encoder: TextEncoder) -> list[Row]:
     """Return 48 rows of the test part, no two of them twins, in the order of their hashes."""
     chosen: dict[str, Row] = {}
     for row in split_rows(read_rows(path)).test:
-        ids = encode_qa(tokenizer, row.question, row.answer, HELD_OUT_TOKENS + 1).ids
+        ids = encoder.row(row.question, row.answer, HELD_OUT_TOKENS + 1).ids
         if len(ids) <= HELD_OUT_TOKENS:
             chosen.setdefault(split_key(row.question), row)
     ordered = sorted(chosen, key=lambda key: hashlib.sha256(key.encode()).digest())
@@ -66,9 +67,10 @@ def measure(folder: Path, scope: Scope) -> dict[str, dict[str, float]]:
     """Return the held-out perplexity {domain: {"base" or adapter: perplexity}}, whole rows."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    encoder = TextEncoder(tokenizer, vocabulary_of(model))
     rows = {
         domain: [
-            encode_qa(tokenizer, row.question, row.answer, tokenizer.model_max_length)
+            encoder.row(row.question, row.answer, tokenizer.model_max_length)
             for row in read_rows(folder / "held_out" / f"{domain}.jsonl")
         ]
         for domain in MINI_DOMAINS
@@ -100,7 +102,10 @@ def make_mini(data: Path, corpus: Path | None, out: Path) -> dict[str, Any]:
         if corpus is None:
             raise ValueError(f"{base} is missing: name the pretraining text with --corpus")
         pretrain(corpus, base, Settings(), TOKENS)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    encoder = TextEncoder(
+        AutoTokenizer.from_pretrained(base),
+        vocabulary_of(AutoModelForCausalLM.from_pretrained(base)),
+    )
     for domain in MINI_DOMAINS:
         file = data / DATA_FILES[domain]
         adapter = out / "adapters" / domain
@@ -121,7 +126,7 @@ def make_mini(data: Path, corpus: Path | None, out: Path) -> dict[str, Any]:
             )
         rows = out / "held_out" / f"{domain}.jsonl"
         if not rows.exists():
-            write_held_out(held_out_rows(file, tokenizer), rows)
+            write_held_out(held_out_rows(file, encoder), rows)
     figures = {
         "held_out_perplexity": measure(out, "all"),
         "held_out_answer_perplexity": measure(out, "answer"),

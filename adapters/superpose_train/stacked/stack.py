@@ -16,6 +16,7 @@ from peft import get_peft_model_state_dict
 
 from superpose_adapters.bundled import resolve_base
 from superpose_adapters.digest import canonical_digest, checkpoint_digest
+from superpose_adapters.text_encoder import TextEncoder, vocabulary_of
 from superpose_train.data import Rows, check_sources, read_data
 from superpose_train.model import (
     attach_adapter,
@@ -73,7 +74,7 @@ def train_many(
     check_output_layer(model)
     digest = checkpoint_digest(folder)
     base = Base(model, tokenizer.eos_token_id, device, precision)
-    rows = _RowsOnce(tokenizer)
+    rows = _RowsOnce(tokenizer, vocabulary_of(model))
     # Every run's data is read before the first is trained: what is wrong is said at once.
     identities = [identity_of(options, digest, rows.of(options), targets) for options in runs]
     pending = [
@@ -139,8 +140,9 @@ def _check_together(runs: Sequence[Options], max_stack: int) -> None:
 class _RowsOnce:
     """Reads and encodes what several runs have in common only once."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
         self._read: dict[tuple[Any, ...], Rows] = {}
 
     def of(self, options: Options) -> Rows:
@@ -152,12 +154,16 @@ class _RowsOnce:
             options.max_eval_rows,
             options.seed if sampled else None,
             options.template,
+            options.special_tokens,
             options.loss_scope,
             options.question_column,
             options.answer_column,
         )
         if key not in self._read:
-            self._read[key] = read_data(options, self._tokenizer)
+            encoder = TextEncoder(
+                self._tokenizer, self._vocabulary, special_tokens=options.special_tokens
+            )
+            self._read[key] = read_data(options, encoder)
         return self._read[key]
 
 

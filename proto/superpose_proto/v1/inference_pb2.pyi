@@ -392,7 +392,7 @@ Global___GenerateStreamResponse: typing_extensions.TypeAlias = GenerateStreamRes
 @typing.final
 class QuestionAnswer(google.protobuf.message.Message):
     """A row of question-answer data, scored in the template "Question: {question}\\nAnswer: {answer}"
-    with the end-of-text token behind it.
+    with the end-of-text token behind it, and before it what the base's tokenizer puts before a text.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -419,11 +419,13 @@ class ScoreItem(google.protobuf.message.Message):
     QUESTION_ANSWER_FIELD_NUMBER: builtins.int
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     text: builtins.str
-    """Scored as it is."""
+    """Scored as the base's tokenizer makes it, BOS and the like included."""
     @property
     def question_answer(self) -> Global___QuestionAnswer: ...
     @property
-    def token_ids(self) -> Global___TokenIds: ...
+    def token_ids(self) -> Global___TokenIds:
+        """Scored as they are."""
+
     def __init__(
         self,
         *,
@@ -484,10 +486,11 @@ class ItemScore(google.protobuf.message.Message):
     PERPLEXITY_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
     tokens: builtins.int
-    """Scored tokens."""
+    """Scored tokens; none where an item has one token, or no answer within max_length."""
     logprob: builtins.float
     """Sum of the log-probabilities of the scored tokens, natural logarithm."""
     perplexity: builtins.float
+    """NaN where no token is scored."""
     @property
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """Only if asked for."""
@@ -515,7 +518,7 @@ class ScoreResponse(google.protobuf.message.Message):
     tokens: builtins.int
     """Over all items."""
     perplexity: builtins.float
-    """exp of the token-weighted mean loss over all items."""
+    """exp of the token-weighted mean loss over all items; NaN where no token is scored."""
     @property
     def items(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ItemScore]: ...
     @property

@@ -112,7 +112,8 @@ class Operator:
     ) -> tuple[Registered, MixState]:
         """Check an adapter, store it and let `domain` name it.
 
-        The same bytes again change nothing. If the default mix holds the domain, it is bound anew.
+        The same bytes again change nothing, and other files of the same effect no more than what
+        is said of them. If the default mix holds the domain, it is bound anew.
 
         Raises:
             FailedPrecondition: The adapter is unfit, the domain is read only, or the disk refuses.
@@ -126,10 +127,13 @@ class Operator:
         except AdapterError as error:
             raise FailedPrecondition(f"{domain}: {error}", error.reason) from error
         before = self._registry.find(domain)
-        if before is not None and before.adapter == adapter:
-            # After a crash within a replace the default mix may hold the old adapter still.
-            return before, self._rebind(before)
-        if before is not None:
+        same = before is not None and before.adapter == adapter
+        if before is not None and same:
+            said_already = before.adapter.warnings == adapter.warnings
+            if said_already or before.source is not Source.PUSHED:
+                # After a crash within a replace the default mix may hold the old adapter still.
+                return before, self._rebind(before)
+        if before is not None and not same:
             _check_writable(before)
             if not replace:
                 raise AlreadyExists(
@@ -141,12 +145,12 @@ class Operator:
         self._weights.keep_base(adapter)
         try:
             digest = self._store.put(config, tensors)
-            self._store.set_name(domain, digest)
+            self._store.set_name(domain, digest, adapter.warnings)
             try:
                 state = self._rebind(registered)
             except BaseException:
                 if before is not None:
-                    self._store.set_name(domain, before.adapter.digest)
+                    self._store.set_name(domain, before.adapter.digest, before.adapter.warnings)
                 raise
         except StoreError as error:
             raise FailedPrecondition(str(error), "STORE_WRITE_FAILED") from error

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from typing import Any
 
+from superpose_adapters.scoring import Loss
 from superpose_proto.v1 import inference_pb2 as pb
 from superpose_proto.v1 import inference_pb2_grpc
 from superpose_server.door.convert import (
@@ -76,15 +78,19 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 pb.ItemScore(
                     tokens=item.loss.tokens,
                     logprob=-item.loss.nats,
-                    perplexity=item.loss.perplexity if item.logprobs else 0.0,
+                    perplexity=_perplexity(item.loss),
                     logprobs=item.logprobs if request.logprobs else (),
                 )
                 for item in scores.items
             ],
             tokens=scores.loss.tokens,
-            perplexity=scores.loss.perplexity,
+            perplexity=_perplexity(scores.loss),
             mix=mix_to_wire(scores.mix),
         )
+
+
+def _perplexity(loss: Loss) -> float:
+    return loss.perplexity if loss.tokens else math.nan
 
 
 def _usage(generation: Generation) -> pb.Usage:

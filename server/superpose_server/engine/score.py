@@ -20,10 +20,18 @@ from superpose_server.model.batch import Span
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """Token ids to score, from the token at index `first` on; `first` is at least 1."""
+    """Token ids to score, from the token at index `first` on; `first` is at least 1.
+
+    Where there is no such token there is nothing to score.
+    """
 
     ids: tuple[int, ...]
     first: int = 1
+
+    @property
+    def length(self) -> int:
+        """Tokens to run: none where nothing is scored."""
+        return len(self.ids) if self.first < len(self.ids) else 0
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ def score_slices(
     mix: BoundMix,
     slice_tokens: int,
 ) -> Generator[bool, None, list[list[float]]]:
-    """Return the log-probabilities of each row's scored tokens.
+    """Return the log-probabilities of each row's scored tokens, none where it has none.
 
     Yields after each slice of at most `slice_tokens` tokens: False in the middle of a text, whose
     keys and values another job must not overwrite.
@@ -54,7 +62,7 @@ def score_slices(
     results: list[list[float]] = [[] for _ in rows]
     model.cache.claim(model.scratch_slot)
     try:
-        for pieces in _slices([len(row.ids) for row in rows], slice_tokens, model.context_length):
+        for pieces in _slices([row.length for row in rows], slice_tokens, model.context_length):
             for index, values in _score_slice(runner, rows, pieces, mix):
                 results[index] += values
             yield pieces[-1].end == len(rows[pieces[-1].index].ids)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 
-from superpose_adapters.scoring import EncodedText, encode_qa, encode_text
+from superpose_adapters.scoring import EncodedText
+from superpose_adapters.text_encoder import TextEncoder, TokenRefused
 from superpose_server.engine.sampling import SamplingParams
 from superpose_server.engine.tokenizer import Tokenizer
 from superpose_server.errors import InvalidArgument
@@ -26,18 +28,20 @@ _MAX_REQUEST_ID = 256
 class Encoder:
     """Checks requests against one base, and encodes them. Any thread may use it."""
 
-    def __init__(self, tokenizer: Tokenizer, context: int, vocabulary: int, max_items: int) -> None:
+    def __init__(
+        self, texts: TextEncoder, tokenizer: Tokenizer, context: int, max_items: int
+    ) -> None:
         """Encode for a base.
 
         Args:
-            tokenizer: The base's.
+            texts: Makes the ids of its texts.
+            tokenizer: The base's, for conversations.
             context: Tokens of prompt and answer together.
-            vocabulary: Number of token ids.
             max_items: Items of one `ScoreRequest`.
         """
+        self._texts = texts
         self._tokenizer = tokenizer
         self._context = context
-        self._vocabulary = vocabulary
         self._max_items = max_items
 
     def prompt(self, request: GenerateRequest) -> list[int]:
@@ -62,10 +66,12 @@ class Encoder:
     def _prompt(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             _check_size(len(prompt), "prompt")
-            ids = self._tokenizer.encode(prompt) if prompt else []
+            with _refused("prompt"):
+                ids = self._texts.prompt(prompt) if prompt else []
         elif isinstance(prompt, Chat):
             _check_size(sum(len(content) for _, content in prompt.turns), "chat")
             ids = self._tokenizer.encode_chat(prompt.turns)
+            self._check_ids(ids, "chat")
         else:
             self._check_ids(prompt, "token_ids")
             ids = list(prompt)
@@ -108,21 +114,15 @@ class Encoder:
                         field="options.stop",
                     )
 
-    def _check_ids(self, ids: Sequence[int], field: str) -> None:
-        for token in ids:
-            if not 0 <= token < self._vocabulary:
-                raise InvalidArgument(
-                    f"{field} holds {token}: the vocabulary has {self._vocabulary} tokens, "
-                    "counted from 0",
-                    "TOKEN_OUT_OF_RANGE",
-                    field=field,
-                )
+    def _check_ids(self, ids: Iterable[int], field: str) -> None:
+        with _refused(field):
+            self._texts.check(ids)
 
     def items(self, request: ScoreRequest) -> list[EncodedText]:
         """Return what is to be scored of each item.
 
         Raises:
-            InvalidArgument: Any part of the request but its mix is wrong, or nothing is scored.
+            InvalidArgument: Any part of the request but its mix is wrong.
         """
         if not 1 <= len(request.items) <= self._max_items:
             raise InvalidArgument(
@@ -148,32 +148,43 @@ class Encoder:
                     field=field,
                 )
             encoded.append(text)
-        if not any(len(text.ids) > text.first_scored(request.scope) for text in encoded):
-            raise InvalidArgument(
-                "nothing to score: no item has a scored token within max_length",
-                "NOTHING_TO_SCORE",
-                field="items",
-            )
         return encoded
 
     def _item(self, item: ScoreItem, field: str, length: int) -> EncodedText:
-        tokenizer = self._tokenizer.inner
         if isinstance(item, QuestionAnswer):
             _check_size(len(item.question) + len(item.answer), field)
-            return encode_qa(tokenizer, item.question, item.answer, length)
-        if isinstance(item, str):
-            _check_size(len(item), field)
-            text = encode_text(tokenizer, item, length)
-        else:
-            self._check_ids(item, field)
-            text = EncodedText(tuple(item[:length]))
-        if not text.ids:
+            with _refused(field):
+                return self._texts.row(item.question, item.answer, length)
+        if not item:
             raise InvalidArgument(
                 f"{field} is empty: send a text, a question and answer, or token ids",
                 "ITEM_EMPTY",
                 field=field,
             )
-        return text
+        if isinstance(item, str):
+            _check_size(len(item), field)
+            with _refused(field):
+                return self._texts.text(item, length)
+        self._check_ids(item, field)
+        return EncodedText(tuple(item[:length]))
+
+
+@contextmanager
+def _refused(field: str) -> Generator[None]:
+    """Refuse the field for what its ids cannot be made or used for.
+
+    Raises:
+        InvalidArgument: It holds a token that the base has no embedding for, or is a row, which the
+            base's tokenizer cannot encode.
+    """
+    try:
+        yield
+    except TokenRefused as error:
+        raise InvalidArgument(
+            f"{field} {error}: leave it out", "TOKEN_OUT_OF_RANGE", field=field
+        ) from error
+    except ValueError as error:
+        raise InvalidArgument(f"{field}: {error}", "ROW_UNSUPPORTED", field=field) from error
 
 
 def _check_size(characters: int, field: str) -> None:

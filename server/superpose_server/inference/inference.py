@@ -34,9 +34,9 @@ class Inference:
         self._runtime = runtime
         self._delivery = Delivery(asyncio.get_running_loop())
         self._encoder = Encoder(
+            runtime.texts,
             runtime.tokenizer,
             runtime.model.context_length,
-            runtime.model.vocabulary,
             runtime.limits.max_score_items,
         )
 
@@ -65,7 +65,7 @@ class Inference:
         """Return log-probabilities of given texts.
 
         Raises:
-            InvalidArgument: The request is wrong, or has nothing to score.
+            InvalidArgument: The request is wrong.
             FailedPrecondition: The model's output is not finite under this mix.
             NotFound, QueueFull, DataLoss, ShuttingDown: As `generate`.
         """

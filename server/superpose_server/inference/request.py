@@ -59,7 +59,7 @@ class ScoreRequest:
     """Texts to score.
 
     Attributes:
-        items: Texts as they are, token ids, or rows of question-answer data.
+        items: Texts, token ids as they are, or rows of question-answer data.
         mix: None: the default mix; empty: the base model.
         max_length: Tokens kept of each item, cut on the right; None: the context length.
         scope: Which tokens count; "answer" is for question-answer rows alone.

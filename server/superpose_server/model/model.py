@@ -91,7 +91,6 @@ class Model:
             own_storage(module)
         self.dtype: torch.dtype = next(module.parameters()).dtype
         config = self.module.config.get_text_config(decoder=True)
-        self.vocabulary: int = config.vocab_size
         positions = positions_of(config)
         if max_length is not None and not 2 <= max_length <= (positions or max_length):
             raise ValueError(f"max_length is {max_length}: this base takes 2 to {positions}")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.study import inputs as inputs_module
 from benchmarks.study.config import Config, Evaluation, read_config
 from benchmarks.study.evaluator import NotFinite, Weighted
 from benchmarks.study.inputs import Sources
@@ -14,7 +13,8 @@ from benchmarks.study.scoring_stage import check_agreement, note_rows
 from benchmarks.study.study import Scoring, Study
 from benchmarks.study.workspace import Workspace
 
-from superpose_adapters.scoring import EncodedText, Scope, encode_qa
+from superpose_adapters.scoring import EncodedText, Scope
+from superpose_adapters.text_encoder import TextEncoder
 
 
 class _Given:
@@ -118,12 +118,14 @@ def test_rows_that_are_encoded_otherwise_than_before_are_refused(
     study, scorings = _study(config, sources)
     note_rows(study, scorings, sources, workspace, check=True)
 
+    encode = TextEncoder.row
+
     def other(*arguments: Any) -> EncodedText:
-        found = encode_qa(*arguments)
+        found = encode(*arguments)
         # As many tokens, one of them another.
         return EncodedText((found.ids[0] + 1, *found.ids[1:]), found.answer_start)
 
-    monkeypatch.setattr(inputs_module, "encode_qa", other)
+    monkeypatch.setattr(TextEncoder, "row", other)
     changed = _sources(config, tmp_path)
     # Who has nothing more to score needs no rows.
     note_rows(study, scorings, changed, workspace, check=False)

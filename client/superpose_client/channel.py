@@ -1,0 +1,108 @@
+"""How a client reaches its server: the options of the channel, and the proxy between, if one is."""
+
+import ipaddress
+import os
+import re
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+from superpose_client.errors import NotPicklableError
+from superpose_client.requests import MAX_ADAPTER_BYTES
+
+# The largest adapter that can be pushed, and room for the rest of the message.
+_MAX_MESSAGE_BYTES = MAX_ADAPTER_BYTES + 2**20
+
+# No retry policy: the caller decides, because an add or a remove that is sent twice does not mean
+# what it meant once.
+_OPTIONS = (
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    # A gRPC server by default hangs up on clients that ping an idle stream (`watch`) more often
+    # than every 5 minutes; common load balancers drop connections idle for somewhat longer.
+    ("grpc.keepalive_time_ms", 330_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # A server that comes back is found within about a second. By default the pauses grow to two
+    # minutes, a name is looked up once in 30 s, and new clients inherit the pauses of old ones.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.dns_min_time_between_resolutions_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+# Those of gRPC, in its order.
+_PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+_NO_PROXY_VARIABLES = ("no_grpc_proxy", "no_proxy")
+
+
+class OfOneProcess:
+    """What holds a connection, and can be neither copied nor pickled."""
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            NotPicklableError: Always.
+        """
+        raise NotPicklableError(
+            f"{type(self).__name__} holds a connection and cannot be copied or pickled: make a "
+            "client where it is used"
+        )
+
+
+def channel_options(target: str) -> tuple[tuple[str, int], ...]:
+    """Return gRPC's options of a channel to `target`, which knows its proxy."""
+    return (*_OPTIONS, ("grpc.enable_http_proxy", int(proxy_of(target) is not None)))
+
+
+def proxy_of(target: str) -> str | None:
+    """Return how to call the proxy through which gRPC reaches `target`; None without one.
+
+    The environment names it, as gRPC reads it; but whoever listens on loopback is never asked for
+    by way of another machine.
+    """
+    host = _host(target)
+    if host is None or _is_here(host):
+        return None
+    for variable in _PROXY_VARIABLES:
+        if value := os.environ.get(variable):
+            break
+    else:
+        return None
+    for name in _NO_PROXY_VARIABLES:
+        if exempt := os.environ.get(name):
+            if any(_matches(host, entry.strip()) for entry in exempt.split(",")):
+                return None
+            break
+    # Without the user and the password that it may hold.
+    return f"the proxy {urlsplit(value).netloc.rpartition('@')[2] or value} of {variable}"
+
+
+def _host(target: str) -> str | None:
+    """Return the host of a gRPC target, without brackets; None if it is no host's."""
+    scheme, colon, rest = target.partition(":")
+    if colon and scheme in ("unix", "unix-abstract", "vsock"):
+        return None
+    if colon and scheme in ("dns", "ipv4", "ipv6"):
+        target = re.sub("^//[^/]*/", "", rest)
+    bracketed = re.match(r"\[([^\]]*)\]", target)
+    if bracketed:
+        return bracketed[1]
+    # More colons than one are an IPv6 address without a port.
+    return target if target.count(":") > 1 else target.partition(":")[0]
+
+
+def _is_here(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower() == "localhost" or host.lower().endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
+def _matches(host: str, entry: str) -> bool:
+    """Return whether an entry of no_proxy, the end of a name or a network, is one of `host`."""
+    if not entry:
+        return False
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
+    except ValueError:
+        return host.lower().endswith(entry.lower())
