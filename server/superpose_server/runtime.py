@@ -97,8 +97,9 @@ class Runtime:
             base = load_base(self.config)
         except Exception as error:
             raise startup_error(self.config, error) from error
-        self.model, self.tokenizer, self._store = base.model, base.tokenizer, base.store
+        self.model, self._store = base.model, base.store
         self._facts = base.facts
+        self.tokenizer, self.texts = base.tokenizer, base.texts
         try:
             self._start(base.state_dir, observer, base.expected)
         except BaseException as error:
