@@ -10,7 +10,7 @@ import grpc.aio
 
 from superpose_client import calls
 from superpose_client.call import CHANNEL_OPTIONS, DEFAULT_TARGET, Call, Calls, Stubs, as_method_of
-from superpose_client.errors import RequestCancelledError, from_rpc_error
+from superpose_client.errors import CallError, RequestCancelledError, from_rpc_error
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -78,10 +78,15 @@ def _method(
 ) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, R]]:
     async def method(client: "AsyncClient", /, *arguments: P.args, **options: P.kwargs) -> R:
         running = iter(make(*arguments, **options))
-        result: Any = None
         try:
+            call = next(running)
             while True:
-                result = await client._run(running.send(result))
+                try:
+                    result = await client._run(call)
+                except CallError as error:
+                    call = running.throw(error)
+                else:
+                    call = running.send(result)
         except StopIteration as end:
             returned: R = end.value
             return returned

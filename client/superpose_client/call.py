@@ -65,7 +65,7 @@ class Call(Generic[R]):
 
 
 Calls = Generator[Call[Any], Any, R]
-"""Calls one after the other: each is yielded, its result sent in, and the end is the result."""
+"""Calls in turn: each is yielded, its result sent or its error thrown in; the end is the result."""
 
 
 class Stubs:

@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2
 
 from superpose_client import requests
 from superpose_client.call import UNLIMITED, WORK, Call, Calls
-from superpose_client.errors import AdapterFolderError
+from superpose_client.errors import AdapterFolderError, InvalidArgumentError
 from superpose_client.mix import MixLike
 from superpose_client.requests import (
     AdapterFiles,
@@ -81,14 +81,19 @@ def score(
 
     Any number of texts: they go out 256 at a time, each request with its own timeout and all
     under the mix of the first; `progress` is told how many are scored. The scope "answer",
-    for pairs only, leaves the question's tokens out of the sums.
+    for pairs only, leaves the question's tokens out of the sums. A text without a scored token
+    counts for nothing, and has 0 tokens and a perplexity of NaN.
 
     Raises:
+        InvalidArgumentError: A text cannot be scored; it is named as texts[i].
         MixChangedError: An adapter of the mix was replaced in between.
     """
     batches = ScoreBatches(texts, mix, max_length, scope, logprobs)
     for request in batches:
-        done = yield Call("Inference.Score", request, batches.add, timeout, WORK)
+        try:
+            done = yield Call("Inference.Score", request, batches.add, timeout, WORK)
+        except InvalidArgumentError as error:
+            raise batches.counted(error) from error
         if progress is not None:
             progress(done)
     return batches.result()

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
         GenerationChunk,
         MixState,
         PushResult,
-        ScoreResult,
         ServerInfo,
     )
 
@@ -399,7 +398,7 @@ def _generate(
     if options["temperature"] is None:
         options["temperature"] = 0.0
     if prompt == "-":
-        prompt = sys.stdin.read().removesuffix("\n")
+        prompt = sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
     arriving: Iterable[Generation | GenerationChunk]
     if stream if stream is not None else not session.json:
         arriving = session.client.stream(prompt, mix=mix, **options)
@@ -427,8 +426,8 @@ def _score(
         str,
         typer.Argument(
             metavar="FILE",
-            help="A text a line; .jsonl: question and answer, or text; each may be .gz. "
-            "- is text from standard input.",
+            help="A text a line, or rows in JSON with question and answer, or text: one a line, or "
+            "an array. May be gzipped. - is standard input.",
         ),
     ],
     mix: MixOption = None,
@@ -445,16 +444,23 @@ def _score(
         Scope,
         typer.Option("--scope", help="Tokens that count: all but the first, or the answer's."),
     ] = Scope.ALL,
-) -> "ScoreResult":
+) -> Shown:
     """Measure the perplexity of texts under a mix."""
-    from superpose_client.score_file import read_texts
+    from superpose_client.errors import InvalidArgumentError
+    from superpose_client.score_file import ScoreFileError, read_texts, with_places
     from superpose_client.screens import progress
 
-    texts = read_texts(file)
-    with progress(len(texts), "texts") as advance:
-        return session.client.score(
-            texts, mix=mix, max_length=max_length, scope=scope.value, progress=advance
-        )
+    placed = read_texts(file)
+    texts = [each.text for each in placed]
+    try:
+        with progress(len(texts), "texts") as advance:
+            result = session.client.score(
+                texts, mix=mix, max_length=max_length, scope=scope.value, progress=advance
+            )
+    except InvalidArgumentError as error:
+        raise ScoreFileError(with_places(error.message, placed)) from error
+    fault = None if result.tokens else "nothing to score: no text has a token that counts"
+    return Shown(result, json=result, fault=fault)
 
 
 @command("health")

@@ -8,7 +8,7 @@ import grpc
 
 from superpose_client import calls
 from superpose_client.call import CHANNEL_OPTIONS, DEFAULT_TARGET, Call, Calls, Stubs, as_method_of
-from superpose_client.errors import from_rpc_error
+from superpose_client.errors import CallError, from_rpc_error
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -69,10 +69,15 @@ def _method(
 ) -> Callable[Concatenate["Client", P], R]:
     def method(client: "Client", /, *arguments: P.args, **options: P.kwargs) -> R:
         running = iter(make(*arguments, **options))
-        result: Any = None
         try:
+            call = next(running)
             while True:
-                result = client._run(running.send(result))
+                try:
+                    result = client._run(call)
+                except CallError as error:
+                    call = running.throw(error)
+                else:
+                    call = running.send(result)
         except StopIteration as end:
             returned: R = end.value
             return returned

@@ -1,12 +1,18 @@
 """Build the messages that both clients send."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypedDict, TypeVar, cast
 
-from superpose_client.errors import AdapterFolderError, MixChangedError
+from superpose_client.errors import (
+    AdapterFolderError,
+    FieldViolation,
+    InvalidArgumentError,
+    MixChangedError,
+)
 from superpose_client.mix import MixLike, parse_mix
 from superpose_client.results import MixState, ScoreResult
 from superpose_proto.v1 import inference_pb2, mix_pb2
@@ -208,6 +214,24 @@ class ScoreBatches:
             )
         self._parts.append(part)
         return sum(len(part.items) for part in self._parts)
+
+    def counted(self, error: InvalidArgumentError) -> InvalidArgumentError:
+        """Return the error of the last request, with `items[i]` in it as the `texts[j]` that it is.
+
+        A request knows its own items only, and where they stand in it means nothing to the caller.
+        """
+
+        def named(text: str) -> str:
+            return re.sub(r"\bitems\[(\d+)\]", lambda at: f"texts[{done + int(at[1])}]", text)
+
+        done = sum(len(part.items) for part in self._parts)
+        made = InvalidArgumentError(named(error.message))
+        made.code, made.reason = error.code, error.reason
+        made.field_violations = tuple(
+            FieldViolation(named(each.field), named(each.description))
+            for each in error.field_violations
+        )
+        return made
 
     def result(self) -> ScoreResult:
         """Return the joint result, with the mix of the first response."""

@@ -154,10 +154,14 @@ def _(result: PushResult) -> RenderableType:
 
 @screen.register
 def _(result: ScoreResult) -> RenderableType:
+    bare = sum(not item.tokens for item in result.items)
+    texts = f"{len(result.items):,}"
+    if bare:
+        texts += f", {bare:,} of them without a token that counts"
     return _fields(
         ("perplexity", f"{result.perplexity:,.4f}"),
         ("tokens", f"{result.tokens:,}"),
-        ("texts", f"{len(result.items):,}"),
+        ("texts", texts),
         *_mix_fields(result.mix),
     )
 

@@ -1,6 +1,7 @@
 import gzip
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -449,9 +450,48 @@ def test_score_texts(
     assert "texts          3\n" in shown
 
 
+ARRAY = json.dumps([json.loads(line) for line in ROWS.split("\n") if line.strip()], indent=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.json", ARRAY.encode()),
+        ("rows.json", ROWS.encode()),
+        ("rows.JSONL", ROWS.encode()),
+        ("rows.txt", ROWS.encode()),
+        ("rows", b"\xef\xbb\xbf" + ROWS.encode()),
+        ("rows.gz", gzip.compress(ARRAY.encode(), mtime=0)),
+        ("rows.jsonl", ROWS.replace("\n", "\r\n\r\n").encode()),
+    ],
+)
+@pytest.mark.parametrize("piped", [False, True], ids=["file", "standard input"])
+def test_rows_are_told_by_what_they_are(
+    ctl: Ctl, server: FakeServer, tmp_path: Path, name: str, content: bytes, piped: bool
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    if piped:
+        ctl("score", "-", stdin=content)
+    else:
+        ctl("score", str(tmp_path / name))
+    pairs = [item.question_answer for item in server.request.items]
+    assert [(pair.question, pair.answer) for pair in pairs] == [("q1", "a1"), ("q2", "a2")]
+
+
 def test_score_standard_input(ctl: Ctl, server: FakeServer) -> None:
     ctl("score", "-", stdin="one\ntwo\n")
     assert [item.text for item in server.request.items] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "line", ["[1] A footnote", "[1, 2]", "5", "null", '"quoted"', "a {b}", "[a]"]
+)
+def test_a_text_that_json_could_be_is_a_text(ctl: Ctl, server: FakeServer, line: str) -> None:
+    ctl("score", "-", stdin=f"{line}\nsecond\n")
+    assert [item.text for item in server.request.items] == [line, "second"]
+
+
+TEXT_ROW = b'{"text": "a"}'
 
 
 @pytest.mark.parametrize(
@@ -461,6 +501,23 @@ def test_score_standard_input(ctl: Ctl, server: FakeServer) -> None:
         ("a.jsonl", b'{"question": "q", "answer": 5}\n', "a.jsonl:1: needs"),
         ("a.jsonl", b"[1]\n", "a.jsonl:1: needs"),
         ("a.jsonl", b"\n{\n", "a.jsonl:2: not JSON"),
+        ("a.jsonl", b"one\n", "a.jsonl:1: not JSON"),
+        ("a.txt", b"{not rows}\n", "a.txt:1: not JSON"),
+        ("a.txt", TEXT_ROW + b"\nplain\n", "a.txt:2: not JSON"),
+        ("a.txt", b"plain\n\n" + TEXT_ROW, "a.txt:3: a row among texts"),
+        ("a.txt", TEXT_ROW + b" " + TEXT_ROW, "a.txt:1: not JSON: more than one value"),
+        ("a.txt", b'{"text": "a}\n{"text": "b"}', "a.txt:1: not JSON: Invalid control character"),
+        ("a.txt", b'{"data": [1]}', "a.txt:1: needs"),
+        ("a.json", b'["a text"]', "a.json:1: needs"),
+        ("a.json", b"[\n" + TEXT_ROW + b",\n {}]", "a.json:3: needs"),
+        ("a.json", b"[\n" + TEXT_ROW + b"\n" + TEXT_ROW + b"]", "a.json:2: not JSON: no comma"),
+        ("a.json", b"[" + TEXT_ROW, "a.json:1: not JSON: no comma or closing bracket"),
+        ("a.json", b"[" + TEXT_ROW + b",", "a.json: not JSON: the array is not closed"),
+        ("a.json", b"[" + TEXT_ROW + b"]\n[", "a.json: not JSON: the array is not closed, or not"),
+        ("a.json", b"[" * 100_000, "a.json:1: not JSON: "),
+        ("a.json", b"[]", "a.json holds no text"),
+        ("a.json", b'{"text": "\\ud83d"}', "a.json:1: half a character"),
+        ("a.csv", b"question,answer\nq,a\n", "a.csv: .csv is not read"),
         ("a.txt", b"one\n\xff\n", "a.txt:2: not UTF-8"),
         ("a.txt", b"\n\n", "a.txt holds no text"),
         ("a.txt.gz", b"plain", "a.txt.gz: not a whole gzip file"),
@@ -478,6 +535,57 @@ def test_score_names_the_line_at_fault(
     (tmp_path / name).write_bytes(content)
     assert message in one_line(ctl("score", str(tmp_path / name)))
     assert server.requests == []
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_what_the_server_refuses_of_a_file_is_told_by_its_line(
+    ctl: Ctl, server: FakeServer, tmp_path: Path, batch: int
+) -> None:
+    """The second text of the first or of the second request; each stands on every other line."""
+    (tmp_path / "texts").write_text("\n\n".join(["one"] * 300), "utf-8")
+    refusal = Failure(
+        Code.INVALID_ARGUMENT,
+        "items[1] holds token 7 ('[PAD]'): leave it out",
+        reason="TOKEN_OUT_OF_RANGE",
+        violations={"items[1]": "items[1] holds token 7 ('[PAD]'): leave it out"},
+    )
+    whole = inference_pb2.ScoreResponse(
+        items=[inference_pb2.ItemScore(tokens=1, logprob=-1)] * 256, tokens=256, mix=state()
+    )
+    server.answers["Score"] = lambda _: refusal if len(server.requests) > batch else whole
+    said = one_line(ctl("score", str(tmp_path / "texts")))
+    line = 2 * (256 * batch + 1) + 1
+    assert said.endswith(f"{tmp_path}/texts:{line} holds token 7 ('[PAD]'): leave it out")
+
+
+def test_texts_without_a_token_that_counts_are_told(
+    ctl: Ctl, server: FakeServer, tmp_path: Path
+) -> None:
+    def answer(request: inference_pb2.ScoreRequest) -> inference_pb2.ScoreResponse:
+        items = [
+            inference_pb2.ItemScore(
+                tokens=len(item.text) - 1,
+                logprob=1.0 - len(item.text),
+                perplexity=math.e if len(item.text) > 1 else math.nan,
+            )
+            for item in request.items
+        ]
+        tokens = sum(item.tokens for item in items)
+        return inference_pb2.ScoreResponse(
+            items=items, tokens=tokens, perplexity=math.e if tokens else math.nan, mix=state()
+        )
+
+    server.answers["Score"] = answer
+    shown = ctl("score", "-", stdin="a\nbcd\ne\n")
+    assert shown.exit_code == 0
+    assert "perplexity     2.7183\n" in shown.stdout
+    assert "texts          3, 2 of them without a token that counts\n" in shown.stdout
+    nothing = ctl("score", "-", "--json", stdin="a\nb\n")
+    assert nothing.exit_code == 1
+    assert nothing.stderr == "adapterctl: nothing to score: no text has a token that counts\n"
+    scored = json.loads(nothing.stdout)
+    assert (scored["tokens"], scored["perplexity"]) == (0, "NaN")
+    assert [item["perplexity"] for item in scored["items"]] == ["NaN", "NaN"]
 
 
 def test_a_missing_file_is_named(ctl: Ctl, tmp_path: Path) -> None:

@@ -294,6 +294,32 @@ def test_an_adapter_that_changes_within_a_score_is_noticed(
     assert len(server.requests) == 2
 
 
+@pytest.mark.parametrize("batch", [0, 2])
+def test_a_text_that_is_refused_is_counted_among_all(
+    caller: Caller, server: FakeServer, batch: int
+) -> None:
+    refusal = Failure(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "items[43] is empty",
+        reason="ITEM_EMPTY",
+        violations={"items[43]": "items[43] is empty: send a text"},
+    )
+
+    def answer(request: inference_pb2.ScoreRequest) -> Any:
+        return refusal if len(server.requests) > batch else score_response(request)
+
+    server.answers["Score"] = answer
+    with pytest.raises(errors.InvalidArgumentError) as caught:
+        caller.score(["a"] * 600)
+    name = f"texts[{256 * batch + 43}]"
+    assert caught.value.message == f"{name} is empty"
+    assert (caught.value.code, caught.value.reason) == (refusal.code, "ITEM_EMPTY")
+    assert caught.value.field_violations == (
+        errors.FieldViolation(name, f"{name} is empty: send a text"),
+    )
+    assert len(server.requests) == batch + 1
+
+
 def test_a_new_generation_within_a_score_is_no_error(caller: Caller, server: FakeServer) -> None:
     def moving(request: inference_pb2.ScoreRequest) -> inference_pb2.ScoreResponse:
         response = score_response(request)
