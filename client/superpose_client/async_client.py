@@ -1,7 +1,8 @@
 """The client for asyncio: the calls of `Client`, awaited."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
@@ -9,34 +10,42 @@ import grpc
 import grpc.aio
 
 from superpose_client import calls
-from superpose_client.call import CHANNEL_OPTIONS, DEFAULT_TARGET, Call, Calls, Stubs, as_method_of
-from superpose_client.errors import CallError, RequestCancelledError, from_rpc_error
+from superpose_client.call import DEFAULT_TARGET, Call, Calls, Stubs, as_method_of
+from superpose_client.channel import OfOneProcess, channel_options
+from superpose_client.errors import CallError, RequestCancelledError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class AsyncStream(Generic[R]):
+@contextmanager
+def _own_errors(stubs: Stubs, what: str) -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise stubs.failed(error) from error
+    except asyncio.CancelledError:
+        # gRPC raises this for a cancelled call too, but here it must mean the task.
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise RequestCancelledError(f"{what} was cancelled") from None
+
+
+class AsyncStream(OfOneProcess, Generic[R]):
     """The results of a streaming call. Leaving the loop, or the `with` block, cancels the call."""
 
-    def __init__(self, call: Any, convert: Callable[[Any], R]) -> None:
-        """Wrap a call that has begun."""
-        self._call = call
-        self._messages = aiter(call)
-        self._convert = convert
+    def __init__(self, stubs: Stubs, call: Call[R]) -> None:
+        """Begin a call."""
+        self._stubs = stubs
+        self._call = stubs.start(call)
+        self._messages = aiter(self._call)
+        self._convert = call.convert
 
     async def __anext__(self) -> R:
         """Wait for the next result."""
-        try:
+        with _own_errors(self._stubs, "the stream"):
             return self._convert(await anext(self._messages))
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
-        except asyncio.CancelledError:
-            # gRPC raises this for a cancelled call too, but here it must mean the task.
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            raise RequestCancelledError("the stream was cancelled") from None
 
     async def __aiter__(self) -> AsyncIterator[R]:
         """Yield the results that are left."""
@@ -98,13 +107,12 @@ def _stream(
     make: Callable[P, Call[R]],
 ) -> Callable[Concatenate["AsyncClient", P], AsyncStream[R]]:
     def method(client: "AsyncClient", /, *arguments: P.args, **options: P.kwargs) -> AsyncStream[R]:
-        call = make(*arguments, **options)
-        return AsyncStream(client._stubs.start(call), call.convert)
+        return AsyncStream(client._stubs, make(*arguments, **options))
 
     return as_method_of(make, method, AsyncStream)
 
 
-class AsyncClient:
+class AsyncClient(OfOneProcess):
     """A connection to a Superpose server, for one event loop; make it inside a coroutine.
 
         async with AsyncClient() as client:
@@ -116,11 +124,12 @@ class AsyncClient:
 
     def __init__(self, target: str = DEFAULT_TARGET, *, timeout: float | None = None) -> None:
         """Prepare the connection; the first call makes it."""
-        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-        self._stubs = Stubs(self._channel, timeout)
+        self._channel = grpc.aio.insecure_channel(target, options=channel_options(target))
+        self._stubs = Stubs(self._channel, target, timeout)
 
     async def close(self) -> None:
         """Close the connection; running calls are cancelled."""
+        self._stubs.closed = True
         await self._channel.close(None)
 
     async def __aenter__(self) -> Self:
@@ -161,8 +170,5 @@ class AsyncClient:
     health = _method(calls.health)
 
     async def _run(self, call: Call[R]) -> R:
-        try:
-            response = await self._stubs.start(call)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
-        return call.convert(response)
+        with _own_errors(self._stubs, "the call"):
+            return call.convert(await self._stubs.start(call))

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from inspect import Parameter
 from typing import Any, Generic, TypeVar, get_args
 
+import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2_grpc
 
+from superpose_client.channel import proxy_of
+from superpose_client.errors import CallError, ClientClosedError, from_rpc_error
 from superpose_client.keywords import spelled_out
 from superpose_proto.v1 import (
     adapter_pb2_grpc,
@@ -25,21 +28,6 @@ DEFAULT_TARGET = "127.0.0.1:50051"
 CONTROL = 60.0  # seconds, for calls that look something up or change the mix
 WORK = 600.0  # seconds, for calls that compute
 UNLIMITED = math.inf
-
-# Scores with the log-probability of every token are the largest.
-_MAX_ANSWER_BYTES = 2**28
-
-# No retry policy: the caller decides, because an add or a remove that is sent twice does not mean
-# what it meant once.
-CHANNEL_OPTIONS = (
-    # How large an adapter may be is the server's to say.
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", _MAX_ANSWER_BYTES),
-    # A gRPC server by default hangs up on clients that ping an idle stream (`watch`) more often
-    # than every 5 minutes; common load balancers drop connections idle for somewhat longer.
-    ("grpc.keepalive_time_ms", 330_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-)
 
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -71,8 +59,10 @@ Calls = Generator[Call[Any], Any, R]
 class Stubs:
     """The stubs of all services on one channel, of `grpc` or of `grpc.aio`."""
 
-    def __init__(self, channel: Any, timeout: float | None) -> None:
+    def __init__(self, channel: Any, target: str, timeout: float | None) -> None:
         """Make the stubs; nothing is sent. `timeout` is that of calls that have none."""
+        self.closed = False
+        self._proxy = proxy_of(target)
         self._timeout = timeout
         self._stubs: dict[str, Any] = {
             "Inference": inference_pb2_grpc.InferenceServiceStub(channel),
@@ -83,14 +73,26 @@ class Stubs:
         }
 
     def start(self, call: Call[Any]) -> Any:
-        """Invoke a call and return what the stub does."""
+        """Invoke a call and return what the stub does.
+
+        Raises:
+            ClientClosedError: The client was closed.
+        """
         given = (call.timeout, self._timeout, call.usual_timeout)
         seconds = next(timeout for timeout in given if timeout is not None)
         service, method = call.method.split(".")
-        # gRPC writes no deadline as None, and takes no infinity.
-        return getattr(self._stubs[service], method)(
-            call.request, timeout=None if math.isinf(seconds) else seconds
-        )
+        stub = getattr(self._stubs[service], method)
+        try:
+            # gRPC writes no deadline as None, and takes no infinity.
+            return stub(call.request, timeout=None if math.isinf(seconds) else seconds)
+        except (ValueError, grpc.aio.UsageError) as error:
+            if not self.closed:
+                raise
+            raise ClientClosedError("the client is closed: make a new one") from error
+
+    def failed(self, error: grpc.RpcError) -> CallError:
+        """Return the exception for a call that failed."""
+        return from_rpc_error(error, self._proxy)
 
 
 def as_method_of(call: Callable[..., Any], method: F, stream: Any = None) -> F:

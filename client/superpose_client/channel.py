@@ -7,16 +7,16 @@ from typing import NoReturn
 from urllib.parse import urlsplit
 
 from superpose_client.errors import NotPicklableError
-from superpose_client.requests import MAX_ADAPTER_BYTES
 
-# The largest adapter that can be pushed, and room for the rest of the message.
-_MAX_MESSAGE_BYTES = MAX_ADAPTER_BYTES + 2**20
+# Scores with the log-probability of every token are the largest.
+_MAX_ANSWER_BYTES = 2**28
 
 # No retry policy: the caller decides, because an add or a remove that is sent twice does not mean
 # what it meant once.
 _OPTIONS = (
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    # How large an adapter may be is the server's to say.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", _MAX_ANSWER_BYTES),
     # A gRPC server by default hangs up on clients that ping an idle stream (`watch`) more often
     # than every 5 minutes; common load balancers drop connections idle for somewhat longer.
     ("grpc.keepalive_time_ms", 330_000),

@@ -2,32 +2,34 @@
 
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
+from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import grpc
 
 from superpose_client import calls
-from superpose_client.call import CHANNEL_OPTIONS, DEFAULT_TARGET, Call, Calls, Stubs, as_method_of
-from superpose_client.errors import CallError, from_rpc_error
+from superpose_client.call import DEFAULT_TARGET, Call, Calls, Stubs, as_method_of
+from superpose_client.channel import OfOneProcess, channel_options
+from superpose_client.errors import CallError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Stream(Generic[R]):
+class Stream(OfOneProcess, Generic[R]):
     """The results of a streaming call. Leaving the loop, or the `with` block, cancels the call."""
 
-    def __init__(self, call: Any, convert: Callable[[Any], R]) -> None:
-        """Wrap a call that has begun."""
-        self._call = call
-        self._convert = convert
+    def __init__(self, stubs: Stubs, call: Call[R]) -> None:
+        """Begin a call."""
+        self._stubs = stubs
+        self._call = stubs.start(call)
+        self._convert = call.convert
 
     def __next__(self) -> R:
         """Wait for the next result."""
         try:
             return self._convert(next(self._call))
         except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+            raise self._stubs.failed(error) from error
 
     def __iter__(self) -> Iterator[R]:
         """Yield the results that are left."""
@@ -87,13 +89,12 @@ def _method(
 
 def _stream(make: Callable[P, Call[R]]) -> Callable[Concatenate["Client", P], Stream[R]]:
     def method(client: "Client", /, *arguments: P.args, **options: P.kwargs) -> Stream[R]:
-        call = make(*arguments, **options)
-        return Stream(client._stubs.start(call), call.convert)
+        return Stream(client._stubs, make(*arguments, **options))
 
     return as_method_of(make, method, Stream)
 
 
-class Client:
+class Client(OfOneProcess):
     """A connection to a Superpose server; threads may share it.
 
         with Client() as client:
@@ -108,11 +109,12 @@ class Client:
 
     def __init__(self, target: str = DEFAULT_TARGET, *, timeout: float | None = None) -> None:
         """Prepare the connection; the first call makes it."""
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
-        self._stubs = Stubs(self._channel, timeout)
+        self._channel = grpc.insecure_channel(target, options=channel_options(target))
+        self._stubs = Stubs(self._channel, target, timeout)
 
     def close(self) -> None:
         """Close the connection; running calls are cancelled."""
+        self._stubs.closed = True
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -156,5 +158,5 @@ class Client:
         try:
             response = self._stubs.start(call)
         except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+            raise self._stubs.failed(error) from error
         return call.convert(response)

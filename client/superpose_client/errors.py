@@ -4,6 +4,8 @@
     ├── MixSyntaxError (also ValueError)   bad MIX syntax; nothing was sent
     ├── AdapterFolderError                 a folder is no adapter that can be pushed
     ├── MixChangedError                    the parts of one score saw different mixes
+    ├── ClientClosedError                  a call of a client that was closed
+    ├── NotPicklableError (also TypeError) clients and streams stay in their process
     └── CallError                          a call failed; has code, reason, field_violations
         ├── InvalidArgumentError           bad mix, prompt or option: do not repeat the call
         ├── NotFoundError                  unknown domain, or not in the mix
@@ -66,6 +68,14 @@ class AdapterFolderError(SuperposeError):
 
 class MixChangedError(SuperposeError):
     """The requests that one call was split into were answered under different mixes."""
+
+
+class ClientClosedError(SuperposeError):
+    """A call was made on a client that had been closed; nothing was sent."""
+
+
+class NotPicklableError(SuperposeError, TypeError):
+    """Clients and streams hold a connection, which cannot be copied or sent to another process."""
 
 
 class CallError(SuperposeError):
@@ -156,9 +166,17 @@ _CLASSES: dict[grpc.StatusCode, type[CallError]] = {
     grpc.StatusCode.UNKNOWN: InternalError,
 }
 
+# What gRPC says of a server that it cannot reach.
+_UNREACHED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
-def from_rpc_error(error: grpc.RpcError) -> CallError:
-    """Return the exception for a failed call, of `grpc` or of `grpc.aio`."""
+
+def from_rpc_error(error: grpc.RpcError, proxy: str | None = None) -> CallError:
+    """Return the exception for a failed call, of `grpc` or of `grpc.aio`.
+
+    Args:
+        error: What gRPC raised.
+        proxy: What to call the proxy on the way to the server, if there is one.
+    """
     info = error_details_pb2.ErrorInfo()
     retry: error_details_pb2.RetryInfo | None = None
     violations: list[FieldViolation] = []
@@ -175,7 +193,11 @@ def from_rpc_error(error: grpc.RpcError) -> CallError:
     # gRPC itself uses RESOURCE_EXHAUSTED for messages over the limit, which no waiting helps.
     if kind is ResourceExhaustedError and (retry is not None or info.reason == "QUEUE_FULL"):
         kind = QueueFullError
-    made = kind(error.details() or f"the call failed with status {code.name}")
+    message = error.details() or f"the call failed with status {code.name}"
+    # gRPC says nothing of the proxy that it could not get through.
+    if proxy is not None and not info.reason and code in _UNREACHED:
+        message += f"; by way of {proxy}"
+    made = kind(message)
     made.code = code
     made.reason = info.reason
     made.field_violations = tuple(violations)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -271,9 +272,9 @@ def verification(*, ok: bool) -> mix_pb2.VerifyWeightsResponse:
 
 
 class FakeServer:
-    """Runs while its `with` block does; `address` is on loopback."""
+    """Runs while its `with` block does; `address` is on loopback, or the `socket` in a folder."""
 
-    def __init__(self) -> None:
+    def __init__(self, socket: Path | None = None) -> None:
         self.answers = default_answers()
         self.requests: list[Any] = []
         self.seconds_left: list[float | None] = []
@@ -289,7 +290,8 @@ class FakeServer:
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(servicer, self._server)
         server_pb2_grpc.add_ServerServiceServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
-        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        port = self._server.add_insecure_port(f"unix:{socket}" if socket else "127.0.0.1:0")
+        self.address = f"unix:{socket}" if socket else f"127.0.0.1:{port}"
 
     @property
     def request(self) -> Any:
