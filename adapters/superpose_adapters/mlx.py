@@ -79,7 +79,7 @@ def read_mlx(folder: Path, scale: float | None = None) -> MlxAdapter:
             f"{CONFIG_NAME} says rank {parameters['rank']}, and the tensors have rank {rank}: the "
             "two files are not of one adapter",
         )
-    base = config.get("model")
+    base = config.get("model", config.get("base_model_name_or_path"))
     return MlxAdapter(
         base=base if isinstance(base, str) else None,
         rank=rank,

@@ -61,7 +61,14 @@ IGNORED: dict[str, Any] = {
 # Fields of other trainers that change nothing once an adapter is trained: the learning rates of
 # LoRA+ and the dtype of training (ms-swift), whether eval mode merges (PEFT before 0.3), and words.
 OF_OTHER_TRAINERS = frozenset(
-    {"lorap_lr_ratio", "lorap_emb_lr", "lora_dtype", "merge_weights", "_comment"}
+    {
+        "lorap_lr_ratio",
+        "lorap_emb_lr",
+        "lora_dtype",
+        "merge_weights",
+        "_name_or_path",
+        "_comment",
+    }
 )
 
 # Other methods. Each must hold its default.
