@@ -202,7 +202,11 @@ def push(
             )
     files = found if isinstance(found, AdapterFiles) else AdapterFiles.read(found)
     request = adapter_pb2.PushAdapterRequest(
-        domain=domain, config=files.config, tensors=files.tensors, replace=replace
+        domain=domain,
+        config=files.config,
+        tensors=files.tensors,
+        replace=replace,
+        training=files.training,
     )
     result: PushResult = yield Call(
         "Adapter.PushAdapter", request, PushResult.from_proto, timeout, WORK

@@ -23,6 +23,8 @@ MAX_SCORE_ITEMS = 256
 TAKEN_UNASKED = 16 * 2**20
 _CONFIG = "adapter_config.json"
 _TENSORS = "adapter_model.safetensors"
+_TRAINING = "training.json"
+_MAX_TRAINING_BYTES = 2**20
 _MLX_TENSORS = "adapters.safetensors"
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -57,10 +59,11 @@ class GenerateOptions(TypedDict, total=False):
 
 
 class AdapterFiles(NamedTuple):
-    """The two files of a PEFT folder, as bytes."""
+    """The two files of a PEFT folder, as bytes, and superpose-train's record if it wrote one."""
 
     config: bytes
     tensors: bytes
+    training: bytes = b""
 
     @classmethod
     def read(cls, folder: str | PathLike[str]) -> Self:
@@ -70,7 +73,14 @@ class AdapterFiles(NamedTuple):
             AdapterFolderError: A file is missing, or a pickle, which is never sent.
         """
         path = adapter_folder(folder)
-        return cls((path / _CONFIG).read_bytes(), (path / _TENSORS).read_bytes())
+        record = path / _TRAINING
+        # Another trainer's file may have that name, and any size.
+        ours = record.is_file() and record.stat().st_size <= _MAX_TRAINING_BYTES
+        return cls(
+            (path / _CONFIG).read_bytes(),
+            (path / _TENSORS).read_bytes(),
+            record.read_bytes() if ours else b"",
+        )
 
 
 def adapter_folder(folder: str | PathLike[str]) -> Path:

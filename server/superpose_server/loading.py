@@ -75,7 +75,7 @@ def load_base(config: ServerConfig) -> LoadedBase:
     tokenizer = Tokenizer(folder)
     texts = TextEncoder(tokenizer.inner, vocabulary_of(module))
     _check_length(config, module)
-    facts = read_facts(config.base, folder, module)
+    facts = read_facts(config.base, folder, module, texts.tokens_before)
     module = module.to(device)
     base_digest = checkpoint_digest(folder)
     state_dir = config.state_dir or _default_state_dir(base_digest)

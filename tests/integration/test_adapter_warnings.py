@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.integration.harness import Family, LoopThread, Served, start
-from tests.makers import make_adapter, peft_model
+from tests.makers import (
+    VOCABULARY,
+    make_adapter,
+    peft_model,
+    save_base,
+    tiny_llama,
+    tokenizer_adding,
+)
 
 from superpose_client import AdapterFiles
 from superpose_client.errors import AdapterFolderError, FailedPreconditionError
@@ -120,3 +128,61 @@ def test_parameters_of_the_base_that_were_saved_along_change_nothing(
     without = served.client.push("without", tmp_path / "without").adapter
     assert with_copy.digest == without.digest
     assert with_copy.bytes > without.bytes + 257 * 32 * 4
+
+
+# How training rows began, and how texts do here.
+
+
+def trained(path: Path, **fields: Any) -> None:
+    """Write what of superpose-train's record matters."""
+    record = {"base_digest": "b", "data": [], "parameters": {}, **fields}
+    (path / "training.json").write_text(json.dumps(record), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("before", "record", "words"),
+    [
+        ("<s>", {}, "rows began with no special token, and here every text begins with '<s>'"),
+        ("<s>", {"special_tokens": []}, "rows began with no special token"),
+        ("<s>", {"special_tokens": ["<s>"]}, None),
+        ("", {"special_tokens": ["<s>"]}, "began with '<s>', and .* with no special token"),
+        ("", {"special_tokens": []}, None),
+        ("", {}, None),
+    ],
+)
+def test_rows_that_began_otherwise_than_texts_are_warned_of(
+    loop: LoopThread,
+    llama: Family,
+    tmp_path: Path,
+    before: str,
+    record: dict[str, Any],
+    words: str | None,
+) -> None:
+    model = tiny_llama(vocab_size=VOCABULARY + 1)
+    base = save_base(model, tmp_path / "base", tokenizer_adding(before) if before else None)
+    folder = make_adapter(model, tmp_path / "dir" / "told")
+    trained(folder, **record)
+    for name in ("state", "again"):
+        served = start(loop, base, tmp_path / "state", adapter_dir=folder.parent)
+        try:
+            if name == "state":
+                served.client.push("pushed", folder)
+            for domain in ("told", "pushed"):
+                warnings = served.client.adapter(domain).warnings
+                assert len(warnings) == (words is not None)
+                assert not words or re.search(words, warnings[0])
+        finally:
+            served.stop()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff", b"[1]", b'{"loss": 1}', b"[" * 10**5, b" " * (2**20 + 1)]
+)
+def test_a_record_of_another_trainer_says_nothing(
+    served: Served, llama: Family, tmp_path: Path, content: bytes
+) -> None:
+    folder = make_adapter(llama.model, tmp_path / "other")
+    (folder / "training.json").write_bytes(content)
+    assert served.client.push("foreign", folder, replace=True).adapter.warnings == ()
+    files = AdapterFiles.read(folder)._replace(training=content)
+    assert served.client.push("foreign", files).adapter.warnings == ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ class BaseFacts:
             there is none.
         modules: {module that holds parameters itself: its class}.
         parameters: {parameter: all its names, which are several where it is tied}.
+        special_tokens: What its tokenizer puts before every text.
     """
 
     name: str
@@ -36,6 +37,7 @@ class BaseFacts:
     backbone: str
     modules: Mapping[str, str]
     parameters: Mapping[str, tuple[str, ...]]
+    special_tokens: tuple[str, ...] = ()
 
     def owner(self, name: str) -> str | None:
         """Return the module that is `name`, or the nearest around it that holds parameters."""
@@ -91,7 +93,9 @@ class StoredParameter:
                 yield torch.frombuffer(data, dtype=dtype)
 
 
-def read_facts(name: str, folder: Path, model: nn.Module) -> BaseFacts:
+def read_facts(
+    name: str, folder: Path, model: nn.Module, special_tokens: Iterable[str] = ()
+) -> BaseFacts:
     """Return the facts of a model of transformers, just loaded from `folder` as the base `name`."""
     names: dict[int, list[str]] = {}
     for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
@@ -107,6 +111,7 @@ def read_facts(name: str, folder: Path, model: nn.Module) -> BaseFacts:
             if module_name and next(module.parameters(recurse=False), None) is not None
         },
         parameters={one: tuple(all_) for all_ in names.values() for one in all_},
+        special_tokens=tuple(special_tokens),
     )
 
 

@@ -26,6 +26,11 @@ from superpose_adapters.peft.beside import check_bias, check_copies
 from superpose_adapters.peft.config import parse_config
 from superpose_adapters.peft.keys import PREFIX, factor_key, module_of, read_keys
 from superpose_adapters.peft.targets import select_modules
+from superpose_adapters.peft.training_record import (
+    MAX_TRAINING_BYTES,
+    TRAINING_NAME,
+    training_warnings,
+)
 from superpose_adapters.tensorfile import TensorEntry, TensorFileError, read_header
 
 CONFIG_NAME = "adapter_config.json"
@@ -80,7 +85,8 @@ def read_adapter(
     """Read the PEFT folder `folder`, whose name must be fit for a domain.
 
     Args:
-        folder: Holds adapter_config.json and adapter_model.safetensors; other files are not read.
+        folder: Holds adapter_config.json and adapter_model.safetensors, and may hold the
+            training.json of superpose-train; other files are not read.
         layout: The base's modules.
         limits: Caps on rank and sizes.
         base: What else is known of the base; without it everything that has to be compared with
@@ -101,7 +107,11 @@ def read_adapter(
     _check_kind(inside)
     config = _read_file(inside / CONFIG_NAME, home, limits.max_config_bytes)
     tensors = _read_file(inside / TENSORS_NAME, home, limits.max_bytes)
-    return parse_adapter(config, tensors, layout, limits, base=base)
+    record = inside / TRAINING_NAME
+    training = None
+    if record.is_file() and record.stat().st_size <= MAX_TRAINING_BYTES:
+        training = _read_file(record, home, MAX_TRAINING_BYTES)
+    return parse_adapter(config, tensors, layout, limits, base=base, training=training)
 
 
 def parse_adapter(
@@ -111,11 +121,12 @@ def parse_adapter(
     limits: Limits = DEFAULT_LIMITS,
     *,
     base: BaseFacts | None = None,
+    training: bytes | None = None,
 ) -> Adapter:
     """Check the contents of adapter_config.json and adapter_model.safetensors against a base.
 
     The result holds float32 copies that share no memory with `tensors`. For `base` see
-    `read_adapter`.
+    `read_adapter`; `training` is training.json, of which only warnings come.
 
     Raises:
         AdapterError: It is refused; `reason` says why.
@@ -172,6 +183,7 @@ def parse_adapter(
             *([f"trained on the model without its head; {prefix} is put in front"] * bool(prefix)),
             *parsed.warnings,
             *_other_base(parsed.base_model_name_or_path, base),
+            *training_warnings(training, base),
         ),
     )
 

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n superpose_proto/v1/adapter.proto\x12\x0csuperpose.v1\"\xcf\x01\n\x07\x41\x64\x61pter\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12+\n\x06source\x18\x03 \x01(\x0e\x32\x1b.superpose.v1.AdapterSource\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nparameters\x18\x05 \x01(\x04\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x12\x0f\n\x07modules\x18\x07 \x03(\t\x12\x0e\n\x06weight\x18\x08 \x01(\x01\x12\x13\n\x0b\x63onfig_json\x18\t \x01(\t\x12\x10\n\x08warnings\x18\n \x03(\t\"\x15\n\x13ListAdaptersRequest\"?\n\x14ListAdaptersResponse\x12\'\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x15.superpose.v1.Adapter\"#\n\x11GetAdapterRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\"<\n\x12GetAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.superpose.v1.Adapter\"V\n\x12PushAdapterRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\x0c\x12\x0f\n\x07tensors\x18\x03 \x01(\x0c\x12\x0f\n\x07replace\x18\x04 \x01(\x08\"Q\n\x13PushAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.superpose.v1.Adapter\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"&\n\x14\x44\x65leteAdapterRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteAdapterResponse*\x84\x01\n\rAdapterSource\x12\x1e\n\x1a\x41\x44\x41PTER_SOURCE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41\x44\x41PTER_SOURCE_BUNDLED\x10\x01\x12\x1c\n\x18\x41\x44\x41PTER_SOURCE_DIRECTORY\x10\x02\x12\x19\n\x15\x41\x44\x41PTER_SOURCE_PUSHED\x10\x03\x32\xe6\x02\n\x0e\x41\x64\x61pterService\x12U\n\x0cListAdapters\x12!.superpose.v1.ListAdaptersRequest\x1a\".superpose.v1.ListAdaptersResponse\x12O\n\nGetAdapter\x12\x1f.superpose.v1.GetAdapterRequest\x1a .superpose.v1.GetAdapterResponse\x12R\n\x0bPushAdapter\x12 .superpose.v1.PushAdapterRequest\x1a!.superpose.v1.PushAdapterResponse\x12X\n\rDeleteAdapter\x12\".superpose.v1.DeleteAdapterRequest\x1a#.superpose.v1.DeleteAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n superpose_proto/v1/adapter.proto\x12\x0csuperpose.v1\"\xcf\x01\n\x07\x41\x64\x61pter\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12+\n\x06source\x18\x03 \x01(\x0e\x32\x1b.superpose.v1.AdapterSource\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nparameters\x18\x05 \x01(\x04\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x12\x0f\n\x07modules\x18\x07 \x03(\t\x12\x0e\n\x06weight\x18\x08 \x01(\x01\x12\x13\n\x0b\x63onfig_json\x18\t \x01(\t\x12\x10\n\x08warnings\x18\n \x03(\t\"\x15\n\x13ListAdaptersRequest\"?\n\x14ListAdaptersResponse\x12\'\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x15.superpose.v1.Adapter\"#\n\x11GetAdapterRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\"<\n\x12GetAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.superpose.v1.Adapter\"h\n\x12PushAdapterRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\x0c\x12\x0f\n\x07tensors\x18\x03 \x01(\x0c\x12\x0f\n\x07replace\x18\x04 \x01(\x08\x12\x10\n\x08training\x18\x05 \x01(\x0c\"Q\n\x13PushAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.superpose.v1.Adapter\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"&\n\x14\x44\x65leteAdapterRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteAdapterResponse*\x84\x01\n\rAdapterSource\x12\x1e\n\x1a\x41\x44\x41PTER_SOURCE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41\x44\x41PTER_SOURCE_BUNDLED\x10\x01\x12\x1c\n\x18\x41\x44\x41PTER_SOURCE_DIRECTORY\x10\x02\x12\x19\n\x15\x41\x44\x41PTER_SOURCE_PUSHED\x10\x03\x32\xe6\x02\n\x0e\x41\x64\x61pterService\x12U\n\x0cListAdapters\x12!.superpose.v1.ListAdaptersRequest\x1a\".superpose.v1.ListAdaptersResponse\x12O\n\nGetAdapter\x12\x1f.superpose.v1.GetAdapterRequest\x1a .superpose.v1.GetAdapterResponse\x12R\n\x0bPushAdapter\x12 .superpose.v1.PushAdapterRequest\x1a!.superpose.v1.PushAdapterResponse\x12X\n\rDeleteAdapter\x12\".superpose.v1.DeleteAdapterRequest\x1a#.superpose.v1.DeleteAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'superpose_proto.v1.adapter_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTERSOURCE']._serialized_start=684
-  _globals['_ADAPTERSOURCE']._serialized_end=816
+  _globals['_ADAPTERSOURCE']._serialized_start=702
+  _globals['_ADAPTERSOURCE']._serialized_end=834
   _globals['_ADAPTER']._serialized_start=51
   _globals['_ADAPTER']._serialized_end=258
   _globals['_LISTADAPTERSREQUEST']._serialized_start=260
@@ -44,13 +44,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETADAPTERRESPONSE']._serialized_start=385
   _globals['_GETADAPTERRESPONSE']._serialized_end=445
   _globals['_PUSHADAPTERREQUEST']._serialized_start=447
-  _globals['_PUSHADAPTERREQUEST']._serialized_end=533
-  _globals['_PUSHADAPTERRESPONSE']._serialized_start=535
-  _globals['_PUSHADAPTERRESPONSE']._serialized_end=616
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=618
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=656
-  _globals['_DELETEADAPTERRESPONSE']._serialized_start=658
-  _globals['_DELETEADAPTERRESPONSE']._serialized_end=681
-  _globals['_ADAPTERSERVICE']._serialized_start=819
-  _globals['_ADAPTERSERVICE']._serialized_end=1177
+  _globals['_PUSHADAPTERREQUEST']._serialized_end=551
+  _globals['_PUSHADAPTERRESPONSE']._serialized_start=553
+  _globals['_PUSHADAPTERRESPONSE']._serialized_end=634
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=636
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=674
+  _globals['_DELETEADAPTERRESPONSE']._serialized_start=676
+  _globals['_DELETEADAPTERRESPONSE']._serialized_end=699
+  _globals['_ADAPTERSERVICE']._serialized_start=837
+  _globals['_ADAPTERSERVICE']._serialized_end=1195
 # @@protoc_insertion_point(module_scope)

@@ -163,12 +163,15 @@ class PushAdapterRequest(google.protobuf.message.Message):
     CONFIG_FIELD_NUMBER: builtins.int
     TENSORS_FIELD_NUMBER: builtins.int
     REPLACE_FIELD_NUMBER: builtins.int
+    TRAINING_FIELD_NUMBER: builtins.int
     domain: builtins.str
     config: builtins.bytes
     """adapter_config.json, as PEFT writes it."""
     tensors: builtins.bytes
     """adapter_model.safetensors, as PEFT writes it."""
     replace: builtins.bool
+    training: builtins.bytes
+    """training.json, where superpose-train wrote one: how its rows began may be worth a warning."""
     def __init__(
         self,
         *,
@@ -176,8 +179,9 @@ class PushAdapterRequest(google.protobuf.message.Message):
         config: builtins.bytes = ...,
         tensors: builtins.bytes = ...,
         replace: builtins.bool = ...,
+        training: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["config", b"config", "domain", b"domain", "replace", b"replace", "tensors", b"tensors"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["config", b"config", "domain", b"domain", "replace", b"replace", "tensors", b"tensors", "training", b"training"]) -> None: ...
 
 Global___PushAdapterRequest: typing_extensions.TypeAlias = PushAdapterRequest
 

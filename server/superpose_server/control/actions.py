@@ -108,12 +108,13 @@ class Operator:
         return self._default.change(self._registry.bind(mix))
 
     def push(
-        self, domain: str, config: bytes, tensors: bytes, replace: bool
+        self, domain: str, config: bytes, tensors: bytes, replace: bool, training: bytes = b""
     ) -> tuple[Registered, MixState]:
         """Check an adapter, store it and let `domain` name it.
 
         The same bytes again change nothing, and other files of the same effect no more than what
-        is said of them. If the default mix holds the domain, it is bound anew.
+        is said of them. If the default mix holds the domain, it is bound anew. For `training` see
+        `parse_adapter`.
 
         Raises:
             FailedPrecondition: The adapter is unfit, the domain is read only, or the disk refuses.
@@ -122,7 +123,12 @@ class Operator:
         _check_name(domain)
         try:
             adapter = parse_adapter(
-                config, tensors, self._weights.layout, self._limits, base=self._base
+                config,
+                tensors,
+                self._weights.layout,
+                self._limits,
+                base=self._base,
+                training=training,
             )
         except AdapterError as error:
             raise FailedPrecondition(f"{domain}: {error}", error.reason) from error

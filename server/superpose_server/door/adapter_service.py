@@ -43,7 +43,11 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         """Check an adapter, store it and serve it."""
         registered, state = await self._runtime.operate(
             lambda operator: operator.push(
-                request.domain, request.config, request.tensors, request.replace
+                request.domain,
+                request.config,
+                request.tensors,
+                request.replace,
+                request.training,
             )
         )
         return pb.PushAdapterResponse(
