@@ -123,7 +123,7 @@ def test_initialisations_that_leave_the_base_are_accepted(init: Any) -> None:
 
 def test_an_mlx_config_is_refused_with_the_way_out() -> None:
     text = json.dumps({"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}).encode()
-    with pytest.raises(AdapterError, match="MLX's, not PEFT's.* superpose-convert") as caught:
+    with pytest.raises(AdapterError, match=r"MLX's, not PEFT's.* superpose-convert") as caught:
         parse_config(text)
     assert caught.value.reason == "UNSUPPORTED_FEATURE"
 

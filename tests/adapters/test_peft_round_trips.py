@@ -284,7 +284,7 @@ def test_known_renames_are_undone_and_said(
 def test_an_adapter_of_the_model_without_its_head(llama: Base, tmp_path: Path) -> None:
     backbone: Any = llama.model.model
     fields: dict[str, Any] = {
-        "target_modules": ["layers.0.self_attn.q_proj", "v_proj"],
+        "target_modules": ["layers.0.self_attn.q_proj", "v_proj", "lm_head"],
         "rank_pattern": {"^layers.*v_proj": 3},
     }
     folder = make_adapter(backbone, tmp_path / "a", 3, task_type="FEATURE_EXTRACTION", **fields)
