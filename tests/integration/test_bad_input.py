@@ -332,8 +332,8 @@ SCORES = {
         lambda s: s.client.score(["abc", ""]),
         InvalidArgumentError,
         "ITEM_EMPTY",
-        r"items\[1\] is empty",
-        "items[1]",
+        r"texts\[1\] is empty",
+        "texts[1]",
     ),
     "no item kind": Case(
         _score_raw(inference_pb2.ScoreRequest(items=[inference_pb2.ScoreItem()])),
@@ -346,8 +346,8 @@ SCORES = {
         lambda s: s.client.score([("q", "a"), "text"], scope="answer"),
         InvalidArgumentError,
         "BAD_SCOPE",
-        r"items\[1\] has no answer",
-        "items[1]",
+        r"texts\[1\] has no answer",
+        "texts[1]",
     ),
     "unknown scope": Case(
         _score_raw(
@@ -366,7 +366,7 @@ SCORES = {
         InvalidArgumentError,
         "TOKEN_OUT_OF_RANGE",
         f"holds token {VOCABULARY}",
-        "items[0]",
+        "texts[0]",
     ),
     "max_length 1": Case(
         lambda s: s.client.score(["abc"], max_length=1),

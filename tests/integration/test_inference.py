@@ -44,7 +44,7 @@ def test_text_is_the_same_in_pieces_and_as_a_whole(
     served: Served, inference: Inference, gpt2: Family
 ) -> None:
     mix = Mix.of({"a": 0.5, "b": -1.0})
-    prompt = tuple(served.runtime.tokenizer.encode(PROMPT))
+    prompt = tuple(served.runtime.texts.prompt(PROMPT))
 
     async def work() -> tuple[Generation, list[Chunk], Generation, Chunk]:
         pieces = await inference.generate(GenerateRequest(PROMPT, mix, SHORT))

@@ -75,7 +75,7 @@ def token_ids(chunks: list[GenerationChunk]) -> tuple[int, ...]:
 
 
 def prompt_ids(served: Served) -> tuple[int, ...]:
-    return tuple(served.runtime.tokenizer.encode(PROMPT))
+    return tuple(served.runtime.texts.prompt(PROMPT))
 
 
 # Changes of the default mix.

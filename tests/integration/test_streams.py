@@ -131,7 +131,7 @@ def test_four_streams_keep_their_mixes_through_twenty_changes(
         streams = stream_all(served, run)
         after = served.client.mix()
         verified = served.client.verify()
-        prompt = tuple(served.runtime.tokenizer.encode(PROMPT))
+        prompt = tuple(served.runtime.texts.prompt(PROMPT))
         where = {tensor.device.type for tensor in _tensors(served)}
     finally:
         served.stop()
@@ -177,7 +177,7 @@ def test_a_stream_equals_transformers_generate_on_folded_weights(
     served: Served, gpt2: Family
 ) -> None:
     mix = {"a": 1.5, "b": -0.5, "c": 0.25}
-    prompt = served.runtime.tokenizer.encode(PROMPT)
+    prompt = served.runtime.texts.prompt(PROMPT)
     expected = gpt2.folded(
         mix
     ).generate(  # type: ignore[operator]

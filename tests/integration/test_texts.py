@@ -117,9 +117,9 @@ def test_a_chat_template_that_spells_bos_does_not_double_it(
         (lambda s: s.client.generate([{"role": "odd", "content": "x"}]), "chat"),
         (lambda s: s.client.generate([1, VOCABULARY + 1]), "token_ids"),
         (lambda s: s.client.generate("x", stop_token_ids=[258]), "options.stop_token_ids"),
-        (lambda s: s.client.score(["ab", "x [PAD]"]), "items[1]"),
-        (lambda s: s.client.score([("q", "[PAD]")]), "items[0]"),
-        (lambda s: s.client.score([[1, VOCABULARY + 1]]), "items[0]"),
+        (lambda s: s.client.score(["ab", "x [PAD]"]), "texts[1]"),
+        (lambda s: s.client.score([("q", "[PAD]")]), "texts[0]"),
+        (lambda s: s.client.score([[1, VOCABULARY + 1]]), "texts[0]"),
     ],
 )
 def test_a_token_without_an_embedding_is_named(

@@ -50,7 +50,7 @@ def ids_of(text: bytes) -> list[int]:
 def test_an_answer_goes_on_in_a_script_outside_the_vocabulary(tokenizer: Tokenizer) -> None:
     # More bytes than decoding looks back at, so that it starts within a character.
     for known in range(1, 12):
-        prompt = tokenizer.encode("日本語ไทย"[:known] * 2)
+        prompt = tokenizer.inner.encode("日本語ไทย"[:known] * 2)
         answer = ids_of("本語です".encode())
         assert push_all(Detokenizer(tokenizer, (), prompt), answer) == [
             *("", "", "本", "", "", "語", "", "", "で", "", "", "す", "")
@@ -114,7 +114,7 @@ def test_no_mark_is_told_that_the_whole_text_does_not_hold(
 
 def test_a_character_that_the_prompt_began_is_the_answers(tokenizer: Tokenizer) -> None:
     first, *rest = ids_of("日".encode())
-    prompt = [*tokenizer.encode("語"), first]
+    prompt = [*tokenizer.inner.encode("語"), first]
     assert push_all(Detokenizer(tokenizer, (), prompt), [*rest, *ids_of(b"a")]) == [
         *("", "日", "a", "")
     ]

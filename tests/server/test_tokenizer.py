@@ -53,7 +53,7 @@ def test_pieces_join_to_the_text_of_all_tokens(tokenizer: Tokenizer, ids: list[i
 
 @given(text=st.text(max_size=12))
 def test_a_character_is_never_split(tokenizer: Tokenizer, text: str) -> None:
-    ids = tokenizer.encode(text)
+    ids = tokenizer.inner.encode(text)
     pieces = push_all(Detokenizer(tokenizer, ()), ids)
     assert "".join(pieces) == text
     if "\N{REPLACEMENT CHARACTER}" not in text:
@@ -61,13 +61,13 @@ def test_a_character_is_never_split(tokenizer: Tokenizer, text: str) -> None:
 
 
 def test_a_character_comes_with_its_last_byte(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("a👍b")
+    ids = tokenizer.inner.encode("a👍b")
     assert len(ids) == 6  # one token a byte
     assert push_all(Detokenizer(tokenizer, ()), ids) == ["a", "", "", "", "👍", "b", ""]
 
 
 def test_half_a_character_at_the_end_is_told_by_finish(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("a日")[:-1]
+    ids = tokenizer.inner.encode("a日")[:-1]
     pieces = push_all(Detokenizer(tokenizer, ()), ids)
     assert pieces == ["a", "", "", "\N{REPLACEMENT CHARACTER}"]
 
@@ -93,7 +93,7 @@ def test_text_ends_before_a_stop_string(
     tokenizer: Tokenizer, text: str, stop: tuple[str, ...], expected: str
 ) -> None:
     detokenizer = Detokenizer(tokenizer, stop)
-    assert "".join(push_all(detokenizer, tokenizer.encode(text))) == expected
+    assert "".join(push_all(detokenizer, tokenizer.inner.encode(text))) == expected
     assert detokenizer.stopped == any(s in text for s in stop)
 
 
@@ -105,7 +105,7 @@ def test_no_piece_ever_holds_a_part_of_a_stop_string_that_comes(
     tokenizer: Tokenizer, text: str, stop: list[str]
 ) -> None:
     detokenizer = Detokenizer(tokenizer, stop)
-    found = "".join(push_all(detokenizer, tokenizer.encode(text)))
+    found = "".join(push_all(detokenizer, tokenizer.inner.encode(text)))
     # The first prefix of the text that holds a stop string ends it, at that string's begin.
     prefixes = (text[:end] for end in range(len(text) + 1))
     whole = next((p for p in prefixes if any(s in p for s in stop)), None)
@@ -118,7 +118,7 @@ def test_no_piece_ever_holds_a_part_of_a_stop_string_that_comes(
 
 
 def test_text_that_may_become_a_stop_string_is_held_back(tokenizer: Tokenizer) -> None:
-    pieces = push_all(Detokenizer(tokenizer, ("abc",)), tokenizer.encode("xababd"))
+    pieces = push_all(Detokenizer(tokenizer, ("abc",)), tokenizer.inner.encode("xababd"))
     assert pieces == ["x", "", "", "ab", "", "abd", ""]
 
 
@@ -138,30 +138,30 @@ def run(tokenizer: Tokenizer, ids: list[int], **values: object) -> Client:
 
 
 def test_a_stop_string_ends_a_row(tokenizer: Tokenizer) -> None:
-    client = run(tokenizer, tokenizer.encode("one. two"), stop=(". ",))
+    client = run(tokenizer, tokenizer.inner.encode("one. two"), stop=(". ",))
     assert (client.text, client.reason) == ("one", FinishReason.STOP)
     assert len(client.tokens) == 5  # the tokens of the stop string are told
 
 
 def test_a_stop_string_in_the_last_token_is_a_stop(tokenizer: Tokenizer) -> None:
-    client = run(tokenizer, tokenizer.encode("one!"), stop=("!",))
+    client = run(tokenizer, tokenizer.inner.encode("one!"), stop=("!",))
     assert (client.text, client.reason) == ("one", FinishReason.STOP)
 
 
 def test_held_text_comes_at_the_end(tokenizer: Tokenizer) -> None:
-    client = run(tokenizer, tokenizer.encode("one"), stop=("e!",))
+    client = run(tokenizer, tokenizer.inner.encode("one"), stop=("e!",))
     assert (client.text, client.reason) == ("one", FinishReason.LENGTH)
 
 
 def test_the_end_of_text_is_no_text(tokenizer: Tokenizer) -> None:
-    client = run(tokenizer, [*tokenizer.encode("日")[:2], EOS_ID, 65])
+    client = run(tokenizer, [*tokenizer.inner.encode("日")[:2], EOS_ID, 65])
     assert client.text == "\N{REPLACEMENT CHARACTER}"
     assert client.reason is FinishReason.STOP
     assert client.tokens[-1] == EOS_ID
 
 
 def test_stop_strings_before_min_new_tokens_are_text(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("a.b.c.d")
+    ids = tokenizer.inner.encode("a.b.c.d")
     client = run(tokenizer, ids, stop=(".",), min_new_tokens=5)
     assert (client.text, client.reason) == ("a.b.c", FinishReason.STOP)
     assert len(client.tokens) == 6
@@ -176,7 +176,9 @@ def test_stop_strings_before_min_new_tokens_are_text(tokenizer: Tokenizer) -> No
 def test_a_stop_string_counts_from_the_token_of_its_last_character(
     tokenizer: Tokenizer, least: int, text: str, tokens: int
 ) -> None:
-    client = run(tokenizer, tokenizer.encode("a stop b stop"), stop=("stop",), min_new_tokens=least)
+    client = run(
+        tokenizer, tokenizer.inner.encode("a stop b stop"), stop=("stop",), min_new_tokens=least
+    )
     assert (client.text, client.reason) == (text, FinishReason.STOP)
     assert len(client.tokens) == tokens
 
@@ -190,7 +192,7 @@ def test_text_ends_at_the_first_token_from_the_least_on_that_ends_a_stop_string(
     tokenizer: Tokenizer, text: str, stop: list[str], least: int
 ) -> None:
     least = min(least, len(text))
-    client = run(tokenizer, tokenizer.encode(text), stop=tuple(stop), min_new_tokens=least)
+    client = run(tokenizer, tokenizer.inner.encode(text), stop=tuple(stop), min_new_tokens=least)
     # One token a character, so a token ends what the text so far ends with.
     for count in range(max(least, 1), len(text) + 1):
         ending = [s for s in stop if text[:count].endswith(s)]
@@ -204,7 +206,7 @@ def test_text_ends_at_the_first_token_from_the_least_on_that_ends_a_stop_string(
 def test_a_shorter_stop_string_that_was_text_does_not_count_once_a_longer_one_might_come(
     tokenizer: Tokenizer,
 ) -> None:
-    client = run(tokenizer, tokenizer.encode("abx"), stop=("b", "abc"), min_new_tokens=3)
+    client = run(tokenizer, tokenizer.inner.encode("abx"), stop=("b", "abc"), min_new_tokens=3)
     assert (client.text, client.reason) == ("abx", FinishReason.LENGTH)
 
 
@@ -212,7 +214,7 @@ def test_a_row_aborted_before_its_least_length_loses_no_text(tokenizer: Tokenize
     client = Client()
     params = SamplingParams(stop=("\N{REPLACEMENT CHARACTER}",), min_new_tokens=9)
     row = Sequence([1], bound(), params, client, tokenizer)
-    for token in tokenizer.encode("x日")[:-1]:
+    for token in tokenizer.inner.encode("x日")[:-1]:
         client(row.append(token, None))
     client(row.abort())
     assert client.text == "x\N{REPLACEMENT CHARACTER}"
@@ -234,13 +236,13 @@ def chatty(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_a_stop_string_that_is_a_special_token_ends_a_row_at_the_token(chatty: Tokenizer) -> None:
     end = chatty.special["<|end|>"]
-    ids = [*chatty.encode("one"), end, *chatty.encode("two")]
+    ids = [*chatty.inner.encode("one"), end, *chatty.inner.encode("two")]
     client = run(chatty, ids, stop=("<|end|>",), ignore_eos=True)
     assert (client.text, client.reason) == ("one", FinishReason.STOP)
     assert client.tokens[-1] == end
     assert run(chatty, ids).text == "onetwo"
     # Spelled in other tokens it is text, and ends a row as any other stop string.
-    spelled = [*chatty.encode("one<|en"), *chatty.encode("d|>two")]
+    spelled = [*chatty.inner.encode("one<|en"), *chatty.inner.encode("d|>two")]
     assert run(chatty, spelled).text == "one<|end|>two"
     assert run(chatty, spelled, stop=("<|end|>",)).text == "one"
     # It is not chosen before the least length.
@@ -251,7 +253,7 @@ def test_a_stop_string_that_is_a_special_token_ends_a_row_at_the_token(chatty: T
 def test_a_stop_string_that_is_an_added_token_with_text_is_found_in_the_text(
     chatty: Tokenizer,
 ) -> None:
-    ids = chatty.encode("one<|tool|>two")
+    ids = chatty.inner.encode("one<|tool|>two")
     assert len(ids) == 7
     client = run(chatty, ids, stop=("e<|tool",))
     assert (client.text, client.reason) == ("on", FinishReason.STOP)
@@ -260,7 +262,7 @@ def test_a_stop_string_that_is_an_added_token_with_text_is_found_in_the_text(
 def test_an_aborted_row_gets_the_text_that_was_held(tokenizer: Tokenizer) -> None:
     client = Client()
     row = Sequence([1], bound(), SamplingParams(stop=("abc",)), client, tokenizer)
-    for token in tokenizer.encode("xab"):
+    for token in tokenizer.inner.encode("xab"):
         client(row.append(token, None))
     assert client.text == "x"
     client(row.abort())
@@ -275,11 +277,6 @@ def test_eos_is_a_stop_unless_it_is_ignored(tokenizer: Tokenizer) -> None:
     assert stops() == {EOS_ID}
     assert stops(ignore_eos=True) == frozenset()
     assert stops(ignore_eos=True, stop_token_ids=(5, EOS_ID)) == {5, EOS_ID}
-
-
-def test_prompts_are_encoded_whole(tokenizer: Tokenizer) -> None:
-    assert tokenizer.decode(tokenizer.encode(WORDS)) == WORDS
-    assert tokenizer.encode("") == []
 
 
 def test_a_base_without_chat_template_says_so(tokenizer: Tokenizer) -> None:
@@ -349,16 +346,16 @@ def test_pieces_are_what_the_tokens_add_to_the_prompt(
 
 
 def test_a_character_that_the_prompt_began_is_the_answers(tokenizer: Tokenizer) -> None:
-    first, *rest = tokenizer.encode("日")
-    prompt = [*tokenizer.encode("語"), first]
+    first, *rest = tokenizer.inner.encode("日")
+    prompt = [*tokenizer.inner.encode("語"), first]
     assert push_all(Detokenizer(tokenizer, (), prompt), [*rest, 65]) == ["", "日", "b", ""]
     assert push_all(Detokenizer(tokenizer, ("日",), prompt), [*rest, 65]) == ["", "", ""]
 
 
 @given(text=st.text(max_size=80))
 def test_a_text_is_the_same_behind_a_prompt_of_any_kind(tokenizer: Tokenizer, text: str) -> None:
-    ids = tokenizer.encode(text)
-    for prompt in ([], [EOS_ID] * 20, tokenizer.encode(WORDS)):
+    ids = tokenizer.inner.encode(text)
+    for prompt in ([], [EOS_ID] * 20, tokenizer.inner.encode(WORDS)):
         assert "".join(push_all(Detokenizer(tokenizer, (), prompt), ids)) == text
 
 

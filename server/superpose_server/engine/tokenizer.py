@@ -1,4 +1,4 @@
-"""Text in, text out: prompts to token ids, and new tokens to text as they come."""
+"""Messages in, text out: conversations to token ids, and new tokens to text as they come."""
 
 from __future__ import annotations
 
@@ -45,10 +45,6 @@ class Tokenizer:
         }
         self._special_ids = frozenset(self.special.values())
         self._byte_ids = byte_token_ids(self.inner)
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a prompt, special tokens added as the base wants them."""
-        return list(self.inner(text)["input_ids"])
 
     def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Return the token ids of a conversation of (role, content) in the base's template.
