@@ -2,7 +2,7 @@
 
 PEFT makes the adapter, transformers.Trainer runs it. The result is a PEFT folder with a record,
 `training.json`, and appears under `--out` only when it is complete. Until then everything lies in
-`OUT.work`; the same command takes an interrupted run up again and ends with the same adapter.
+`.OUT.work`; the same command takes an interrupted run up again and ends with the same adapter.
 
 Under `accelerate launch` or torchrun every process trains on its share of each batch; the first
 one alone claims the work folder, writes and prints.
@@ -40,6 +40,7 @@ from superpose_train.precision import Decided, autocast
 from superpose_train.processes import is_main_process, process_count, wait_for_all
 from superpose_train.record import identity_of, record_of, write_adapter, writing
 from superpose_train.schedule import EVALUATION_BATCH, Plan, trainer_schedule
+from superpose_train.work_folder import work_folder
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
@@ -204,7 +205,7 @@ def train(options: Options) -> dict[str, Any]:
     # Counted now: PEFT sets every factor trainable again when its adapter is switched.
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    work = options.out.with_name(options.out.name + ".work")
+    work = work_folder(options.out)
     arguments = training_arguments(options, work, Plan.of(options, len(rows.train)))
     if is_main_process():
         claim_work(work, identity)

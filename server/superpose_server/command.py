@@ -16,13 +16,14 @@ from superpose_adapters.bundled import resolve_base
 from superpose_server.config import ServerConfig, parse_config, split_address
 from superpose_server.errors import StartupError
 from superpose_server.starting import start_or_die
+from superpose_server.state_folder import check_state_folder
 
 
 def _check(config: ServerConfig) -> None:
     """Refuse what can be seen at once: torch takes seconds to import, and a base minutes to load.
 
     Raises:
-        StartupError: No base, or an address that is taken.
+        StartupError: No base, an address that is taken, or a state folder that cannot be used.
     """
     for flag, address in (("listen", config.listen), ("metrics-listen", config.metrics_listen)):
         host, port = split_address(flag, address)
@@ -40,6 +41,7 @@ def _check(config: ServerConfig) -> None:
         resolve_base(config.base)
     except ValueError as error:
         raise StartupError(str(error)) from error
+    check_state_folder(config)
 
 
 async def _serve(config: ServerConfig) -> None:

@@ -46,6 +46,13 @@ class ServerConfig:
     adapter_dir: Path | None = field(
         default=None, metadata=_help("PEFT folders to serve by folder name, read only")
     )
+    strict: bool = field(
+        default=False,
+        metadata=_help(
+            "do not start when a folder in --adapter-dir is no adapter that fits; without it such "
+            "a folder is left out with a warning"
+        ),
+    )
     state_dir: Path | None = field(
         default=None,
         metadata=_help(

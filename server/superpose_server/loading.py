@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from superpose_server.model.capacity import positions_of
 from superpose_server.model.kernels.build import CompilerError
 from superpose_server.model.memory import MIB, is_out_of_memory
 from superpose_server.model.model import Model
+from superpose_server.state_folder import check_state_folder, state_folder
 
 # Characters of a line that says why a server cannot start, as far as it is not ours alone.
 _LONGEST = 2000
@@ -71,6 +71,7 @@ def load_base(config: ServerConfig) -> LoadedBase:
     folder = resolve_base(config.base)
     device = _device(config.device)
     _check_adapter_dir(config.adapter_dir)
+    check_state_folder(config)
     module = load_checkpoint(folder, _dtype(config.dtype, device))
     tokenizer = Tokenizer(folder)
     texts = TextEncoder(tokenizer.inner, vocabulary_of(module))
@@ -78,8 +79,8 @@ def load_base(config: ServerConfig) -> LoadedBase:
     facts = read_facts(config.base, folder, module, texts.tokens_before)
     module = module.to(device)
     base_digest = checkpoint_digest(folder)
-    state_dir = config.state_dir or _default_state_dir(base_digest)
-    store = _open_store(state_dir)
+    state_dir = state_folder(config, base_digest)
+    store = AdapterStore(state_dir / "adapters")
     try:
         kernels = config.compile == "auto"
         expected = None
@@ -131,7 +132,11 @@ def _check_adapter_dir(root: Path | None) -> None:
         return
     if not root.is_dir():
         raise StartupError(f"--adapter-dir {root} is no folder: create it or leave it out")
-    if (root / CONFIG_NAME).exists():
+    try:
+        adapter = CONFIG_NAME in [path.name for path in root.iterdir()]
+    except OSError as error:
+        raise StartupError(f"--adapter-dir {root} cannot be read ({error.strerror})") from error
+    if adapter:
         raise StartupError(
             f"--adapter-dir {root} is an adapter itself: name the folder that holds it"
         )
@@ -154,17 +159,6 @@ def _check_meaning(
         check_meaning(model_class, model_config, device, kernels=kernels)
         kind.trust()
         _log.info("checked the base's meaning seconds=%.2f", time.monotonic() - started)
-
-
-def _open_store(state_dir: Path) -> AdapterStore:
-    try:
-        state_dir.mkdir(parents=True, exist_ok=True)
-        return AdapterStore(state_dir / "adapters")
-    except OSError as error:
-        raise StartupError(
-            f"--state-dir {state_dir} cannot be used ({error.strerror or one_line(error)}): name "
-            "a folder that can be written"
-        ) from error
 
 
 def _device(name: str) -> torch.device:
@@ -190,10 +184,3 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if has_fast_bfloat16(device.type) else torch.float32
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def _default_state_dir(base_digest: str) -> Path:
-    """Return a folder of this base's own, since adapters and mixes of another do not fit it."""
-    home = os.environ.get("XDG_STATE_HOME")
-    root = Path(home) if home else Path.home() / ".local" / "state"
-    return root / "superpose" / base_digest[:16]

@@ -16,6 +16,7 @@ import torch
 from superpose_adapters.adapter import Adapter, AdapterError
 from superpose_adapters.bundled import mini_adapters
 from superpose_adapters.mix import BoundEntry, BoundMix
+from superpose_adapters.one_line import one_line
 from superpose_adapters.peft.folder import Limits as AdapterLimits
 from superpose_adapters.peft.folder import read_adapter
 from superpose_server.config import PREFILL_TOKENS_CPU, PREFILL_TOKENS_GPU, ServerConfig
@@ -42,6 +43,8 @@ from superpose_server.model.threads import compute_with
 from superpose_server.weights.resident import ResidentWeights, Verification
 
 T = TypeVar("T")
+# Characters of a line that says why a folder is left out.
+_LONGEST = 1000
 _log = logging.getLogger(__name__)
 
 
@@ -85,6 +88,7 @@ class Runtime:
         self.started = time.monotonic()
         self.ending = asyncio.Event()
         self._actions: set[asyncio.Future[Any]] = set()
+        self._left_out: dict[str, str] = {}  # Folders of --adapter-dir, and why.
         # Torch keeps workers for every thread that computes, and with more workers than cores they
         # go to sleep between products (OpenMP's rule): 4 ms a step of GPT-2 Small on 2 cores. So
         # what loads is a thread that ends, its workers too, and the operator has none.
@@ -174,17 +178,30 @@ class Runtime:
     def _register_all(self) -> None:
         if self.config.base == "mini":
             for domain, folder in mini_adapters().items():
-                self._register(domain, self._read(folder), Source.BUNDLED)
+                self._register(domain, self._read(folder, folder.parent), Source.BUNDLED)
         root = self.config.adapter_dir
         if root is not None:
-            for folder in sorted(root.iterdir()):
-                if folder.is_dir() and not folder.name.startswith("."):
-                    self._register(folder.name, self._read(folder, root), Source.DIRECTORY)
+            self._register_folders(root)
         for domain, digest in self._store.names.items():
             adapter = self._pushed(domain, digest)
             # Its files may be those of another name, whose adapter has the same effect.
             adapter = replace(adapter, warnings=self._store.warnings(domain))
             self._register(domain, adapter, Source.PUSHED)
+
+    def _register_folders(self, root: Path) -> None:
+        """Register the adapters in a folder, where things lie that are none, such as `runs`."""
+        for folder in sorted(root.iterdir()):
+            if folder.is_file() or folder.name.startswith("."):
+                continue
+            try:
+                adapter = self._read(folder, root)
+            except StartupError as error:
+                if self.config.strict:
+                    raise StartupError(f"{error}; without --strict it is left out") from error
+                self._left_out[folder.name] = str(error)
+                _log.warning("left out: %s", one_line(error, _LONGEST))
+            else:
+                self._register(folder.name, adapter, Source.DIRECTORY)
 
     def _pushed(self, domain: str, digest: str) -> Adapter:
         try:
@@ -196,7 +213,7 @@ class Runtime:
                 f"pushed adapter {domain}: {error}; use another --state-dir for this base"
             ) from error
 
-    def _read(self, folder: Path, root: Path | None = None) -> Adapter:
+    def _read(self, folder: Path, root: Path) -> Adapter:
         try:
             return read_adapter(
                 folder, self.model.layout, self.adapter_limits, base=self._facts, root=root
@@ -249,9 +266,12 @@ class Runtime:
             return registered.adapter
         if entry.adapter_digest in self._store:
             return self._pushed(entry.domain, entry.adapter_digest)
-        found = (
-            "is gone" if registered is None else f"now has digest {registered.adapter.digest[:12]}"
-        )
+        if registered is not None:
+            found = f"now has digest {registered.adapter.digest[:12]}"
+        elif entry.domain in self._left_out:
+            found = f"cannot be served ({self._left_out[entry.domain]})"
+        else:
+            found = "is gone"
         raise StartupError(
             f"the default mix holds {entry.domain} (adapter {entry.adapter_digest[:12]}), which "
             f"{found}: put that adapter back, or delete {journal.path} to start from the base model"

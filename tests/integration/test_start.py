@@ -356,22 +356,24 @@ def test_a_length_that_the_base_has_not_is_refused_before_anything_is_checked(
 
 
 def test_folders_that_cannot_be_used_are_named_by_their_flags(
-    gpt2: Family, tmp_path: Path, refused: Refused, monkeypatch: Patch
+    gpt2: Family, tmp_path: Path, refused: Refused, flags: set[str], monkeypatch: Patch
 ) -> None:
     fail_at("load_checkpoint", AssertionError("too late"), monkeypatch)
     missing = tmp_path / "missing"
     assert refused(gpt2.base, adapter_dir=missing).startswith(f"--adapter-dir {missing} is no f")
     adapter = gpt2.adapters["a"]
     assert refused(gpt2.base, adapter_dir=adapter).startswith(f"--adapter-dir {adapter} is an ad")
-    monkeypatch.undo()
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(StartupError) as caught:
-        Runtime(config_of(gpt2.base, file / "state", self_check=False))
-    assert str(caught.value) == (
-        f"--state-dir {file / 'state'} cannot be used (Not a directory): name a folder that can be "
-        "written"
-    )
+    # In /proc nobody makes a folder, not even root.
+    for folder, why in ((file, "it is a file"), (file / "s", "Not a directory"), ("/proc/s", "No")):
+        for check in (command._check, Runtime):
+            with pytest.raises(StartupError) as caught:
+                check(config_of(gpt2.base, Path(folder)))
+            line = str(caught.value)
+            check_line(line, flags)
+            assert line.startswith(f"--state-dir {folder} cannot be used ({why}")
+            assert line.endswith("): name a folder that can be written")
 
 
 def test_a_state_folder_of_another_base_is_refused(

@@ -236,7 +236,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
         with pytest.raises(KeyboardInterrupt):
             train(options(base, data[0], out))
     assert not out.exists()
-    work = tmp_path / "letters.work"
+    work = tmp_path / ".letters.work"
     whole = last_checkpoint(work)
     assert whole is not None
     # A checkpoint that a kill cut short has no readable state.
@@ -593,8 +593,9 @@ def test_a_full_disk_leaves_no_result(
     out = tmp_path / "out"
     with files_of_at_most(4000):
         assert main(command(base, data[0], out, "--max-steps", "2")) == 1
-    assert last_line(capsys) == f"superpose-train: {out}.work: cannot be written: File too large"
-    assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
+    work = tmp_path / ".out.work"
+    assert last_line(capsys) == f"superpose-train: {work}: cannot be written: File too large"
+    assert [path.name for path in tmp_path.iterdir()] == [".out.work"]
     assert main(command(base, data[0], out, "--max-steps", "2")) == 0
 
 
@@ -627,7 +628,7 @@ def test_a_result_that_could_not_be_written_is_written_by_the_same_command(
         patch.setattr(trainer_module, "write_adapter", full)
         assert main(command(base, data[0], out, "--max-steps", "2")) == 1
     assert f"{out}: cannot be written" in last_line(capsys)
-    assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
+    assert [path.name for path in tmp_path.iterdir()] == [".out.work"]
     assert main(command(base, data[0], out, "--max-steps", "2")) == 0
     assert json.loads((out / "training.json").read_text("utf-8"))["resumed"] is True
 

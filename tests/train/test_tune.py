@@ -195,7 +195,7 @@ def test_the_command_line_tunes(
     assert f"wrote {out}: test perplexity" in captured.out
     assert main([*arguments, "--max-steps", "3", *more, "1"]) == 1
     assert "leave --max-steps away" in capsys.readouterr().err
-    (tmp_path / "letters.tune" / "search.json").unlink()
+    (tmp_path / ".letters.tune" / "search.json").unlink()
     assert main([*arguments, *more, "1"]) == 1
     assert "letters exists; name another --out" in capsys.readouterr().err
 

@@ -39,6 +39,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from superpose_adapters.durable import new_folder, replacing, write_file
 from superpose_adapters.qa import file_sha256
 from superpose_train.loss import check_finite
+from superpose_train.work_folder import work_folder
 
 logger = logging.getLogger(__name__)
 
@@ -292,7 +293,7 @@ def pretrain(
         settings: what fixes the parameters.
         tokens: tokens to train on, rounded up to whole batches; above the corpus' own number,
             the corpus is read again in another order.
-        work: checkpoints and packed tokens; `out` with `.work` appended by default. Deleted at
+        work: checkpoints and packed tokens; `work_folder(out)` by default. Deleted at
             the end if it was not named.
         checkpoint_steps: steps between checkpoints and progress lines.
         stop_after_steps: leave as a kill would, with a checkpoint, after so many further steps.
@@ -304,7 +305,7 @@ def pretrain(
     if out.exists():
         raise ValueError(f"{out} exists; name another --out or delete it")
     keep_work = work is not None
-    work = work or out.with_name(out.name + ".work")
+    work = work or work_folder(out)
     tokenizer, training, held_out = prepare(corpus, work, settings)
     total = math.ceil(tokens / settings.tokens_per_step)
     model = build_model(settings)
@@ -430,7 +431,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--corpus", type=Path, required=True, metavar="FILE", help='JSONL(.gz) with "text"')
     add("--out", type=Path, required=True, help="folder to create")
-    add("--work", type=Path, help="checkpoints, kept; default OUT.work, deleted at the end")
+    add("--work", type=Path, help="checkpoints, kept; default .OUT.work, deleted at the end")
     add("--tokens", type=int, default=4_505_600, help="to train on; default %(default)s")
     numbers = (
         ("vocabulary", "tokens of the BPE"),

@@ -1,6 +1,6 @@
 """`superpose-train --tune N`: Optuna's TPE over dropout, batch size, epochs and learning rate.
 
-The objective is the validation loss. Trials lie in `OUT.tune`: their study in SQLite, and the
+The objective is the validation loss. Trials lie in `.OUT.tune`: their study in SQLite, and the
 adapter of the best so far. Every setting follows from the seed and the trials before it, so a
 command that was killed goes on, repeated, as if it had not been: the interrupted trial is tried
 again with the same setting and takes up its own checkpoint.
@@ -29,6 +29,7 @@ from superpose_train.processes import process_count
 from superpose_train.record import read_record
 from superpose_train.train import train
 from superpose_train.tuning.plots import draw_history, draw_importances
+from superpose_train.work_folder import work_folder
 
 # Settings at random before TPE has something to go by; Optuna's own 10 suit longer searches.
 RANDOM_TRIALS = 5
@@ -121,7 +122,7 @@ class _Search:
         self._options = options
         self._space = space
         self._tell = tell
-        self._folder = options.out.with_name(options.out.name + ".tune")
+        self._folder = work_folder(options.out, "tune")
 
     @property
     def storage(self) -> Path:
@@ -206,7 +207,7 @@ class _Search:
             record = self._train(setting, out)
         except NotFinite as error:
             self._tell(f"trial {index + 1}: {_setting(setting)}: {error}")
-            shutil.rmtree(out.with_name(out.name + ".work"), ignore_errors=True)
+            shutil.rmtree(work_folder(out), ignore_errors=True)
             self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             return
         loss = record["adapter_figures"]["validation"]["loss"]
