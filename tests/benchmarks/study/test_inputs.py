@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from benchmarks.study import inputs as inputs_module
 from benchmarks.study.config import Config, Data, Evaluation, Training
 from benchmarks.study.inputs import Sources, read_inputs, setup_digest
 from benchmarks.study.study import Study
+from tests.makers import VOCABULARY, save_base, tiny_gpt2, tokenizer_adding
 
 _NAMES = ("a", "b", "c")
 
@@ -83,6 +85,35 @@ def test_the_base_that_was_used_is_told_by_its_name(tiny: Path, tmp_path: Path) 
     assert not found.is_papers_base
     found.write(tmp_path / "inputs.json")
     assert read_inputs(tmp_path / "inputs.json") == found
+
+
+@pytest.mark.parametrize("special_tokens", [True, False])
+def test_rows_begin_as_the_bases_tokenizer_begins_a_text(
+    tmp_path: Path, special_tokens: bool
+) -> None:
+    _write(tmp_path, _many())
+    tokenizer = tokenizer_adding("<s>")
+    base = save_base(tiny_gpt2(vocab_size=VOCABULARY + 1), tmp_path / "base", tokenizer)
+    config = replace(_config(), training=Training(max_length=24, special_tokens=special_tokens))
+    sources = Sources(config, str(base), tmp_path, tmp_path)
+    found = sources.inputs()
+    assert found.special_tokens == (("<s>",) if special_tokens else ())
+    found.write(tmp_path / "inputs.json")
+    assert read_inputs(tmp_path / "inputs.json") == found
+    row = sources.rows("a", "test")[0]
+    expected = tokenizer(f"{row.question} {row.answer}", add_special_tokens=special_tokens)
+    (text, *_) = sources.texts("a", "test", "{q} {a}")
+    assert text.ids == (*expected["input_ids"], tokenizer.eos_token_id)[:24]
+
+
+def test_a_row_with_a_token_that_the_base_lacks_names_its_file(tmp_path: Path) -> None:
+    _write(tmp_path, [(question, "[PAD]") for question, _ in _many()])
+    tokenizer = tokenizer_adding()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    base = save_base(tiny_gpt2(), tmp_path / "base", tokenizer)
+    sources = Sources(_config(), str(base), tmp_path, tmp_path)
+    with pytest.raises(ValueError, match=r"b\.jsonl: a row holds token 257 \('\[PAD\]'\)"):
+        sources.texts("b", "test", "{q} {a}")
 
 
 def test_gpt2_from_the_hub_is_the_papers_base(

@@ -210,6 +210,21 @@ def test_another_config_or_tokenizer_of_the_base_changes_every_key(make_study: M
     assert study.finding_key("x", []) != other.finding_key("x", [])
 
 
+def test_what_stands_before_a_row_is_in_every_key_where_there_is_something(
+    make_study: MakeStudy,
+) -> None:
+    """Where there is nothing the keys are those of before; see the published results above."""
+    study = make_study()
+    told = Study(study.config, replace(study.inputs, special_tokens=("<s>",)))
+    spec = study.fundamental("a", 0)
+    assert study.adapter_key(spec) != told.adapter_key(spec)
+    assert study.rows_key("a", "test", "") != told.rows_key("a", "test", "")
+    # A switch that changes nothing for a base makes nothing else of what was computed.
+    off = make_study(training=Training(special_tokens=False))
+    assert study.adapter_key(spec) == off.adapter_key(spec)
+    assert study.rows_key("a", "test", "") == off.rows_key("a", "test", "")
+
+
 def test_order_and_zero_weights_make_no_other_model(make_study: MakeStudy) -> None:
     study = make_study()
     one, two, three = (study.fundamental(domain, 0) for domain in "abc")
