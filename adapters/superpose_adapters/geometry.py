@@ -77,8 +77,15 @@ def delta_norm(adapter: Adapter) -> float:
 def mix_norm(weights: Mapping[Adapter, float]) -> float:
     """Return the norm of the weighted sum of deltas, over all modules."""
     present = {adapter: weight for adapter, weight in weights.items() if weight != 0}
-    values = torch.tensor(list(present.values()), dtype=torch.float64)
-    return math.sqrt(sum(_energy(values, g) for g in grams(list(present)).values()))
+    values, largest = _scaled(list(present.values()))
+    return largest * math.sqrt(sum(_energy(values, g) for g in grams(list(present)).values()))
+
+
+def _scaled(weights: Sequence[float] | Tensor) -> tuple[Tensor, float]:
+    """Return weights over the largest one, and that one: squares of tiny ones would vanish."""
+    values = torch.as_tensor(weights, dtype=torch.float64)
+    largest = float(values.abs().max()) if len(weights) else 0.0
+    return (values / largest if largest > 0 else values), largest
 
 
 def _energy(weights: Tensor, products: Tensor) -> float:
@@ -180,7 +187,7 @@ def interference(terms: Sequence[tuple[Adapter, float]]) -> Interference:
 
 
 def _interference(weights: Sequence[float], products: Mapping[str, Tensor]) -> Interference:
-    values = torch.tensor(weights, dtype=torch.float64)
+    values, _ = _scaled(weights)
     whole = {module: _energy(values, g) for module, g in products.items()}
     apart = {module: float(g.diagonal() @ values.square()) for module, g in products.items()}
     return Interference(
@@ -244,7 +251,8 @@ def fold_error(
     Returns:
         0 if nothing is lost; 0 too if the delta is zero and nothing changed.
     """
-    lost = total = 0.0
+    lost: list[float] = []
+    total: list[float] = []
     for module in sorted({module for adapter in weights for module in adapter.modules}):
         delta = torch.zeros(base[module].shape, dtype=torch.float64, device=base[module].device)
         for adapter, weight in weights.items():
@@ -253,11 +261,16 @@ def fold_error(
                 a, b = (f.to(delta.device, torch.float64) for f in (factors.a, factors.b))
                 delta += layout[module].delta(b @ a) * (weight * factors.scaling)
         error = folded[module].double() - base[module].double() - delta
-        lost += float(error.square().sum())
-        total += float(delta.square().sum())
-    if total == 0:
-        return 0.0 if lost == 0 else math.inf
-    return math.sqrt(lost / total)
+        lost.append(_norm(error))
+        total.append(_norm(delta))
+    if not any(total):
+        return math.inf if any(lost) else 0.0
+    return math.hypot(*lost) / math.hypot(*total)
+
+
+def _norm(values: Tensor) -> float:
+    scaled, largest = _scaled(values.reshape(-1))
+    return largest * float(scaled.norm())
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,21 @@ def test_a_sum_that_cancels_has_a_small_norm() -> None:
     assert geometry.mix_norm({MATH: 1.0, twin: -1.0}) <= 1e-6 * geometry.delta_norm(MATH)
 
 
+@pytest.mark.parametrize("scale", [1e-160, 1e-300, 2.0**-1060])
+def test_tiny_weights_do_not_vanish(scale: float) -> None:
+    weights = {MATH: 0.5, LAW: -2.0, FINANCE: 3.0}
+    tiny = {adapter: weight * scale for adapter, weight in weights.items()}
+    norm = geometry.mix_norm(weights)
+    assert geometry.mix_norm(tiny) == pytest.approx(norm * scale, rel=1e-3)
+    found = geometry.interference(list(tiny.items()))
+    assert found.ratio == pytest.approx(geometry.interference(list(weights.items())).ratio)
+    base = base_of(torch.float32)
+    rounding = {module: geometry.rounding_energy(w) for module, w in base.items()}
+    assert geometry.expected_fold_error(rounding, geometry.mix_norm(tiny)) == 1
+    # W0 + delta is W0 in float32: what is lost is the delta.
+    assert geometry.fold_error(base, base, tiny, LAYOUT) == pytest.approx(1)
+
+
 def test_cosines_count_the_shared_modules_only() -> None:
     found = geometry.overlap("math", MATH, "law", LAW)
     assert list(found.cosines) == list(found.floors) == sorted(NAMES[1:])

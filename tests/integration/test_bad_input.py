@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from grpc_health.v1 import health_pb2
 from safetensors.torch import load, save
 from tests.integration.harness import PROMPT, Family, LoopThread, Served, start
 from tests.makers import EOS_ID, VOCABULARY, make_adapter
@@ -28,7 +29,14 @@ from superpose_client import (
     NotFoundError,
 )
 from superpose_client.errors import from_rpc_error
-from superpose_proto.v1 import inference_pb2, inference_pb2_grpc, mix_pb2, mix_pb2_grpc
+from superpose_proto.v1 import (
+    adapter_pb2,
+    inference_pb2,
+    inference_pb2_grpc,
+    mix_pb2,
+    mix_pb2_grpc,
+    server_pb2,
+)
 from superpose_server.runtime import Limits
 
 CONTEXT = 1024
@@ -583,6 +591,63 @@ def test_a_name_cannot_leave_the_store(small: Served, gpt2: Family, name: str) -
             "domain",
         ),
     )
+
+
+UNARY = (
+    *("InferenceService/Generate", "InferenceService/Score"),
+    *("MixService/AddDomain", "MixService/RemoveDomain", "MixService/SetMix"),
+    *("MixService/GetMix", "MixService/AnalyzeMix", "MixService/VerifyWeights"),
+    *("AdapterService/ListAdapters", "AdapterService/GetAdapter"),
+    *("AdapterService/PushAdapter", "AdapterService/DeleteAdapter"),
+    "ServerService/GetServerInfo",
+)
+
+
+def calls_in_bytes(channel: grpc.Channel) -> Iterator[tuple[str, Callable[[bytes], Any]]]:
+    """Every method of every service, each with a call that sends bytes as they are."""
+    for name in (*(f"superpose.v1.{method}" for method in UNARY), "grpc.health.v1.Health/Check"):
+        yield name, channel.unary_unary(f"/{name}")
+    for name in (
+        *("superpose.v1.InferenceService/GenerateStream", "superpose.v1.MixService/WatchMix"),
+        "grpc.health.v1.Health/Watch",
+    ):
+        stream = channel.unary_stream(f"/{name}")
+        yield name, lambda data, stream=stream: list(stream(data))
+    for version in ("v1", "v1alpha"):
+        name = f"grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"
+        both = channel.stream_stream(f"/{name}")
+        yield name, lambda data, both=both: list(both(iter([data])))
+
+
+def test_every_method_is_tried_in_bytes(small: Served) -> None:
+    served = {
+        f"{service.full_name}/{method.name}"
+        for file in (inference_pb2, mix_pb2, adapter_pb2, server_pb2, health_pb2)
+        for service in file.DESCRIPTOR.services_by_name.values()
+        for method in service.methods
+    }
+    tried = {name for name, _ in calls_in_bytes(small.channel)}
+    assert {name for name in tried if "reflection" not in name} == served
+
+
+# Cut short in a field; and where field 1 is a string, one that is not UTF-8.
+@pytest.mark.parametrize("data", [b"\x0a\x05ab", b"\xff", b"\x0a\x02\xff\xfe"])
+def test_bytes_that_are_no_request_are_an_invalid_argument(small: Served, data: bytes) -> None:
+    before = small.fingerprint()
+    texts = {  # Methods whose field 1 is a string.
+        *("Generate", "GenerateStream", "AddDomain", "RemoveDomain", "GetAdapter", "PushAdapter"),
+        *("DeleteAdapter", "Check", "Watch", "ServerReflectionInfo"),
+    }
+    for name, call in calls_in_bytes(small.channel):
+        if data[-1:] == b"\xfe" and name.rpartition("/")[2] not in texts:
+            continue
+        with pytest.raises(grpc.RpcError) as caught:
+            call(data)
+        error = from_rpc_error(caught.value)
+        assert type(error) is InvalidArgumentError, (name, error.code)
+        assert error.reason == "REQUEST_UNREADABLE"
+        assert "not UTF-8" in error.message
+    assert small.fingerprint() == before
 
 
 def test_the_end_of_text_token_is_a_prompt(small: Served) -> None:

@@ -575,3 +575,16 @@ def test_analyze_measures_what_verify_would_find(served: Served) -> None:
     assert analysis.folded
     assert 0 < analysis.fold_error < 1e-5
     assert served.client.analyze().mix.weights == {"a": 1.0}
+
+
+@pytest.mark.parametrize("weight", [1e-20, 1e-40, 1e-46, 1e-300, 5e-324])
+def test_analyze_of_a_weight_that_no_parameter_would_notice(served: Served, weight: float) -> None:
+    # W0 + delta is W0, to the bit, so all of the delta is lost.
+    analysis = served.client.analyze({"b": weight})
+    assert analysis.fold_error == pytest.approx(1, rel=1e-6)
+    assert not analysis.folded
+    assert analysis.warnings[0].startswith("rounding would lose 100% of the sum")
+    # Beside another domain it changes nothing.
+    whole = served.client.analyze({"b": weight, "c": 1.0})
+    assert whole.folded
+    assert whole.fold_error == pytest.approx(served.client.analyze({"c": 1.0}).fold_error)

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from superpose_server.errors import (
@@ -82,33 +83,40 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
     ) -> Any:
         """Wrap the handler of a call."""
         handler = await continuation(details)
-        if handler is None or handler.request_streaming:
+        if handler is None:
             return handler
+        read = _reading(handler.request_deserializer)
+        if handler.request_streaming:  # Reflection, and it streams both ways.
+            return grpc.stream_stream_rpc_method_handler(
+                self._stream(handler.stream_stream, _read_each, details.method),
+                read,
+                handler.response_serializer,
+            )
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._stream(handler.unary_stream, details.method),
-                handler.request_deserializer,
+                self._stream(handler.unary_stream, _read, details.method),
+                read,
                 handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(handler.unary_unary, details.method),
-            handler.request_deserializer,
-            handler.response_serializer,
+            self._unary(handler.unary_unary, details.method), read, handler.response_serializer
         )
 
     def _unary(self, call: Callable[..., Awaitable[Any]], method: str) -> Any:
         async def wrapped(request: Any, context: Any) -> Any:
             try:
-                return await call(request, context)
+                return await call(_read(request), context)
             except Exception as error:
                 await self._abort(context, method, error)
 
         return wrapped
 
-    def _stream(self, call: Callable[..., AsyncIterator[Any]], method: str) -> Any:
+    def _stream(
+        self, call: Callable[..., AsyncIterator[Any]], read: Callable[[Any], Any], method: str
+    ) -> Any:
         async def wrapped(request: Any, context: Any) -> AsyncIterator[Any]:
             try:
-                async for response in call(request, context):
+                async for response in call(read(request), context):
                     yield response
             except Exception as error:
                 await self._abort(context, method, error)
@@ -127,3 +135,33 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             _log.error("failed method=%s", method, exc_info=error)
         await context.abort(code, status.message, ((_DETAILS_KEY, status.SerializeToString()),))
         raise AssertionError("abort returns never")
+
+
+def _reading(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Return a deserializer that returns an error in place of raising one.
+
+    gRPC would answer UNKNOWN with words of its own, and no handler would hear of it.
+    """
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return InvalidArgument(
+                "the request cannot be read: it is not the protobuf message of this call, or a "
+                "text in it is not UTF-8",
+                "REQUEST_UNREADABLE",
+            )
+
+    return read
+
+
+def _read(request: Any) -> Any:
+    if isinstance(request, ServerError):
+        raise request
+    return request
+
+
+async def _read_each(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _read(request)

@@ -322,7 +322,10 @@ class ResidentWeights:
         return folded
 
     def measure_fold_error(self, prepared: PreparedMix) -> Generator[bool, None, float]:
-        """Return norm(W(mix) - W0 - delta) / norm(delta), measured; yields after each module."""
+        """Return norm(W(mix) - W0 - delta) / norm(delta), measured; yields after each module.
+
+        A delta that is 0 only because the factors' dtype has nothing as small is lost whole.
+        """
         lost = total = 0.0
         for group in prepared.groups:
             for module, fresh in zip(group, self._fresh(group, prepared.factors), strict=True):
@@ -333,7 +336,9 @@ class ResidentWeights:
                     lost += float(error.square().sum())
                     total += float(delta.square().sum())
                 yield True
-        return (lost / total) ** 0.5 if total else 0.0
+        if total > 0:
+            return (lost / total) ** 0.5
+        return 1.0 if mix_norm(prepared.mix.weights) > 0 else 0.0
 
 
 def _energy(parameter: Tensor) -> float:
