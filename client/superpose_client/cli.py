@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -542,7 +543,8 @@ def _one_line_errors(server: str, changes: bool) -> Iterator[None]:
     except UnicodeError:
         _fail("the text is not valid UTF-8")
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}")
     except SuperposeError as error:
         _fail(error.message)
 
@@ -556,7 +558,7 @@ def _describe(error: "CallError", server: str, changes: bool) -> str:
     if isinstance(error, errors.UnavailableError) and not error.reason:
         text = f"cannot reach a server at {server}; is superpose-server running? ({text})"
     elif isinstance(error, errors.DeadlineExceededError) and not error.reason:
-        text = f"no answer from {server} in time; see --timeout"
+        text = f"no answer from {server} in time; see --timeout ({text})"
         if changes:
             text += ". The change may still take place; look before you repeat it"
     for violation in error.field_violations:
@@ -567,10 +569,28 @@ def _describe(error: "CallError", server: str, changes: bool) -> str:
 
 def main() -> None:
     """Run `adapterctl`."""
+    _open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Generated text goes to terminals of any encoding.
         sys.stdout.reconfigure(errors="replace")
-    app()
+    try:
+        app()
+    except OSError as error:  # Of the help and the version: commands have said theirs.
+        sys.exit(f"adapterctl: {error.strerror or error}")
+
+
+def _open_streams() -> None:
+    """Open what is closed of the standard streams, or the next socket would be taken for one.
+
+    Exits where that is standard output: nobody would see a result, nor that it is lost.
+    """
+    closed = sys.stdout is None
+    # In this order each gets its own number, the lowest that is free.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115  # stays open
+    if closed:
+        sys.exit("adapterctl: standard output is closed: redirect it to /dev/null instead")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from datetime import timedelta
 from functools import singledispatch
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
@@ -69,6 +69,47 @@ def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.update(task, completed=done)
 
 
+class Rows:
+    """A table; where that is too wide, row after row with a line for each column.
+
+    So that neither a name nor a figure is cut, whatever the width.
+    """
+
+    def __init__(self, *headers: str) -> None:
+        """Begin a table without rows; headers that begin with > stand above numbers."""
+        self._headers = headers
+        self._rows: list[tuple[str, ...]] = []
+
+    def add_row(self, *cells: str) -> None:
+        """Add a row, a cell for each header. An empty one continues what stands above it."""
+        self._rows.append(cells)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the table, or what stands for it."""
+        table = self._table()
+        if console.measure(table, options=options.update(width=_PIPE_WIDTH)).maximum <= (
+            options.max_width
+        ):
+            yield table
+            return
+        names = [header.removeprefix(">").lower() for header in self._headers]
+        for number, row in enumerate(self._rows):
+            if number > 0:
+                yield ""
+            yield _fields(*((name, cell) for name, cell in zip(names, row, strict=True) if cell))
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for header in self._headers:
+            number = header.startswith(">")
+            table.add_column(
+                header.removeprefix(">"), justify="right" if number else "left", no_wrap=True
+            )
+        for row in self._rows:
+            table.add_row(*row)
+        return table
+
+
 @singledispatch
 def screen(result: Any) -> RenderableType:
     """Return what to show for a result."""
@@ -114,7 +155,7 @@ def _(mix: CurrentMix) -> RenderableType:
 def _(adapters: tuple) -> RenderableType:  # type: ignore[type-arg]
     if not adapters:
         return Text("no adapters; push one with: adapterctl push NAME DIR")
-    table = _table("DOMAIN", ">WEIGHT", ">RANK", ">PARAMETERS", ">SIZE", "SOURCE", "DIGEST")
+    table = Rows("DOMAIN", ">WEIGHT", ">RANK", ">PARAMETERS", ">SIZE", "SOURCE", "DIGEST")
     for adapter in adapters:
         table.add_row(
             adapter.domain,
@@ -200,7 +241,7 @@ def _(result: Analysis) -> RenderableType:
     fields.append(("longest stall", f"{result.longest_stall_seconds * 1000:.1f} ms"))
     parts: list[RenderableType] = [_fields(*fields)]
     if result.domains:
-        domains = _table("DOMAIN", ">WEIGHT", ">MODULES", ">DELTA NORM", ">OF THE BASE")
+        domains = Rows("DOMAIN", ">WEIGHT", ">MODULES", ">DELTA NORM", ">OF THE BASE")
         for domain in result.domains:
             domains.add_row(
                 domain.domain,
@@ -232,9 +273,9 @@ def generation_line(usage: Usage, finish: str, mix: MixState) -> Text:
     )
 
 
-def logprob_table(token_ids: Sequence[int], logprobs: Sequence[float]) -> Table:
+def logprob_table(token_ids: Sequence[int], logprobs: Sequence[float]) -> Rows:
     """Return the log-probability of each new token."""
-    table = _table(">TOKEN", ">LOGPROB")
+    table = Rows(">TOKEN", ">LOGPROB")
     for token, logprob in zip(token_ids, logprobs, strict=False):
         table.add_row(str(token), f"{logprob:.4f}")
     return table
@@ -249,8 +290,8 @@ def interference_words(ratio: float) -> str:
     return f"{ratio:+.3f}: the deltas partly cancel each other"
 
 
-def _pairs(pairs: Sequence[PairAnalysis]) -> Table:
-    table = _table("PAIR", "MODULES", ">COSINE", ">BY CHANCE")
+def _pairs(pairs: Sequence[PairAnalysis]) -> Rows:
+    table = Rows("PAIR", "MODULES", ">COSINE", ">BY CHANCE")
     for pair in pairs:
         name = f"{pair.first}, {pair.second}"
         table.add_row(name, "all", f"{pair.cosine_rms:.4f}", f"{pair.random_floor:.4f}")
@@ -275,7 +316,7 @@ def _warnings(warnings: Iterable[str]) -> list[tuple[str, Text]]:
 def _with_entries(mix: MixState, fields: Sequence[tuple[str, str | Text]]) -> RenderableType:
     if not mix.entries:
         return _fields(*fields)
-    table = _table("DOMAIN", ">WEIGHT", "ADAPTER")
+    table = Rows("DOMAIN", ">WEIGHT", "ADAPTER")
     for entry in mix.entries:
         table.add_row(entry.domain, format_weight(entry.weight), _short(entry.adapter_digest))
     return Group(_fields(*fields), "", table)
@@ -287,17 +328,6 @@ def _fields(*rows: tuple[str, str | Text]) -> Table:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
-    return table
-
-
-def _table(*headers: str) -> Table:
-    """Return a table; headers that begin with > stand above numbers."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for header in headers:
-        if header.startswith(">"):
-            table.add_column(header[1:], justify="right", no_wrap=True)
-        else:
-            table.add_column(header, overflow="fold")
     return table
 
 

@@ -11,12 +11,15 @@ import logging
 import os
 import socket
 import sys
+from pathlib import Path
 
 from superpose_adapters.bundled import resolve_base
 from superpose_server.config import ServerConfig, parse_config, split_address
 from superpose_server.errors import StartupError
 from superpose_server.starting import start_or_die
 from superpose_server.state_folder import check_state_folder
+
+_log = logging.getLogger(__name__)
 
 
 def _check(config: ServerConfig) -> None:
@@ -62,18 +65,26 @@ async def _serve(config: ServerConfig) -> None:
 
     server, ending = await start_or_die(start())
     state = server.runtime.default_mix.state
-    print(
+    ready = (
         f"ready address={server.address} base={config.base} generation={state.generation} "
-        f"digest={state.mix.digest} metrics={server.metrics_address}",
-        flush=True,
+        f"digest={state.mix.digest} metrics={server.metrics_address}"
     )
+    try:
+        print(ready, flush=True)
+    except OSError as error:  # Nobody reads it, which is no reason not to serve.
+        _log.warning("not told on standard output (%s): %s", error.strerror, ready)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     await ending.wait()
-    logging.getLogger(__name__).info("stopping grace=%g", config.grace)
+    _log.info("stopping grace=%g", config.grace)
     await server.stop(config.grace)
 
 
 def run() -> None:
     """Run the command to its end."""
+    # Or files and sockets would take the numbers of standard streams that are closed.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115  # stays open
     config = parse_config()
     logging.basicConfig(
         level=config.log_level.upper(),
@@ -86,5 +97,5 @@ def run() -> None:
         _check(config)
         asyncio.run(_serve(config))
     except StartupError as error:
-        logging.getLogger(__name__).debug("the server cannot start", exc_info=error)
+        _log.debug("the server cannot start", exc_info=error)
         sys.exit(f"superpose-server: {error}")

@@ -9,6 +9,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -603,7 +604,7 @@ UNARY = (
 )
 
 
-def calls_in_bytes(channel: grpc.Channel) -> Iterator[tuple[str, Callable[[bytes], Any]]]:
+def calls_in_bytes(channel: Any) -> Iterator[tuple[str, Callable[[bytes], Any]]]:
     """Every method of every service, each with a call that sends bytes as they are."""
     for name in (*(f"superpose.v1.{method}" for method in UNARY), "grpc.health.v1.Health/Check"):
         yield name, channel.unary_unary(f"/{name}")
@@ -611,12 +612,18 @@ def calls_in_bytes(channel: grpc.Channel) -> Iterator[tuple[str, Callable[[bytes
         *("superpose.v1.InferenceService/GenerateStream", "superpose.v1.MixService/WatchMix"),
         "grpc.health.v1.Health/Watch",
     ):
-        stream = channel.unary_stream(f"/{name}")
-        yield name, lambda data, stream=stream: list(stream(data))
+        yield name, partial(_stream, channel.unary_stream(f"/{name}"))
     for version in ("v1", "v1alpha"):
         name = f"grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"
-        both = channel.stream_stream(f"/{name}")
-        yield name, lambda data, both=both: list(both(iter([data])))
+        yield name, partial(_stream_of_one, channel.stream_stream(f"/{name}"))
+
+
+def _stream(call: Any, data: bytes) -> list[bytes]:
+    return list(call(data))
+
+
+def _stream_of_one(call: Any, data: bytes) -> list[bytes]:
+    return list(call(iter([data])))
 
 
 def test_every_method_is_tried_in_bytes(small: Served) -> None:

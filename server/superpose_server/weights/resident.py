@@ -337,7 +337,7 @@ class ResidentWeights:
                     total += float(delta.square().sum())
                 yield True
         if total > 0:
-            return (lost / total) ** 0.5
+            return math.sqrt(lost / total)
         return 1.0 if mix_norm(prepared.mix.weights) > 0 else 0.0
 
 
