@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
 import signal
+import sys
 from collections import defaultdict
 from collections.abc import Coroutine
 from pathlib import Path
@@ -18,6 +20,7 @@ T = TypeVar("T")
 # Seconds that a start which is given up gets to remove what a compiler was writing.
 _PATIENCE = 0.5
 _PAUSE = 0.05
+_PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 _log = logging.getLogger(__name__)
 
 
@@ -52,27 +55,39 @@ async def start_or_die(start: Coroutine[Any, Any, T]) -> tuple[T, asyncio.Event]
 
 async def _give_up(starting: asyncio.Future[Any]) -> None:
     """End the compilers that a start runs, and let it remove their files if it does so soon."""
-    for _ in range(round(_PATIENCE / _PAUSE)):
-        _terminate_descendants()
-        await asyncio.wait({starting}, timeout=_PAUSE)
-        if starting.done():
-            return
-    _terminate_descendants()
+    _adopt_orphans()
+    clock = asyncio.get_running_loop().time
+    given_up = clock()
+    # A compiler may run another at that moment, and the start begin the next one.
+    while (_terminate_descendants() and clock() < given_up + 2 * _PATIENCE) or (
+        not starting.done() and clock() < given_up + _PATIENCE
+    ):
+        await asyncio.sleep(_PAUSE)
 
 
-def _terminate_descendants() -> None:
+def _adopt_orphans() -> None:
+    """Let what a process below this one leaves behind be below this one still, on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _terminate_descendants() -> bool:
     """Send SIGTERM to all processes below this one; where there is no /proc, to none.
 
     To those alone: the process group may be that of a script, too.
+
+    Returns:
+        Whether there were any.
     """
     children: dict[int, list[int]] = defaultdict(list)
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
             # "pid (name) state parent ...", and the name may hold anything.
-            parent = int(file.read_bytes().rpartition(b")")[2].split()[1])
-        except (OSError, IndexError):
+            state, parent = file.read_bytes().rpartition(b")")[2].split()[:2]
+        except (OSError, ValueError):
             continue  # It has ended.
-        children[parent].append(int(file.parent.name))
+        if state != b"Z":
+            children[int(parent)].append(int(file.parent.name))
     below = children[os.getpid()]
     for pid in below:  # Grows while it is read.
         below += children.get(pid, [])
@@ -81,3 +96,4 @@ def _terminate_descendants() -> None:
             os.kill(pid, signal.SIGTERM)
         except ProcessLookupError:
             continue
+    return bool(below)
