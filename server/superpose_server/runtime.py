@@ -59,7 +59,7 @@ class Limits:
 class Runtime:
     """The parts of one running server.
 
-    Build it on the event loop's thread before the loop serves; `close` ends every thread of it.
+    Building it takes as long as loading does, on whatever thread; `close` ends every thread of it.
     """
 
     def __init__(
