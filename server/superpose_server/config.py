@@ -26,7 +26,8 @@ _OFF = {"", "0", "false", "no", "off"}
 
 
 def _help(text: str) -> dict[str, str]:
-    return {"help": text}
+    # argparse takes a percent sign for the beginning of a format.
+    return {"help": text.replace("%", "%%")}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,17 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         if name.startswith("SUPERPOSE_"):
             monkeypatch.delenv(name)
     return monkeypatch
+
+
+def test_the_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_config(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "--base" in text
+    assert "on a GPU 90 %" in " ".join(text.split())
+    for option in fields(ServerConfig):
+        assert option.name.replace("_", "-") in text
 
 
 def test_a_base_is_enough() -> None:
