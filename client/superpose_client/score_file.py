@@ -17,8 +17,9 @@ from superpose_client.errors import SuperposeError
 
 _GZIP = b"\x1f\x8b"
 _SPACE = re.compile(r"\s*")
-# An object, or an array of anything but numbers: brackets with numbers stand in texts, too.
-_JSON = re.compile(r'\s*(?:\{|\[\s*[\[{"])')
+# An object, or an array of anything but numbers: brackets with numbers stand in texts, too, and an
+# empty pair before a text.
+_JSON = re.compile(r'\s*(?:\{|\[\s*(?:[\[{"]|\]\s*\Z))')
 _DECODER = json.JSONDecoder()
 _AS_TEXT = 'to score it as a text, write it as a row {"text": ...}'
 
@@ -82,15 +83,15 @@ def _lines(content: str, file: str) -> Iterator[PlacedText]:
         if not line.strip():
             continue
         place = f"{file}:{number}"
-        if _JSON.match(line) and _is_row(line):
+        if _JSON.match(line) and _is_json(line):
             raise ScoreFileError(f"{place}: a row among texts; {_AS_TEXT}, as all other lines")
         yield PlacedText(place, line.removesuffix("\r"))
 
 
-def _is_row(line: str) -> bool:
+def _is_json(line: str) -> bool:
     try:
-        _row(json.loads(line), "")
-    except (ScoreFileError, ValueError, RecursionError):
+        json.loads(line)
+    except (ValueError, RecursionError):
         return False
     return True
 

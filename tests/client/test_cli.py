@@ -485,7 +485,7 @@ def test_score_standard_input(ctl: Ctl, server: FakeServer) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["[1] A footnote", "[1, 2]", "5", "null", '"quoted"', "a {b}", "[a]"]
+    "line", ["[1] A footnote", "[1, 2]", "5", "null", '"quoted"', "a {b}", "[a]", "[ ] to do"]
 )
 def test_a_text_that_json_could_be_is_a_text(ctl: Ctl, server: FakeServer, line: str) -> None:
     ctl("score", "-", stdin=f"{line}\nsecond\n")
@@ -506,6 +506,9 @@ TEXT_ROW = b'{"text": "a"}'
         ("a.txt", b"{not rows}\n", "a.txt:1: not JSON"),
         ("a.txt", TEXT_ROW + b"\nplain\n", "a.txt:2: not JSON"),
         ("a.txt", b"plain\n\n" + TEXT_ROW, "a.txt:3: a row among texts"),
+        ("a.txt", b'plain\n{"prompt": "q", "completion": "a"}', "a.txt:2: a row among texts"),
+        ("a.txt", b"[]\n", "a.txt holds no text"),
+        ("a.txt", b'plain\n[{"text": "a"}]', "a.txt:2: a row among texts"),
         ("a.txt", TEXT_ROW + b" " + TEXT_ROW, "a.txt:1: not JSON: more than one value"),
         ("a.txt", b'{"text": "a}\n{"text": "b"}', "a.txt:1: not JSON: Invalid control character"),
         ("a.txt", b'{"data": [1]}', "a.txt:1: needs"),
