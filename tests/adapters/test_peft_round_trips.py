@@ -300,6 +300,23 @@ def test_an_adapter_of_the_model_without_its_head(llama: Base, tmp_path: Path) -
         read_adapter(folder, llama.layout)
 
 
+def test_copies_beside_an_adapter_of_the_model_without_its_head(
+    llama: Base, tmp_path: Path
+) -> None:
+    backbone: Any = llama.model.model
+    wrapped: Any = peft_model(
+        backbone, 3, task_type="FEATURE_EXTRACTION", target_modules=["q_proj"]
+    )
+    wrapped.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    tensors = tensors_of(tmp_path / "a")
+    copy_of_base = "base_model.model.embed_tokens.weight"
+    assert copy_of_base in tensors
+    assert len(llama.read(tmp_path / "a").modules) == 2
+    tensors[copy_of_base][0] += 1
+    save_file(tensors, tmp_path / "a" / TENSORS_NAME)
+    llama.refuses(tmp_path / "a", "UNSUPPORTED_FEATURE", "differs from the base's model.embed_tok")
+
+
 def test_two_adapters_in_one_file_are_refused(gpt2: Base, tmp_path: Path) -> None:
     folder = make_adapter(gpt2.model, tmp_path / "a", 3)
     tensors = {

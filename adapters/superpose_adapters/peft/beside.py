@@ -52,13 +52,8 @@ def check_bias(bias: str, modules: Iterable[str], base: BaseFacts | None) -> Non
         )
 
 
-def parameter_of(key: str) -> str:
-    """Return the base's name of the parameter that PEFT saves as `key`."""
-    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
-
-
 def check_copies(
-    copies: Mapping[str, TensorEntry], tensors: bytes, base: BaseFacts | None
+    copies: Mapping[str, TensorEntry], tensors: bytes, base: BaseFacts | None, prefix: str
 ) -> dict[str, TensorEntry]:
     """Check that tensors are the base's own parameters, number for number.
 
@@ -69,6 +64,7 @@ def check_copies(
         copies: {PEFT's name: tensor of the file}, none of them a factor.
         tensors: The file.
         base: None: there is nothing to compare with.
+        prefix: What the names lack if they are those of the model without its head.
 
     Returns:
         Those that are no parameters of the base.
@@ -76,17 +72,18 @@ def check_copies(
     Raises:
         AdapterError: UNSUPPORTED_FEATURE: one differs from the base's.
     """
-    known = base.parameters if base else {}
+    others = {}
     for key, entry in copies.items():
-        if base and parameter_of(key) in known:
-            reason = _difference(entry, tensors, base, parameter_of(key))
-            if reason:
-                raise AdapterError(
-                    "UNSUPPORTED_FEATURE",
-                    f"tensor {entry.name[:200]} {reason}: only the factors of LoRA are served; if "
-                    "that parameter was not trained, save with save_embedding_layers=False",
-                )
-    return {key: entry for key, entry in copies.items() if parameter_of(key) not in known}
+        name = prefix + key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        if base is None or name not in base.parameters:
+            others[key] = entry
+        elif reason := _difference(entry, tensors, base, name):
+            raise AdapterError(
+                "UNSUPPORTED_FEATURE",
+                f"tensor {entry.name[:200]} {reason}: only the factors of LoRA are served; if "
+                "that parameter was not trained, save with save_embedding_layers=False",
+            )
+    return others
 
 
 def _difference(entry: TensorEntry, tensors: bytes, base: BaseFacts, name: str) -> str | None:

@@ -147,7 +147,8 @@ def parse_adapter(
     }
     selected = select_modules(parsed, seen, base.modules if base else {})
     check_bias(parsed.bias, (prefix + module for module in selected), base)
-    others = check_copies({n: entries[key] for n, key in keys.others.items()}, tensors, base)
+    copies = {name: entries[key] for name, key in keys.others.items()}
+    others = check_copies(copies, tensors, base, prefix)
     factors = {name: entries[key] for name, key in keys.factors.items()}
     _check_surplus({**factors, **others}, selected, layout, base, prefix)
     _check_missing(factors, selected)
