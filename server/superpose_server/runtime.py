@@ -210,7 +210,7 @@ class Runtime:
             )
         except AdapterError as error:
             raise StartupError(
-                f"pushed adapter {domain}: {error}; use another --state-dir for this base"
+                f"pushed adapter {domain}: {error}; or use another --state-dir"
             ) from error
 
     def _read(self, folder: Path, root: Path) -> Adapter:
@@ -224,9 +224,16 @@ class Runtime:
     def _register(self, domain: str, adapter: Adapter, source: Source) -> None:
         before = self.registry.find(domain)
         if before is not None:
+            # Which of them is meant nobody but the operator knows.
+            sources = (before.source, source)
+            if Source.DIRECTORY in sources:
+                remedy = f"rename the folder {domain} in --adapter-dir {self.config.adapter_dir}"
+                if Source.PUSHED in sources:
+                    remedy += f", or start without it and run adapterctl delete {domain}"
+            else:
+                remedy = "use another --state-dir"
             raise StartupError(
-                f"domain {domain} is both {before.source.value} and {source.value}: "
-                "rename or remove one of them"
+                f"domain {domain} is both {before.source.value} and {source.value}: {remedy}"
             )
         registered = Registered(domain, adapter, source)
         self.registry.put(registered)

@@ -128,3 +128,23 @@ def test_an_adapter_of_the_default_mix_is_not_left_out(
     assert line.startswith("the default mix holds a (adapter ")
     assert f"cannot be served (adapter {folders / 'a'}: " in line
     assert "put that adapter back, or delete" in line
+
+
+def test_a_folder_named_as_a_pushed_adapter_is_refused_with_remedies_that_work(
+    loop: LoopThread, gpt2: Family, folders: Path, tmp_path: Path
+) -> None:
+    served = start(loop, gpt2.base, tmp_path / "state")
+    served.client.push("a", gpt2.adapters["b"])
+    served.stop()
+    with pytest.raises(StartupError) as refused:
+        start(loop, gpt2.base, tmp_path / "state", adapter_dir=folders)
+    assert str(refused.value) == (
+        f"domain a is both directory and pushed: rename the folder a in --adapter-dir {folders}, "
+        "or start without it and run adapterctl delete a"
+    )
+    served = start(loop, gpt2.base, tmp_path / "state")
+    served.client.delete("a")
+    served.stop()
+    served = start(loop, gpt2.base, tmp_path / "state", adapter_dir=folders)
+    assert [adapter.domain for adapter in served.client.adapters()] == ["a"]
+    served.stop()
