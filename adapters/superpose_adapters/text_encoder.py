@@ -19,7 +19,7 @@ from superpose_adapters.scoring import EncodedText
 
 
 class TokenRefused(ValueError):
-    """A text or a list of ids holds a token that the base has no embedding for.
+    """A text or a list of ids holds a token that the base has no embedding, or no logit, for.
 
     The message continues what names the text: "prompt" + " holds ...".
     """
@@ -34,12 +34,20 @@ class TextEncoder:
         before: The ids that stand before every text.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int, *, special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocabulary: int,
+        *,
+        logits: int | None = None,
+        special_tokens: bool = True,
+    ) -> None:
         """Encode for a base.
 
         Args:
             tokenizer: transformers' own of the base.
             vocabulary: Rows of the base's embedding, see `vocabulary_of`.
+            logits: Tokens that the base has logits for, see `logits_of`; None: the same.
             special_tokens: Put around texts what the tokenizer adds; else they stay as they are.
 
         Raises:
@@ -47,6 +55,7 @@ class TextEncoder:
         """
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
+        self._logits = vocabulary if logits is None else logits
         self._special_tokens = special_tokens
         self.before, self._after = _added(tokenizer) if special_tokens else ((), ())
         try:
@@ -68,12 +77,23 @@ class TextEncoder:
         Raises:
             TokenRefused: naming the first such token.
         """
+        self._check(ids, self._vocabulary, "embeddings")
+
+    def check_choices(self, ids: Iterable[int]) -> None:
+        """Refuse ids that the base has no logits for, which no text of it can go on with.
+
+        Raises:
+            TokenRefused: naming the first such token.
+        """
+        self._check(ids, self._logits, "logits")
+
+    def _check(self, ids: Iterable[int], count: int, what: str) -> None:
         for token in ids:
-            if not 0 <= token < self._vocabulary:
+            if not 0 <= token < count:
                 spelled = self._tokenizer.convert_ids_to_tokens(token) if token >= 0 else None
                 raise TokenRefused(
                     f"holds token {token}{f' ({spelled!r})' if spelled else ''}, and the base has "
-                    f"embeddings for {self._vocabulary} tokens alone, counted from 0"
+                    f"{what} for {count} tokens alone, counted from 0"
                 )
 
     def prompt(self, text: str) -> list[int]:
@@ -160,6 +180,12 @@ class TextEncoder:
 def vocabulary_of(model: Any) -> int:
     """Return for how many tokens a transformers model has embeddings."""
     return int(model.get_input_embeddings().weight.shape[0])
+
+
+def logits_of(model: Any) -> int:
+    """Return for how many tokens a transformers model has logits."""
+    width = getattr(model.get_output_embeddings(), "out_features", None)
+    return vocabulary_of(model) if width is None else int(width)
 
 
 def _added(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

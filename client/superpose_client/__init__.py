@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         PushResult,
         ScoreResult,
         ServerInfo,
+        TopLogprobs,
         Usage,
         Verification,
     )
@@ -114,6 +115,7 @@ __all__ = [
     "ServerInfo",
     "Stream",
     "SuperposeError",
+    "TopLogprobs",
     "UnavailableError",
     "UnimplementedError",
     "Usage",

@@ -376,6 +376,25 @@ class GenerateFlags(TypedDict):
     logprobs: Annotated[
         bool | None, typer.Option("--logprobs", help="Show the log-probability of each token.")
     ]
+    top_logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            callback=_within(_UINT32),
+            help="Show those of the N likeliest tokens in each place, at most 20. [default: 0]",
+        ),
+    ]
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(metavar="R", help="On tokens of prompt and answer. [default: 1, off]"),
+    ]
+    frequency_penalty: Annotated[
+        float | None,
+        typer.Option(metavar="F", help="On tokens of the answer, each time. [default: 0, off]"),
+    ]
+    presence_penalty: Annotated[
+        float | None, typer.Option(metavar="F", help="On tokens of the answer. [default: 0, off]")
+    ]
 
 
 @command("generate")
@@ -386,6 +405,12 @@ def _generate(
         typer.Argument(metavar="PROMPT", help="- reads standard input, without its last newline."),
     ],
     mix: MixOption = None,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID=BIAS", help="Add to a token's logit, -100 to 100. May be repeated."
+        ),
+    ] = None,
     stream: Annotated[
         bool | None,
         typer.Option(
@@ -400,11 +425,12 @@ def _generate(
         options["temperature"] = 0.0
     if prompt == "-":
         prompt = sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
+    bias = _read_biases(logit_bias) if logit_bias else None
     arriving: Iterable[Generation | GenerationChunk]
     if stream if stream is not None else not session.json:
-        arriving = session.client.stream(prompt, mix=mix, **options)
+        arriving = session.client.stream(prompt, mix=mix, logit_bias=bias, **options)
     else:
-        arriving = [session.client.generate(prompt, mix=mix, **options)]
+        arriving = [session.client.generate(prompt, mix=mix, logit_bias=bias, **options)]
     chunks: list[Generation | GenerationChunk] = []
     try:
         for chunk in arriving:
@@ -472,6 +498,22 @@ def _health(session: Session) -> Shown:
     return Shown(str(status), json={"status": status}, fault=fault)
 
 
+def _read_biases(pairs: Iterable[str]) -> dict[int, float]:
+    """Read ID=BIAS pairs; of an id that is named twice the last counts."""
+    biases = {}
+    for pair in pairs:
+        token, _, bias = pair.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise typer.BadParameter(
+                f"{pair!r} is no ID=BIAS, as in 50256=-100", param_hint="--logit-bias"
+            ) from None
+        if not 0 <= int(token) <= _UINT32:
+            raise typer.BadParameter(f"no token has the id {token}", param_hint="--logit-bias")
+    return biases
+
+
 def _print_chunk(session: Session, chunk: "Generation | GenerationChunk") -> None:
     if session.json:
         _print_json(chunk)
@@ -487,8 +529,9 @@ def _print_generation_end(chunks: "list[Generation | GenerationChunk]") -> None:
 
     token_ids = [token for chunk in chunks for token in chunk.token_ids]
     logprobs = [logprob for chunk in chunks for logprob in chunk.logprobs]
-    if logprobs:
-        show(logprob_table(token_ids, logprobs))
+    tops = [top for chunk in chunks for top in chunk.top_logprobs]
+    if logprobs or tops:
+        show(logprob_table(token_ids, logprobs, tops))
     last = chunks[-1] if chunks else None
     # Not in a pipe, whose reader wants the text.
     if sys.stdout.isatty() and last is not None and last.usage and last.mix:

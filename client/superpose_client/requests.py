@@ -56,6 +56,11 @@ class GenerateOptions(TypedDict, total=False):
     seed: int | None
     logprobs: bool | None
     min_p: float | None
+    repetition_penalty: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    top_logprobs: int | None
 
 
 class AdapterFiles(NamedTuple):

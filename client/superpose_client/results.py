@@ -79,8 +79,16 @@ class Usage(FromMessage, message=inference_pb2.Usage):
 
 
 @dataclass(frozen=True)
+class TopLogprobs(FromMessage, message=inference_pb2.TopLogprobs):
+    """The likeliest tokens in one place, the likeliest first, and their log-probabilities."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Generation(FromMessage, message=inference_pb2.GenerateResponse):
-    """A whole text. `logprobs` is empty unless asked for."""
+    """A whole text. `logprobs` and `top_logprobs` are empty unless asked for."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -89,6 +97,7 @@ class Generation(FromMessage, message=inference_pb2.GenerateResponse):
     mix: MixState
     logprobs: tuple[float, ...]
     request_id: str
+    top_logprobs: tuple[TopLogprobs, ...]
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,7 @@ class GenerationChunk(FromMessage, message=inference_pb2.GenerateStreamResponse)
     usage: Usage | None
     mix: MixState | None
     request_id: str
+    top_logprobs: tuple[TopLogprobs, ...]
 
 
 @dataclass(frozen=True)

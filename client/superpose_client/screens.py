@@ -29,6 +29,7 @@ from superpose_client.results import (
     PushResult,
     ScoreResult,
     ServerInfo,
+    TopLogprobs,
     Usage,
     Verification,
 )
@@ -273,11 +274,19 @@ def generation_line(usage: Usage, finish: str, mix: MixState) -> Text:
     )
 
 
-def logprob_table(token_ids: Sequence[int], logprobs: Sequence[float]) -> Rows:
-    """Return the log-probability of each new token."""
-    table = Rows(">TOKEN", ">LOGPROB")
-    for token, logprob in zip(token_ids, logprobs, strict=False):
-        table.add_row(str(token), f"{logprob:.4f}")
+def logprob_table(
+    token_ids: Sequence[int], logprobs: Sequence[float], tops: Sequence[TopLogprobs]
+) -> Rows:
+    """Return the log-probability of each new token, or the likeliest in its place, or both."""
+    headings = [*([">LOGPROB"] if logprobs else []), *(["LIKELIEST"] if tops else [])]
+    table = Rows(">TOKEN", *headings)
+    for place, token in enumerate(token_ids):
+        cells = [f"{logprob:.4f}" for logprob in logprobs[place : place + 1]]
+        cells += [
+            "  ".join(f"{i} {p:.4f}" for i, p in zip(top.token_ids, top.logprobs, strict=True))
+            for top in tops[place : place + 1]
+        ]
+        table.add_row(str(token), *cells)
     return table
 
 

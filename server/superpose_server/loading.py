@@ -21,7 +21,7 @@ from superpose_adapters.fast_bfloat16 import has_fast_bfloat16
 from superpose_adapters.one_line import one_line
 from superpose_adapters.peft.folder import CONFIG_NAME
 from superpose_adapters.store import AdapterStore, StoreError
-from superpose_adapters.text_encoder import TextEncoder, vocabulary_of
+from superpose_adapters.text_encoder import TextEncoder, logits_of, vocabulary_of
 from superpose_server.config import ServerConfig
 from superpose_server.engine.tokenizer import Tokenizer
 from superpose_server.engine.trusted import Kind
@@ -74,7 +74,7 @@ def load_base(config: ServerConfig) -> LoadedBase:
     check_state_folder(config)
     module = load_checkpoint(folder, _dtype(config.dtype, device))
     tokenizer = Tokenizer(folder)
-    texts = TextEncoder(tokenizer.inner, vocabulary_of(module))
+    texts = TextEncoder(tokenizer.inner, vocabulary_of(module), logits=logits_of(module))
     _check_length(config, module)
     facts = read_facts(config.base, folder, module, texts.tokens_before)
     module = module.to(device)

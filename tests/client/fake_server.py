@@ -161,6 +161,11 @@ def default_answers() -> dict[str, Answer]:
             usage=inference_pb2.Usage(prompt_tokens=9, completion_tokens=3),
             mix=state_for(request),
             logprobs=[-0.25, -1.5, float("-inf")] if request.options.logprobs else [],
+            top_logprobs=[
+                inference_pb2.TopLogprobs(token_ids=[7, token], logprobs=[-0.125, -0.25])
+                for token in [464, 2160, 318]
+                if request.options.top_logprobs
+            ],
             request_id="r-1",
         ),
         "GenerateStream": chunks,

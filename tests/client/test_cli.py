@@ -324,7 +324,9 @@ def test_every_option_of_generate(ctl: Ctl, server: FakeServer) -> None:
     options = """
         --mix math=-1 --max-new-tokens 9 --min-new-tokens 2 --temperature 0.5 --top-k 4 --top-p 0.9
         --min-p 0.05
-        --seed 18446744073709551615 --stop a --stop b --ignore-eos --logprobs
+        --seed 18446744073709551615 --stop a --stop b --ignore-eos --logprobs --top-logprobs 2
+        --repetition-penalty 1.2 --frequency-penalty -0.5 --presence-penalty 0.25
+        --logit-bias 3=-100 --logit-bias 464=1.5
     """
     ctl("generate", "x", *options.split())
     assert weights_of(server.request.mix) == {"math": -1.0}
@@ -339,7 +341,19 @@ def test_every_option_of_generate(ctl: Ctl, server: FakeServer) -> None:
         stop=["a", "b"],
         ignore_eos=True,
         logprobs=True,
+        top_logprobs=2,
+        repetition_penalty=1.2,
+        frequency_penalty=-0.5,
+        presence_penalty=0.25,
+        logit_bias={3: -100.0, 464: 1.5},
     )
+
+
+@pytest.mark.parametrize("pair", ["3", "=1", "x=1", "3=x", "-1=1", "4294967296=1"])
+def test_a_bias_that_is_none_is_wrong_usage(ctl: Ctl, pair: str) -> None:
+    result = ctl("generate", "x", "--logit-bias", pair)
+    assert result.exit_code == 2
+    assert "--logit-bias" in result.stderr
 
 
 def test_generate_json_is_one_object(ctl: Ctl, server: FakeServer) -> None:
@@ -352,6 +366,7 @@ def test_generate_json_is_one_object(ctl: Ctl, server: FakeServer) -> None:
         "usage": {"prompt_tokens": 9, "completion_tokens": 3},
         "mix": MIX,
         "logprobs": [-0.25, -1.5, "-Infinity"],
+        "top_logprobs": [],
         "request_id": "r-1",
     }
 
@@ -374,6 +389,20 @@ def test_generate_shows_logprobs(ctl: Ctl) -> None:
         ["2160", "-1.5000"],
         ["318", "-inf"],
     ]
+
+
+def test_generate_shows_the_likeliest_tokens(ctl: Ctl) -> None:
+    asked = ("generate", "x", "--no-stream", "--top-logprobs", "2")
+    lines = ctl(*asked).stdout.splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["TOKEN", "LIKELIEST"],
+        ["464", "7", "-0.1250", "464", "-0.2500"],
+        ["2160", "7", "-0.1250", "2160", "-0.2500"],
+        ["318", "7", "-0.1250", "318", "-0.2500"],
+    ]
+    lines = ctl(*asked, "--logprobs").stdout.splitlines()
+    assert lines[1].split() == ["TOKEN", "LOGPROB", "LIKELIEST"]
+    assert lines[3].split() == ["2160", "-1.5000", "7", "-0.1250", "2160", "-0.2500"]
 
 
 def test_a_prompt_from_standard_input(ctl: Ctl, server: FakeServer) -> None:

@@ -23,6 +23,8 @@ NOT_ON_THE_COMMAND_LINE = {
 
 def some_value(field: Any) -> Any:
     """A value that is not the one of an absent field."""
+    if field.message_type is not None:
+        return {3: -0.5}
     value: Any = {
         field.CPPTYPE_UINT32: 3,
         field.CPPTYPE_UINT64: 2**64 - 1,
@@ -76,7 +78,10 @@ def test_every_option_is_a_flag(server: FakeServer, field: Any) -> None:
         assert flag not in CliRunner().invoke(app, ["generate", "--help"]).stdout
         return
     value = some_value(field)
-    values = [] if value is True else value if field.is_repeated else [value]
+    if isinstance(value, dict):
+        values = [f"{key}={each}" for key, each in value.items()]
+    else:
+        values = [] if value is True else value if field.is_repeated else [value]
     arguments = ["--server", server.address, "generate", "x", flag, *map(str, values)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output

@@ -123,7 +123,8 @@ def test_generate(mini: Served) -> None:
     asked = ("generate", "Question: What is 2 + 3?\nAnswer:", "--max-new-tokens", "8")
     whole = output(mini, *asked, "--mix", "math=1,medicine=0.5", "--ignore-eos")
     assert set(whole) == {
-        *("text", "token_ids", "finish_reason", "usage", "mix", "logprobs", "request_id")
+        *("text", "token_ids", "finish_reason", "usage", "mix", "request_id"),
+        *("logprobs", "top_logprobs"),
     }
     assert whole["usage"]["completion_tokens"] == len(whole["token_ids"]) == 8
     assert whole["finish_reason"] == "FINISH_REASON_LENGTH"

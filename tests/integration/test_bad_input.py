@@ -280,6 +280,12 @@ GENERATIONS = {
         "options.stop_token_ids",
         options={"stop_token_ids": [2**32 - 1]},
     ),
+    "bias of a token without a logit": BadGeneration(
+        "TOKEN_OUT_OF_RANGE",
+        r"options\.logit_bias holds token 4294967295, and the base has logits for \d+ tokens",
+        "options.logit_bias",
+        options={"logit_bias": {3: 1.0, 2**32 - 1: 1.0}},
+    ),
     "chat without a template": BadGeneration(
         "NO_CHAT_TEMPLATE",
         "no chat template: send prompt instead",
@@ -289,6 +295,8 @@ GENERATIONS = {
     "min above max": _sampling("min_new_tokens", 5, "min_new_tokens is 5: use from 0 to max"),
     "17 stop strings": _sampling("stop", list("x" * 17), "stop is 17 strings: use at most 16"),
     "stop string empty": _sampling("stop", [""], "stop is 0 characters: use 1 to 256"),
+    "21 likeliest tokens": _sampling("top_logprobs", 21, "top_logprobs is 21: use from 0 to 20"),
+    "bias too large": _sampling("logit_bias", {3: 101.0}, "logit_bias is 101.0 for token 3"),
     "stop string too long": _sampling("stop", ["x" * 257], "257 characters"),
 }
 for _value in (-0.1, math.nan, math.inf, 1e300):

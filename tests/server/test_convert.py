@@ -27,8 +27,12 @@ OTHER: dict[int, Any] = {
 
 @pytest.mark.parametrize("option", [*GenerateOptions.DESCRIPTOR.fields], ids=lambda f: f.name)
 def test_every_option_reaches_the_sampler_and_moves_no_other(option: FieldDescriptor) -> None:
-    other = OTHER[option.cpp_type]
-    value: Any = (other, other) if option.is_repeated else other
+    value: Any
+    if option.message_type is not None:
+        value = {7: -0.5, 2**32 - 1: 0.25}
+    else:
+        other = OTHER[option.cpp_type]
+        value = (other, other) if option.is_repeated else other
     given: dict[str, Any] = {option.name: value}
     assert getattr(DEFAULT, option.name) != value
     assert params_from_wire(GenerateOptions(**given)) == dataclasses.replace(DEFAULT, **given)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 
@@ -9,8 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from superpose_server.engine.sampling import SamplingParams, sample
+from superpose_server.engine.choosing import choose
+from superpose_server.engine.sampling import SamplingParams
 from superpose_server.errors import InvalidArgument
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, 2.0, -3.0, 0.25])
@@ -25,7 +33,7 @@ def draw(
     forbidden: frozenset[int] = NOTHING,
 ) -> int:
     """One token of a row that is alone."""
-    (token,), (finite,) = sample(logits[None], [params], [generator], [forbidden])
+    (token,), (finite,) = choose(logits[None], [params], [generator], [forbidden], [None])
     assert finite
     return token
 
@@ -33,26 +41,30 @@ def draw(
 def draw_many(
     params: SamplingParams, draws: int = DRAWS, logits: torch.Tensor = LOGITS
 ) -> list[int]:
-    """So many draws of one row's generator."""
-    generator = params.generator()
-    return [draw(logits, params, generator) for _ in range(draws)]
+    """So many draws, at once, each from a generator of its own that follows from the seed."""
+    seeds = params.generator()
+    tokens, finite = choose(
+        logits.repeat(draws, 1),
+        [params] * draws,
+        [random.Random(seeds.getrandbits(64)) for _ in range(draws)],
+        [NOTHING] * draws,
+        [None] * draws,
+    )
+    assert all(finite)
+    return tokens
 
 
 def plain_probabilities(
     logits: NDArray[np.float64], temperature: float, top_k: int, top_p: float, min_p: float
 ) -> NDArray[np.float64]:
-    """Temperature, the top_k likeliest, the fewest that sum to top_p, those of at least min_p."""
+    """Temperature, the top_k likeliest, those whose likelier ones have less than top_p, min_p."""
     scaled = np.exp((logits - logits.max()) / temperature)
-    probabilities = scaled / scaled.sum()
-    order = sorted(range(len(logits)), key=lambda i: (-probabilities[i], i))
-    kept: list[int] = []
-    for index in order[: top_k or None]:
-        kept.append(index)
-        if top_p < 1 and probabilities[kept].sum() >= top_p:
-            break
-    kept = [index for index in kept if scaled[index] >= min_p]
-    result: NDArray[np.float64] = np.zeros_like(probabilities)
-    result[kept] = probabilities[kept] / probabilities[kept].sum()
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    top = np.isin(np.arange(len(logits)), order[: top_k or None])
+    probabilities = np.where(top, scaled, 0) / scaled[top].sum()
+    likelier = np.array([probabilities[logits > each].sum() for each in logits])
+    kept = top & ((likelier < top_p) | (top_p >= 1)) & (scaled >= min_p)
+    result: NDArray[np.float64] = np.where(kept, probabilities, 0) / probabilities[kept].sum()
     return result
 
 
@@ -104,19 +116,27 @@ def test_only_tokens_of_the_plain_set_are_drawn(
 
 @pytest.mark.parametrize(
     ("top_p", "kept"),
-    [(0.5, {0}), (0.50001, {0, 1}), (0.75, {0, 1}), (0.76, {0, 1, 2}), (1.0, {0, 1, 2, 3})],
+    [
+        (5e-324, {0}),
+        (0.49999, {0}),
+        (0.50001, {0, 1}),
+        (0.74999, {0, 1}),
+        (0.75001, {0, 1, 2, 3}),  # Equals stay together.
+        (1.0, {0, 1, 2, 3, 4}),
+    ],
 )
-def test_top_p_keeps_the_fewest_tokens_that_sum_to_it(top_p: float, kept: set[int]) -> None:
-    # Probabilities 1/2, 1/4, 1/8, 1/8, exact in floating point.
-    logits = torch.log(torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=torch.float64)).float()
+def test_top_p_keeps_what_its_likelier_ones_leave_below_it(top_p: float, kept: set[int]) -> None:
+    logits = torch.log(torch.tensor([8.0, 4.0, 1.5, 1.5, 1.0]))
     assert set(draw_many(SamplingParams(top_p=top_p, seed=0), 300, logits)) == kept
 
 
-def test_top_p_is_compared_as_the_number_that_was_sent() -> None:
-    # 0.6 in float32 is above 0.6: a third token would be kept that nobody asked for.
-    probabilities = torch.tensor([0.3, 0.3, 0.2, 0.2], dtype=torch.float64)
-    params = SamplingParams(top_p=0.6 - 1e-12, seed=0)
-    assert set(draw_many(params, 300, probabilities.log())) == {0, 1}
+@pytest.mark.parametrize(
+    ("top_k", "kept"), [(1, {1}), (2, {1, 70}), (3, {1, 70, 71}), (4, {0, 1, 70, 71})]
+)
+def test_of_equals_at_the_end_of_top_k_the_lower_ids_are_kept(top_k: int, kept: set[int]) -> None:
+    logits = torch.full((200,), -5.0)
+    logits[[0, 1, 70, 71, 150]] = torch.tensor([0.0, 2.0, 1.0, 1.0, -0.0])
+    assert set(draw_many(SamplingParams(top_k=top_k, seed=0), 300, logits)) == kept
 
 
 def test_temperature_zero_takes_the_first_of_the_likeliest() -> None:
@@ -151,11 +171,12 @@ def test_a_forbidden_token_is_never_drawn(top_k: int) -> None:
 def test_a_token_is_forbidden_to_its_own_row_only_and_logits_stay_as_they_are() -> None:
     greedy = SamplingParams(temperature=0.0)
     logits = LOGITS.repeat(3, 1)
-    tokens, finite = sample(
+    tokens, finite = choose(
         logits,
         [greedy] * 3,
         [greedy.generator() for _ in range(3)],
         [NOTHING, frozenset({0, 5}), frozenset({0})],
+        [None] * 3,
     )
     assert tokens == [0, 1, 5]
     assert finite == [True] * 3
@@ -169,8 +190,9 @@ def test_a_token_is_forbidden_to_its_own_row_only_and_logits_stay_as_they_are() 
         SamplingParams(temperature=0.0),
         SamplingParams(seed=1),
         SamplingParams(seed=1, top_k=3),
+        SamplingParams(seed=1, top_p=0.5, min_p=0.3),
     ],
-    ids=["greedy", "drawn", "filtered"],
+    ids=["greedy", "drawn", "top_k", "top_p"],
 )
 def test_a_row_that_is_not_finite_is_named_and_harms_no_other(
     bad: float, params: SamplingParams
@@ -181,30 +203,102 @@ def test_a_row_that_is_not_finite_is_named_and_harms_no_other(
     logits[2] = -torch.inf
     logits[3, 1:] = -torch.inf  # one token is left
     for limit in (NOTHING, frozenset({7})):
-        tokens, finite = sample(
+        tokens, finite = choose(
             logits,
             [params] * 4,
             [params.generator() for _ in range(4)],
             [limit, NOTHING, limit, NOTHING],
+            [None] * 4,
         )
         assert finite == [False, True, False, True]
         assert (tokens[1], tokens[3]) == (alone, 0)
 
 
-def test_numbers_do_not_depend_on_batch_neighbours() -> None:
-    hot = SamplingParams(temperature=1.0, seed=5)
-    alone = draw_many(hot, 50)
-    others = [
-        SamplingParams(temperature=0.0),
-        SamplingParams(temperature=3.0, top_k=2, seed=6),
-        SamplingParams(top_p=0.3, seed=5),
-    ]
-    for place in range(4):
-        params = [*others[:place], hot, *others[place:]]
-        generators = [p.generator() for p in params]
-        batch = LOGITS.repeat(4, 1)
-        drawn = [sample(batch, params, generators, [NOTHING] * 4)[0][place] for _ in range(50)]
-        assert drawn == alone
+# One of each way to choose, and of each way through it.
+KINDS = {
+    "greedy": SamplingParams(temperature=0.0),
+    "all": SamplingParams(),
+    "cold": SamplingParams(temperature=0.3),
+    "top_k": SamplingParams(top_k=50),
+    "top_k of many": SamplingParams(temperature=2.0, top_k=3000),
+    "top_k, top_p": SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01),
+    "top_p": SamplingParams(temperature=0.8, top_p=0.95),
+    "top_p of many": SamplingParams(temperature=3.0, top_p=0.8),
+    "top_p of few": SamplingParams(temperature=2.0, top_p=0.02),
+    "min_p": SamplingParams(min_p=0.1),
+}
+
+
+@pytest.mark.parametrize("vocabulary", [50257, 8192, 300])
+def test_a_row_gets_the_same_tokens_alone_and_among_others(vocabulary: int) -> None:
+    kinds = [*KINDS.values()] * 3
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(len(kinds), vocabulary, generator=generator)
+
+    def tokens(rows: list[int]) -> list[int]:
+        found, finite = choose(
+            logits[rows],
+            [kinds[row] for row in rows],
+            [random.Random(row) for row in rows],
+            [NOTHING] * len(rows),
+            [None] * len(rows),
+        )
+        assert all(finite)
+        return found
+
+    everyone = list(range(len(kinds)))
+    together = tokens(everyone)
+    assert tokens(everyone[::-1]) == together[::-1]
+    assert [tokens([row])[0] for row in everyone] == together
+    assert tokens(everyone[5:17]) == together[5:17]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_large_vocabularies_are_drawn_from_as_in_float64(kind: str, spread: float) -> None:
+    vocabulary, draws = 2000, 2000
+    generator = torch.Generator().manual_seed(1)
+    # As bfloat16 has them, so that many are equal.
+    logits = spread * torch.randn(vocabulary, generator=generator).bfloat16().float()
+    params = dataclasses.replace(KINDS[kind], seed=3)
+    exact = plain_probabilities(
+        logits.double().numpy(),
+        params.temperature or 1e-9,
+        params.top_k,
+        params.top_p,
+        params.min_p,
+    )
+    counts = np.bincount(draw_many(params, draws, logits), minlength=vocabulary)
+    assert counts[exact == 0].sum() == 0
+    # Tokens in the order of their probability, in bins of equal probability.
+    order = np.argsort(-exact, kind="stable")
+    bins = np.minimum((exact[order].cumsum() * 20).astype(int), 19)
+    expected = np.bincount(bins, exact[order], 20) * counts.sum()
+    found = np.bincount(bins, counts[order], 20)
+    full = expected > 0
+    chi_square = float(((found - expected)[full] ** 2 / expected[full]).sum())
+    assert chi_square < 43.8  # 99.9th percentile with 19 degrees of freedom.
+
+
+@pytest.mark.parametrize("top_k", [0, 7, 40])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.4])
+@pytest.mark.parametrize("min_p", [0.0, 0.1])
+def test_what_is_kept_is_what_transformers_keeps(top_k: int, top_p: float, min_p: float) -> None:
+    logits = 2 * torch.randn(1, 100, generator=torch.Generator().manual_seed(2))
+    warped = TemperatureLogitsWarper(1.5)(None, logits)
+    if top_k:
+        warped = TopKLogitsWarper(top_k)(None, warped)
+    if top_p < 1:
+        warped = TopPLogitsWarper(top_p)(None, warped)
+    if min_p:
+        warped = MinPLogitsWarper(min_p)(None, warped)
+    exact = warped.double().softmax(-1)[0]
+    params = SamplingParams(temperature=1.5, top_k=top_k, top_p=top_p, min_p=min_p, seed=4)
+    counts = torch.bincount(torch.tensor(draw_many(params, DRAWS, logits[0])), minlength=100)
+    assert counts[exact == 0].sum() == 0
+    likely = exact > 20 / DRAWS
+    deviation = (counts - DRAWS * exact)[likely] / (DRAWS * exact * (1 - exact)).sqrt()[likely]
+    assert deviation.abs().max() < 4.5
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, 2**63, 2**64 - 1])
@@ -237,6 +331,16 @@ BAD: list[tuple[str, Callable[[], SamplingParams]]] = [
     ("stop", lambda: SamplingParams(stop=("a",) * 17)),
     ("stop", lambda: SamplingParams(stop=("",))),
     ("stop", lambda: SamplingParams(stop=("a" * 257,))),
+    ("repetition_penalty", lambda: SamplingParams(repetition_penalty=0.0)),
+    ("repetition_penalty", lambda: SamplingParams(repetition_penalty=float("nan"))),
+    ("repetition_penalty", lambda: SamplingParams(repetition_penalty=101.0)),
+    ("frequency_penalty", lambda: SamplingParams(frequency_penalty=2.1)),
+    ("presence_penalty", lambda: SamplingParams(presence_penalty=-2.1)),
+    ("presence_penalty", lambda: SamplingParams(presence_penalty=float("nan"))),
+    ("logit_bias", lambda: SamplingParams(logit_bias={3: 100.5})),
+    ("logit_bias", lambda: SamplingParams(logit_bias={3: float("nan")})),
+    ("logit_bias", lambda: SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0))),
+    ("top_logprobs", lambda: SamplingParams(top_logprobs=21)),
 ]
 
 
@@ -259,16 +363,3 @@ def test_too_many_stop_tokens_are_refused() -> None:
     SamplingParams(stop_token_ids=tuple(range(64)))
     with pytest.raises(InvalidArgument, match="stop_token_ids is 65 ids"):
         SamplingParams(stop_token_ids=tuple(range(65)))
-
-
-def test_a_seed_gives_the_same_token_beside_rows_that_filter() -> None:
-    plain, filtering = SamplingParams(seed=3), SamplingParams(seed=4, top_k=3)
-    for seed in range(50):
-        alone = draw(LOGITS, plain, random.Random(seed))
-        beside, _ = sample(
-            LOGITS.expand(2, -1),
-            [filtering, plain],
-            [random.Random(0), random.Random(seed)],
-            [NOTHING] * 2,
-        )
-        assert beside[1] == alone

@@ -12,6 +12,7 @@ from tests.server.helpers import Client, bound
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
+from superpose_server.engine.logprobs import Logprobs
 from superpose_server.engine.sampling import SamplingParams
 from superpose_server.engine.sequence import FinishReason, Sequence
 from superpose_server.engine.tokenizer import Detokenizer, Tokenizer
@@ -131,7 +132,7 @@ def run(tokenizer: Tokenizer, ids: list[int], **values: object) -> Client:
     params = SamplingParams(**({"max_new_tokens": len(ids)} | values))  # type: ignore[arg-type]
     row = Sequence([1], bound(), params, client, tokenizer)
     for token in ids:
-        client(row.append(token, None))
+        client(row.append(token, Logprobs()))
         if client.ended:
             break
     return client
@@ -215,7 +216,7 @@ def test_a_row_aborted_before_its_least_length_loses_no_text(tokenizer: Tokenize
     params = SamplingParams(stop=("\N{REPLACEMENT CHARACTER}",), min_new_tokens=9)
     row = Sequence([1], bound(), params, client, tokenizer)
     for token in tokenizer.inner.encode("x日")[:-1]:
-        client(row.append(token, None))
+        client(row.append(token, Logprobs()))
     client(row.abort())
     assert client.text == "x\N{REPLACEMENT CHARACTER}"
 
@@ -263,7 +264,7 @@ def test_an_aborted_row_gets_the_text_that_was_held(tokenizer: Tokenizer) -> Non
     client = Client()
     row = Sequence([1], bound(), SamplingParams(stop=("abc",)), client, tokenizer)
     for token in tokenizer.inner.encode("xab"):
-        client(row.append(token, None))
+        client(row.append(token, Logprobs()))
     assert client.text == "x"
     client(row.abort())
     assert (client.text, client.reason) == ("xab", FinishReason.ABORTED)

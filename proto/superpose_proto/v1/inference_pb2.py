@@ -25,17 +25,19 @@ _sym_db = _symbol_database.Default()
 from superpose_proto.v1 import mix_pb2 as superpose__proto_dot_v1_dot_mix__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"superpose_proto/v1/inference.proto\x12\x0csuperpose.v1\x1a\x1csuperpose_proto/v1/mix.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\";\n\x0c\x43hatMessages\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.superpose.v1.ChatMessage\"\xdd\x02\n\x0fGenerateOptions\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x18\n\x0btemperature\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x06 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x11\n\x04seed\x18\t \x01(\x04H\x05\x88\x01\x01\x12\x10\n\x08logprobs\x18\n \x01(\x08\x12\x12\n\x05min_p\x18\x0b \x01(\x01H\x06\x88\x01\x01\x42\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_min_p\"\xf6\x01\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.superpose.v1.TokenIdsH\x00\x12*\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1a.superpose.v1.ChatMessagesH\x00\x12#\n\x03mix\x18\x04 \x01(\x0b\x32\x11.superpose.v1.MixH\x01\x88\x01\x01\x12.\n\x07options\x18\x05 \x01(\x0b\x32\x1d.superpose.v1.GenerateOptions\x12\x12\n\nrequest_id\x18\x06 \x01(\tB\x07\n\x05inputB\x06\n\x04_mix\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\xd5\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x31\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1a.superpose.v1.FinishReason\x12\"\n\x05usage\x18\x04 \x01(\x0b\x32\x13.superpose.v1.Usage\x12#\n\x03mix\x18\x05 \x01(\x0b\x32\x16.superpose.v1.MixState\x12\x10\n\x08logprobs\x18\x06 \x03(\x01\x12\x12\n\nrequest_id\x18\x07 \x01(\t\"\xfc\x01\n\x15GenerateStreamRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.superpose.v1.TokenIdsH\x00\x12*\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1a.superpose.v1.ChatMessagesH\x00\x12#\n\x03mix\x18\x04 \x01(\x0b\x32\x11.superpose.v1.MixH\x01\x88\x01\x01\x12.\n\x07options\x18\x05 \x01(\x0b\x32\x1d.superpose.v1.GenerateOptions\x12\x12\n\nrequest_id\x18\x06 \x01(\tB\x07\n\x05inputB\x06\n\x04_mix\"\xdb\x01\n\x16GenerateStreamResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x01\x12\x31\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.superpose.v1.FinishReason\x12\"\n\x05usage\x18\x05 \x01(\x0b\x32\x13.superpose.v1.Usage\x12#\n\x03mix\x18\x06 \x01(\x0b\x32\x16.superpose.v1.MixState\x12\x12\n\nrequest_id\x18\x07 \x01(\t\"2\n\x0eQuestionAnswer\x12\x10\n\x08question\x18\x01 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x02 \x01(\t\"\x89\x01\n\tScoreItem\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x37\n\x0fquestion_answer\x18\x02 \x01(\x0b\x32\x1c.superpose.v1.QuestionAnswerH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.superpose.v1.TokenIdsH\x00\x42\x06\n\x04item\"\xc6\x01\n\x0cScoreRequest\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.superpose.v1.ScoreItem\x12#\n\x03mix\x18\x02 \x01(\x0b\x32\x11.superpose.v1.MixH\x00\x88\x01\x01\x12\x17\n\nmax_length\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\'\n\x05scope\x18\x04 \x01(\x0e\x32\x18.superpose.v1.ScoreScope\x12\x10\n\x08logprobs\x18\x05 \x01(\x08\x42\x06\n\x04_mixB\r\n\x0b_max_length\"R\n\tItemScore\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x12\n\nperplexity\x18\x03 \x01(\x01\x12\x10\n\x08logprobs\x18\x04 \x03(\x01\"\x80\x01\n\rScoreResponse\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.superpose.v1.ItemScore\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\x12\x12\n\nperplexity\x18\x03 \x01(\x01\x12#\n\x03mix\x18\x04 \x01(\x0b\x32\x16.superpose.v1.MixState*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03*V\n\nScoreScope\x12\x1b\n\x17SCORE_SCOPE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSCORE_SCOPE_ALL\x10\x01\x12\x16\n\x12SCORE_SCOPE_ANSWER\x10\x02\x32\xfe\x01\n\x10InferenceService\x12I\n\x08Generate\x12\x1d.superpose.v1.GenerateRequest\x1a\x1e.superpose.v1.GenerateResponse\x12]\n\x0eGenerateStream\x12#.superpose.v1.GenerateStreamRequest\x1a$.superpose.v1.GenerateStreamResponse0\x01\x12@\n\x05Score\x12\x1a.superpose.v1.ScoreRequest\x1a\x1b.superpose.v1.ScoreResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"superpose_proto/v1/inference.proto\x12\x0csuperpose.v1\x1a\x1csuperpose_proto/v1/mix.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\";\n\x0c\x43hatMessages\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.superpose.v1.ChatMessage\"\x9f\x05\n\x0fGenerateOptions\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x18\n\x0btemperature\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x06 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x11\n\x04seed\x18\t \x01(\x04H\x05\x88\x01\x01\x12\x10\n\x08logprobs\x18\n \x01(\x08\x12\x12\n\x05min_p\x18\x0b \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\r \x01(\x01H\x08\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0e \x01(\x01H\t\x88\x01\x01\x12@\n\nlogit_bias\x18\x0f \x03(\x0b\x32,.superpose.v1.GenerateOptions.LogitBiasEntry\x12\x19\n\x0ctop_logprobs\x18\x10 \x01(\rH\n\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\x0f\n\r_top_logprobs\"\xf6\x01\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.superpose.v1.TokenIdsH\x00\x12*\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1a.superpose.v1.ChatMessagesH\x00\x12#\n\x03mix\x18\x04 \x01(\x0b\x32\x11.superpose.v1.MixH\x01\x88\x01\x01\x12.\n\x07options\x18\x05 \x01(\x0b\x32\x1d.superpose.v1.GenerateOptions\x12\x12\n\nrequest_id\x18\x06 \x01(\tB\x07\n\x05inputB\x06\n\x04_mix\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"2\n\x0bTopLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x01\"\x86\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x31\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1a.superpose.v1.FinishReason\x12\"\n\x05usage\x18\x04 \x01(\x0b\x32\x13.superpose.v1.Usage\x12#\n\x03mix\x18\x05 \x01(\x0b\x32\x16.superpose.v1.MixState\x12\x10\n\x08logprobs\x18\x06 \x03(\x01\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12/\n\x0ctop_logprobs\x18\x08 \x03(\x0b\x32\x19.superpose.v1.TopLogprobs\"\xfc\x01\n\x15GenerateStreamRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.superpose.v1.TokenIdsH\x00\x12*\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1a.superpose.v1.ChatMessagesH\x00\x12#\n\x03mix\x18\x04 \x01(\x0b\x32\x11.superpose.v1.MixH\x01\x88\x01\x01\x12.\n\x07options\x18\x05 \x01(\x0b\x32\x1d.superpose.v1.GenerateOptions\x12\x12\n\nrequest_id\x18\x06 \x01(\tB\x07\n\x05inputB\x06\n\x04_mix\"\x8c\x02\n\x16GenerateStreamResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x01\x12\x31\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.superpose.v1.FinishReason\x12\"\n\x05usage\x18\x05 \x01(\x0b\x32\x13.superpose.v1.Usage\x12#\n\x03mix\x18\x06 \x01(\x0b\x32\x16.superpose.v1.MixState\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12/\n\x0ctop_logprobs\x18\x08 \x03(\x0b\x32\x19.superpose.v1.TopLogprobs\"2\n\x0eQuestionAnswer\x12\x10\n\x08question\x18\x01 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x02 \x01(\t\"\x89\x01\n\tScoreItem\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x37\n\x0fquestion_answer\x18\x02 \x01(\x0b\x32\x1c.superpose.v1.QuestionAnswerH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.superpose.v1.TokenIdsH\x00\x42\x06\n\x04item\"\xc6\x01\n\x0cScoreRequest\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.superpose.v1.ScoreItem\x12#\n\x03mix\x18\x02 \x01(\x0b\x32\x11.superpose.v1.MixH\x00\x88\x01\x01\x12\x17\n\nmax_length\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\'\n\x05scope\x18\x04 \x01(\x0e\x32\x18.superpose.v1.ScoreScope\x12\x10\n\x08logprobs\x18\x05 \x01(\x08\x42\x06\n\x04_mixB\r\n\x0b_max_length\"R\n\tItemScore\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x12\n\nperplexity\x18\x03 \x01(\x01\x12\x10\n\x08logprobs\x18\x04 \x03(\x01\"\x80\x01\n\rScoreResponse\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.superpose.v1.ItemScore\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\x12\x12\n\nperplexity\x18\x03 \x01(\x01\x12#\n\x03mix\x18\x04 \x01(\x0b\x32\x16.superpose.v1.MixState*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03*V\n\nScoreScope\x12\x1b\n\x17SCORE_SCOPE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSCORE_SCOPE_ALL\x10\x01\x12\x16\n\x12SCORE_SCOPE_ANSWER\x10\x02\x32\xfe\x01\n\x10InferenceService\x12I\n\x08Generate\x12\x1d.superpose.v1.GenerateRequest\x1a\x1e.superpose.v1.GenerateResponse\x12]\n\x0eGenerateStream\x12#.superpose.v1.GenerateStreamRequest\x1a$.superpose.v1.GenerateStreamResponse0\x01\x12@\n\x05Score\x12\x1a.superpose.v1.ScoreRequest\x1a\x1b.superpose.v1.ScoreResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'superpose_proto.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2175
-  _globals['_FINISHREASON']._serialized_end=2297
-  _globals['_SCORESCOPE']._serialized_start=2299
-  _globals['_SCORESCOPE']._serialized_end=2385
+  _globals['_GENERATEOPTIONS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_GENERATEOPTIONS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=2647
+  _globals['_FINISHREASON']._serialized_end=2769
+  _globals['_SCORESCOPE']._serialized_start=2771
+  _globals['_SCORESCOPE']._serialized_end=2857
   _globals['_TOKENIDS']._serialized_start=82
   _globals['_TOKENIDS']._serialized_end=105
   _globals['_CHATMESSAGE']._serialized_start=107
@@ -43,27 +45,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGES']._serialized_start=153
   _globals['_CHATMESSAGES']._serialized_end=212
   _globals['_GENERATEOPTIONS']._serialized_start=215
-  _globals['_GENERATEOPTIONS']._serialized_end=564
-  _globals['_GENERATEREQUEST']._serialized_start=567
-  _globals['_GENERATEREQUEST']._serialized_end=813
-  _globals['_USAGE']._serialized_start=815
-  _globals['_USAGE']._serialized_end=872
-  _globals['_GENERATERESPONSE']._serialized_start=875
-  _globals['_GENERATERESPONSE']._serialized_end=1088
-  _globals['_GENERATESTREAMREQUEST']._serialized_start=1091
-  _globals['_GENERATESTREAMREQUEST']._serialized_end=1343
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1346
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1565
-  _globals['_QUESTIONANSWER']._serialized_start=1567
-  _globals['_QUESTIONANSWER']._serialized_end=1617
-  _globals['_SCOREITEM']._serialized_start=1620
-  _globals['_SCOREITEM']._serialized_end=1757
-  _globals['_SCOREREQUEST']._serialized_start=1760
-  _globals['_SCOREREQUEST']._serialized_end=1958
-  _globals['_ITEMSCORE']._serialized_start=1960
-  _globals['_ITEMSCORE']._serialized_end=2042
-  _globals['_SCORERESPONSE']._serialized_start=2045
-  _globals['_SCORERESPONSE']._serialized_end=2173
-  _globals['_INFERENCESERVICE']._serialized_start=2388
-  _globals['_INFERENCESERVICE']._serialized_end=2642
+  _globals['_GENERATEOPTIONS']._serialized_end=886
+  _globals['_GENERATEOPTIONS_LOGITBIASENTRY']._serialized_start=662
+  _globals['_GENERATEOPTIONS_LOGITBIASENTRY']._serialized_end=710
+  _globals['_GENERATEREQUEST']._serialized_start=889
+  _globals['_GENERATEREQUEST']._serialized_end=1135
+  _globals['_USAGE']._serialized_start=1137
+  _globals['_USAGE']._serialized_end=1194
+  _globals['_TOPLOGPROBS']._serialized_start=1196
+  _globals['_TOPLOGPROBS']._serialized_end=1246
+  _globals['_GENERATERESPONSE']._serialized_start=1249
+  _globals['_GENERATERESPONSE']._serialized_end=1511
+  _globals['_GENERATESTREAMREQUEST']._serialized_start=1514
+  _globals['_GENERATESTREAMREQUEST']._serialized_end=1766
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1769
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2037
+  _globals['_QUESTIONANSWER']._serialized_start=2039
+  _globals['_QUESTIONANSWER']._serialized_end=2089
+  _globals['_SCOREITEM']._serialized_start=2092
+  _globals['_SCOREITEM']._serialized_end=2229
+  _globals['_SCOREREQUEST']._serialized_start=2232
+  _globals['_SCOREREQUEST']._serialized_end=2430
+  _globals['_ITEMSCORE']._serialized_start=2432
+  _globals['_ITEMSCORE']._serialized_end=2514
+  _globals['_SCORERESPONSE']._serialized_start=2517
+  _globals['_SCORERESPONSE']._serialized_end=2645
+  _globals['_INFERENCESERVICE']._serialized_start=2860
+  _globals['_INFERENCESERVICE']._serialized_end=3114
 # @@protoc_insertion_point(module_scope)

@@ -128,6 +128,22 @@ class GenerateOptions(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class LogitBiasEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.int
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.int = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     MAX_NEW_TOKENS_FIELD_NUMBER: builtins.int
     MIN_NEW_TOKENS_FIELD_NUMBER: builtins.int
     IGNORE_EOS_FIELD_NUMBER: builtins.int
@@ -139,6 +155,11 @@ class GenerateOptions(google.protobuf.message.Message):
     SEED_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
     MIN_P_FIELD_NUMBER: builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: builtins.int
     max_new_tokens: builtins.int
     """If absent 64, or what the context leaves if that is less. At least 1; prompt and new tokens
     must fit the context.
@@ -152,17 +173,35 @@ class GenerateOptions(google.protobuf.message.Message):
     tokenizer's, and those that its generation_config.json names.
     """
     temperature: builtins.float
-    """1 if absent; 0 is greedy."""
+    """1 if absent; 0 is greedy. Penalties and logit_bias come first, then temperature, top_k, top_p
+    and min_p, each of what the one before has left.
+    """
     top_k: builtins.int
-    """0 or absent: off. Keep the k likeliest tokens."""
+    """0 or absent: off. Keep the k likeliest tokens, of equally likely ones those of lower ids."""
     top_p: builtins.float
-    """1 or absent: off. Keep the likeliest tokens whose probabilities sum to at least top_p."""
+    """1 or absent: off. Keep the tokens whose likelier ones have probabilities that sum to less than
+    top_p: the fewest that sum to it, and what is as likely as the last of them.
+    """
     seed: builtins.int
     """Random if absent. Same seed, same random numbers, whatever else runs."""
     logprobs: builtins.bool
-    """Return the log-probability of each new token."""
+    """Return the log-probability of each new token: of the model's own distribution, before penalties,
+    logit_bias and temperature.
+    """
     min_p: builtins.float
     """0 or absent: off. Keep the tokens at least min_p times as probable as the likeliest one."""
+    repetition_penalty: builtins.float
+    """1 or absent: off; 0.01 to 100. Positive logits of tokens in prompt or answer are divided by it,
+    negative ones multiplied.
+    """
+    frequency_penalty: builtins.float
+    """0 or absent: off; -2 to 2. Taken off a token's logit for each time that it is in the answer."""
+    presence_penalty: builtins.float
+    """0 or absent: off; -2 to 2. Taken off the logit of a token that is in the answer."""
+    top_logprobs: builtins.int
+    """0 or absent: none; at most 20. Return so many of the likeliest tokens in the place of each new
+    token, with their log-probabilities, of the same distribution as logprobs.
+    """
     @property
     def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
@@ -171,6 +210,10 @@ class GenerateOptions(google.protobuf.message.Message):
         that is a special token of the base ends it at that token, which is in no text; one that holds
         such a token beside other characters is refused.
         """
+
+    @property
+    def logit_bias(self) -> google.protobuf.internal.containers.ScalarMap[builtins.int, builtins.float]:
+        """Added to the logits of tokens, by id, after the penalties; -100 to 100. At most 1024 tokens."""
 
     def __init__(
         self,
@@ -186,9 +229,16 @@ class GenerateOptions(google.protobuf.message.Message):
         seed: builtins.int | None = ...,
         logprobs: builtins.bool = ...,
         min_p: builtins.float | None = ...,
+        repetition_penalty: builtins.float | None = ...,
+        frequency_penalty: builtins.float | None = ...,
+        presence_penalty: builtins.float | None = ...,
+        logit_bias: collections.abc.Mapping[builtins.int, builtins.float] | None = ...,
+        top_logprobs: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_max_new_tokens", b"_max_new_tokens", "_min_new_tokens", b"_min_new_tokens", "_min_p", b"_min_p", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "max_new_tokens", b"max_new_tokens", "min_new_tokens", b"min_new_tokens", "min_p", b"min_p", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_new_tokens", b"_max_new_tokens", "_min_new_tokens", b"_min_new_tokens", "_min_p", b"_min_p", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_new_tokens", b"max_new_tokens", "min_new_tokens", b"min_new_tokens", "min_p", b"min_p", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_max_new_tokens", b"_max_new_tokens", "_min_new_tokens", b"_min_new_tokens", "_min_p", b"_min_p", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_logprobs", b"_top_logprobs", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "max_new_tokens", b"max_new_tokens", "min_new_tokens", b"min_new_tokens", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_logprobs", b"top_logprobs", "top_p", b"top_p"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_max_new_tokens", b"_max_new_tokens", "_min_new_tokens", b"_min_new_tokens", "_min_p", b"_min_p", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_logprobs", b"_top_logprobs", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_new_tokens", b"max_new_tokens", "min_new_tokens", b"min_new_tokens", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_logprobs", b"top_logprobs", "top_p", b"top_p"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_frequency_penalty", b"_frequency_penalty"]) -> typing.Literal["frequency_penalty"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_new_tokens", b"_max_new_tokens"]) -> typing.Literal["max_new_tokens"] | None: ...
     @typing.overload
@@ -196,11 +246,17 @@ class GenerateOptions(google.protobuf.message.Message):
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_min_p", b"_min_p"]) -> typing.Literal["min_p"] | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_presence_penalty", b"_presence_penalty"]) -> typing.Literal["presence_penalty"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_repetition_penalty", b"_repetition_penalty"]) -> typing.Literal["repetition_penalty"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_temperature", b"_temperature"]) -> typing.Literal["temperature"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_top_k", b"_top_k"]) -> typing.Literal["top_k"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_top_logprobs", b"_top_logprobs"]) -> typing.Literal["top_logprobs"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_top_p", b"_top_p"]) -> typing.Literal["top_p"] | None: ...
 
@@ -267,6 +323,28 @@ class Usage(google.protobuf.message.Message):
 Global___Usage: typing_extensions.TypeAlias = Usage
 
 @typing.final
+class TopLogprobs(google.protobuf.message.Message):
+    """The likeliest tokens in one place, the likeliest first, and their log-probabilities."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    LOGPROBS_FIELD_NUMBER: builtins.int
+    @property
+    def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def logprobs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        logprobs: collections.abc.Iterable[builtins.float] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["logprobs", b"logprobs", "token_ids", b"token_ids"]) -> None: ...
+
+Global___TopLogprobs: typing_extensions.TypeAlias = TopLogprobs
+
+@typing.final
 class GenerateResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -277,6 +355,7 @@ class GenerateResponse(google.protobuf.message.Message):
     MIX_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: builtins.int
     text: builtins.str
     finish_reason: Global___FinishReason.ValueType
     request_id: builtins.str
@@ -288,7 +367,11 @@ class GenerateResponse(google.protobuf.message.Message):
     def mix(self) -> superpose_proto.v1.mix_pb2.MixState: ...
     @property
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """Of each new token, natural logarithm, before temperature; only if asked for."""
+        """Of each new token, natural logarithm; only if asked for."""
+
+    @property
+    def top_logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TopLogprobs]:
+        """One a new token; only if asked for."""
 
     def __init__(
         self,
@@ -300,9 +383,10 @@ class GenerateResponse(google.protobuf.message.Message):
         mix: superpose_proto.v1.mix_pb2.MixState | None = ...,
         logprobs: collections.abc.Iterable[builtins.float] | None = ...,
         request_id: builtins.str = ...,
+        top_logprobs: collections.abc.Iterable[Global___TopLogprobs] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["mix", b"mix", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "mix", b"mix", "request_id", b"request_id", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "mix", b"mix", "request_id", b"request_id", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs", "usage", b"usage"]) -> None: ...
 
 Global___GenerateResponse: typing_extensions.TypeAlias = GenerateResponse
 
@@ -356,6 +440,7 @@ class GenerateStreamResponse(google.protobuf.message.Message):
     USAGE_FIELD_NUMBER: builtins.int
     MIX_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: builtins.int
     text: builtins.str
     """What is new since the last message; never a part of a character. May be empty."""
     finish_reason: Global___FinishReason.ValueType
@@ -373,6 +458,8 @@ class GenerateStreamResponse(google.protobuf.message.Message):
     def mix(self) -> superpose_proto.v1.mix_pb2.MixState:
         """In the first and in the last message."""
 
+    @property
+    def top_logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TopLogprobs]: ...
     def __init__(
         self,
         *,
@@ -383,9 +470,10 @@ class GenerateStreamResponse(google.protobuf.message.Message):
         usage: Global___Usage | None = ...,
         mix: superpose_proto.v1.mix_pb2.MixState | None = ...,
         request_id: builtins.str = ...,
+        top_logprobs: collections.abc.Iterable[Global___TopLogprobs] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["mix", b"mix", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "mix", b"mix", "request_id", b"request_id", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "mix", b"mix", "request_id", b"request_id", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs", "usage", b"usage"]) -> None: ...
 
 Global___GenerateStreamResponse: typing_extensions.TypeAlias = GenerateStreamResponse
 

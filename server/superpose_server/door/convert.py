@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from superpose_adapters.mix import BoundMix, Mix
@@ -13,7 +14,7 @@ from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2
 from superpose_server.control.default_mix import MixState
 from superpose_server.control.registry import Registered, Source
 from superpose_server.engine.sampling import SamplingParams
-from superpose_server.engine.sequence import FinishReason
+from superpose_server.engine.sequence import Chunk, FinishReason
 from superpose_server.errors import InvalidArgument
 from superpose_server.inference.request import (
     Chat,
@@ -94,8 +95,7 @@ def params_from_wire(options: Message) -> SamplingParams:
         TypeError: An option that the sampler does not have.
     """
     given: dict[str, Any] = {
-        field.name: tuple(value) if field.is_repeated else value
-        for field, value in options.ListFields()
+        field.name: _plain(field, value) for field, value in options.ListFields()
     }
     try:
         return SamplingParams(**given)
@@ -104,6 +104,12 @@ def params_from_wire(options: Message) -> SamplingParams:
         raise InvalidArgument(
             error.message, error.reason, field=f"options.{error.field}"
         ) from error
+
+
+def _plain(field: FieldDescriptor, value: Any) -> Any:
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        return dict(value)
+    return tuple(value) if field.is_repeated else value
 
 
 def generate_from_wire(
@@ -145,6 +151,14 @@ def _item_from_wire(item: inference_pb2.ScoreItem) -> ScoreItem:
     if item.HasField("token_ids"):
         return item.token_ids.ids  # As it is: it may hold millions, most of them to be refused.
     return item.text
+
+
+def top_logprobs_to_wire(chunk: Chunk) -> list[inference_pb2.TopLogprobs]:
+    """Return the likeliest tokens in the place of each new token."""
+    return [
+        inference_pb2.TopLogprobs(token_ids=top.token_ids, logprobs=top.logprobs)
+        for top in chunk.top_logprobs
+    ]
 
 
 def adapter_to_wire(

@@ -15,6 +15,7 @@ from superpose_server.door.convert import (
     generate_from_wire,
     mix_to_wire,
     score_from_wire,
+    top_logprobs_to_wire,
 )
 from superpose_server.inference.generation import Generation
 from superpose_server.inference.inference import Inference
@@ -35,6 +36,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             text=chunk.text,
             token_ids=chunk.token_ids,
             logprobs=chunk.logprobs,
+            top_logprobs=top_logprobs_to_wire(chunk),
             finish_reason=FINISH_REASONS[chunk.finish_reason],
             usage=_usage(generation),
             mix=mix_to_wire(generation.mix),
@@ -53,6 +55,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 text=chunk.text,
                 token_ids=chunk.token_ids,
                 logprobs=chunk.logprobs,
+                top_logprobs=top_logprobs_to_wire(chunk),
                 finish_reason=FINISH_REASONS[chunk.finish_reason],
                 usage=None if chunk.finish_reason is None else _usage(generation),
                 mix=mix if first or chunk.last else None,

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from superpose_adapters.mix import BoundMix
+from superpose_server.engine.choosing import choose
 from superpose_server.engine.job import Job, JobResult
+from superpose_server.engine.logprobs import find_logprobs
 from superpose_server.engine.observer import EngineObserver
 from superpose_server.engine.residency import Residency
 from superpose_server.engine.runner import Runner
-from superpose_server.engine.sampling import sample
 from superpose_server.engine.scheduler import RETRY_AFTER_SECONDS, Scheduled, Scheduler
 from superpose_server.engine.score import ScoreRow, score_slices
 from superpose_server.engine.sequence import Chunk, Sequence
@@ -353,13 +354,15 @@ class Engine:
         if not rows:
             return
         try:
-            tokens, finite = sample(
+            params = [row.params for row in rows]
+            tokens, finite = choose(
                 logits,
-                [row.params for row in rows],
+                params,
                 [row.generator for row in rows],
                 [row.forbidden for row in rows],
+                [row.history for row in rows],
             )
-            logprobs = _chosen_logprobs(rows, logits, tokens)
+            logprobs = find_logprobs(params, logits, tokens)
         except Exception as error:
             _log.exception("choosing tokens failed rows=%d", len(rows))
             self._fail(rows, error)
@@ -368,11 +371,11 @@ class Engine:
         if broken:
             # Before any row leaves and another is moved into its place.
             self._fail(broken, OutputNotFinite())
-        for row, token in zip(rows, tokens, strict=True):
+        for row, token, of_token in zip(rows, tokens, logprobs, strict=True):
             if row.ended:
                 continue
             try:
-                chunk = row.append(token, logprobs.get(row))
+                chunk = row.append(token, of_token)
             except Exception as error:
                 _log.exception("row failed")
                 self._fail((row,), error)
@@ -469,16 +472,3 @@ class Engine:
         while self._folds:
             self._folds.popleft()[1].set_exception(error)
         self.runner.forget()
-
-
-def _chosen_logprobs(
-    rows: SequenceOf[Sequence], logits: Tensor, tokens: SequenceOf[int]
-) -> dict[Sequence, float]:
-    """Return the log-probability of the token of each row that asks for it."""
-    asking = [i for i, row in enumerate(rows) if row.params.logprobs]
-    if not asking:
-        return {}
-    asked = logits[asking]
-    chosen = torch.tensor([tokens[i] for i in asking], device=logits.device)
-    values = asked.gather(1, chosen[:, None])[:, 0] - asked.logsumexp(-1)
-    return dict(zip([rows[i] for i in asking], values.tolist(), strict=True))

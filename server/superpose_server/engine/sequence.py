@@ -10,6 +10,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from superpose_adapters.mix import BoundMix
+from superpose_server.engine.logprobs import Logprobs, TopLogprobs
 from superpose_server.engine.sampling import SamplingParams
 from superpose_server.engine.tokenizer import Detokenizer, Tokenizer
 
@@ -29,9 +30,11 @@ class Chunk:
     Attributes:
         text: New text; may be empty, since text waits for whole characters and stop strings.
         token_ids: New tokens.
-        logprobs: Of each new token, natural logarithm, before temperature; if asked for.
+        logprobs: Of each new token, natural logarithm, of the model's own distribution; if asked
+            for.
         finish_reason: Set in the last chunk.
         error: Set in the last chunk of a row that failed.
+        top_logprobs: The likeliest tokens in the place of each new token, as `logprobs`.
     """
 
     text: str = ""
@@ -39,6 +42,7 @@ class Chunk:
     logprobs: tuple[float, ...] = ()
     finish_reason: FinishReason | None = None
     error: Exception | None = None
+    top_logprobs: tuple[TopLogprobs, ...] = ()
 
     @property
     def last(self) -> bool:
@@ -86,6 +90,7 @@ class Sequence:
     def __post_init__(self) -> None:
         """Set up the row's own random numbers and text."""
         self.generator = self.params.generator()
+        self.history = self.params.history(self.prompt)
         self._detokenizer = Detokenizer(self.tokenizer, self.params.stop, self.prompt)
         # No text holds a special token, so one that is a stop string is met as a token.
         special = self.tokenizer.special
@@ -118,9 +123,11 @@ class Sequence:
         """Tokens that may not be chosen yet: those that would end the text too soon."""
         return frozenset() if self._long_enough else self.stop_token_ids
 
-    def append(self, token: int, logprob: float | None) -> Chunk:
+    def append(self, token: int, logprobs: Logprobs) -> Chunk:
         """Add the token that a step chose and return what the client is to see of it."""
         self.tokens.append(token)
+        if self.history is not None:
+            self.history.append(token)
         may_stop = self._long_enough
         text = self._detokenizer.push(token, may_stop=may_stop)
         reason = None
@@ -132,7 +139,13 @@ class Sequence:
             text += self._detokenizer.finish(may_stop=may_stop)
             if self._detokenizer.stopped:
                 reason = FinishReason.STOP
-        return Chunk(text, (token,), () if logprob is None else (logprob,), reason)
+        return Chunk(
+            text,
+            (token,),
+            () if logprobs.chosen is None else (logprobs.chosen,),
+            reason,
+            top_logprobs=() if logprobs.top is None else (logprobs.top,),
+        )
 
     def abort(self) -> Chunk:
         """Return the last chunk of a row that the server ends early."""

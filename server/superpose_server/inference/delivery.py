@@ -108,4 +108,5 @@ def _joined(chunks: list[Chunk]) -> Chunk:
         tuple(chain.from_iterable(chunk.logprobs for chunk in chunks)),
         chunks[-1].finish_reason,
         chunks[-1].error,
+        tuple(chain.from_iterable(chunk.top_logprobs for chunk in chunks)),
     )

@@ -61,6 +61,8 @@ class Encoder:
         self._check_room(len(ids), request.options)
         self._check_stops(request.options.stop)
         self._check_ids(request.options.stop_token_ids, "options.stop_token_ids")
+        with _refused("options.logit_bias"):
+            self._texts.check_choices(request.options.logit_bias)
         return ids
 
     def _prompt(self, prompt: Prompt) -> list[int]:
@@ -174,8 +176,8 @@ def _refused(field: str) -> Generator[None]:
     """Refuse the field for what its ids cannot be made or used for.
 
     Raises:
-        InvalidArgument: It holds a token that the base has no embedding for, or is a row, which the
-            base's tokenizer cannot encode.
+        InvalidArgument: It holds a token that the base has no embedding or logit for, or is a row,
+            which the base's tokenizer cannot encode.
     """
     try:
         yield
