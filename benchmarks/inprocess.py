@@ -81,7 +81,7 @@ class Local:
         return resident
 
     def start(self, request: Streamed, mix: BoundMix, done: Callable[[], object]) -> Row:
-        """Submit a greedy request; `done` is called on the engine thread when it has ended."""
+        """Submit a request; `done` is called on the engine thread when it has ended."""
 
         def sink(chunk: Chunk) -> None:
             request.add(chunk.token_ids)
@@ -89,7 +89,8 @@ class Local:
                 request.end("OK" if chunk.error is None else type(chunk.error).__name__)
                 done()
 
-        params = SamplingParams(max_new_tokens=request.length, temperature=0.0, ignore_eos=True)
+        sampling: dict[str, Any] = {**request.sampling}
+        params = SamplingParams(max_new_tokens=request.length, ignore_eos=True, **sampling)
         row = Row(list(request.prompt), mix, params, sink, self.runtime.tokenizer)
         self.runtime.engine.submit(row)
         return row

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.target import Streamed, Weights
-from superpose_client import AsyncClient, CallError
+from superpose_client import AsyncClient, CallError, GenerateOptions
 
 
 class ServerTarget:
@@ -16,14 +16,13 @@ class ServerTarget:
     async def stream(self, request: Streamed) -> None:
         """Run a request; a failed call is an outcome, not an exception."""
         mix = None if request.mix is None else dict(request.mix)
+        options: GenerateOptions = {
+            **request.sampling,
+            "max_new_tokens": request.length,
+            "ignore_eos": True,
+        }
         try:
-            stream = self._client.stream(
-                list(request.prompt),
-                mix=mix,
-                max_new_tokens=request.length,
-                temperature=0.0,
-                ignore_eos=True,
-            )
+            stream = self._client.stream(list(request.prompt), mix=mix, **options)
             async for chunk in stream:
                 request.add(chunk.token_ids)
                 if chunk.mix is not None:

@@ -7,6 +7,7 @@ All contestants run the same prompts, one batch of streams after the other, in t
     base: 24 domains loaded, none used.
     merged: a mix of three domains, folded.
     mixed: every row another mix of three out of 24 domains, the merged mix resident.
+    merged, top_p and the like: the same, but its tokens are drawn (`benchmarks/sampling.py`).
     merged over gRPC: a server in its own process, streams through the client library.
 Peers (`benchmarks/peers`) run the base in processes of their own.
 """
@@ -31,6 +32,7 @@ from benchmarks.peers.pool import BARE_VARIANTS, VARIANTS, PeerError, PeerProces
 from benchmarks.progress import Tell, progress
 from benchmarks.report import Cell, Report, Table
 from benchmarks.rounds import Measure, Rounds, run_rounds
+from benchmarks.sampling import GREEDY, SAMPLINGS, describe, samplings
 from benchmarks.scaling import random_mixes
 from benchmarks.serverprocess import ServerProcess
 from benchmarks.servertarget import ServerTarget
@@ -38,7 +40,7 @@ from benchmarks.shapes import Group, adapter_folder, base_folder, prompts
 from benchmarks.spread import Spread
 from benchmarks.target import Streamed, Weights
 from superpose_adapters.mix import BoundMix
-from superpose_client import AsyncClient
+from superpose_client import AsyncClient, GenerateOptions
 
 PROMPT_TOKENS = 32
 NEW_TOKENS = 64
@@ -51,7 +53,8 @@ MOST_PEER_ROWS = 32
 
 BARE, PLAIN, BASE, MERGED, MIXED = "bare", "bare transformers", "base", "merged", "mixed"
 WIRE = "merged over gRPC"
-OURS = (BARE, PLAIN, BASE, MERGED, MIXED, WIRE)
+SAMPLED = {name: f"{MERGED}, {name}" for name in SAMPLINGS if name != GREEDY}
+OURS = (BARE, PLAIN, BASE, MERGED, *SAMPLED.values(), MIXED, WIRE)
 GENERATE = "transformers generate {dtype}"
 
 
@@ -108,9 +111,17 @@ class Wire:
 class Serving:
     """All contestants, loaded."""
 
-    def __init__(self, options: Options, most: int, new_tokens: int, stack: ExitStack) -> None:
+    def __init__(
+        self,
+        options: Options,
+        most: int,
+        new_tokens: int,
+        sampled: Sequence[str],
+        stack: ExitStack,
+    ) -> None:
         """Load what the options name; `stack` closes it."""
         self._options = options
+        self._sampled = sampled
         self._new_tokens = new_tokens
         self._stack = stack
         self._length = PROMPT_TOKENS + new_tokens
@@ -180,6 +191,11 @@ class Serving:
         ):
             bound = [self._local.bind(mix) for mix in mixes]
             found[name] = self._in_process(name, texts, bound, fold)
+        for sampling in self._sampled:
+            name = SAMPLED[sampling]
+            found[name] = self._in_process(
+                name, texts, [resident] * rows, resident, SAMPLINGS[sampling]
+            )
         if self._wire is not None:
             found[WIRE] = self._over_wire(self._wire, texts)
         for name, peer in self._peers.items():
@@ -192,7 +208,12 @@ class Serving:
         return self._most if variant.name in (BARE, PLAIN) else min(self._most, MOST_PEER_ROWS)
 
     def _in_process(
-        self, name: str, texts: list[list[int]], mixes: list[BoundMix], resident: BoundMix
+        self,
+        name: str,
+        texts: list[list[int]],
+        mixes: list[BoundMix],
+        resident: BoundMix,
+        sampling: GenerateOptions = SAMPLINGS[GREEDY],
     ) -> Measure:
         local = self._local
 
@@ -201,7 +222,7 @@ class Serving:
                 local.fold(local.prepare(resident))
             ended = threading.Semaphore(0)
             began = time.perf_counter()
-            requests = [Streamed(text, None, self._new_tokens) for text in texts]
+            requests = [Streamed(text, None, self._new_tokens, sampling) for text in texts]
             for request, mix in zip(requests, mixes, strict=True):
                 local.start(request, mix, ended.release)
             for _ in requests:
@@ -244,6 +265,7 @@ def measure(
     new_tokens: int,
     only: Sequence[str],
     *,
+    sampled: Sequence[str],
     wire: bool,
     peers: bool,
     tell: Tell,
@@ -257,7 +279,7 @@ def measure(
     results: dict[int, Rounds] = {}
     with ExitStack() as stack:
         tell("loading: served")
-        serving = Serving(options, max(streams), new_tokens, stack)
+        serving = Serving(options, max(streams), new_tokens, sampled, stack)
         serving.load(tell, only, wire=wire, peers=peers)
         total = sum(streams)
         for rows in streams:
@@ -274,6 +296,8 @@ def measure(
             *(_table(rows, rounds, serving, new_tokens) for rows, rounds in results.items()),
             _ratios(results, options),
         ]
+        if sampled:
+            report.notes.append(describe(options.model))
         report.notes += [f"Left out: {line}" for line in serving.absent]
         report.data = {
             "seconds": {str(rows): rounds.values for rows, rounds in results.items()},
@@ -320,6 +344,10 @@ def _ratios(results: dict[int, Rounds], options: Options) -> Table:
         ("merged / best peer of 16 bits or more", lambda r: _best(r, wide)),
         ("merged / bare", lambda r: (MERGED, BARE)),
         ("merged / bare transformers", lambda r: (MERGED, PLAIN)),
+        *(
+            (f"{name} / {MERGED}, greedy", lambda r, name=name: (name, MERGED))
+            for name in SAMPLED.values()
+        ),
         ("mixed / merged", lambda r: (MIXED, MERGED)),
         ("over gRPC / in process", lambda r: (WIRE, MERGED)),
     ]
@@ -378,6 +406,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--streams", type=numbers, default=list(STREAMS), help="concurrent streams")
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help="tokens a stream")
     parser.add_argument("--only", action="append", default=[], help="a contestant; may be repeated")
+    parser.add_argument(
+        "--sampling",
+        type=samplings,
+        default=[*SAMPLINGS],
+        help="how tokens are chosen, one or more of " + ",".join(SAMPLINGS),
+    )
     parser.add_argument("--no-peers", action="store_true", help="leave all peers out")
     parser.add_argument("--no-grpc", action="store_true", help="leave the server process out")
     parsed = parser.parse_args(arguments)
@@ -388,6 +422,7 @@ def main(arguments: list[str] | None = None) -> int:
             parsed.streams,
             parsed.new_tokens,
             parsed.only,
+            sampled=[name for name in parsed.sampling if name != GREEDY],
             wire=not parsed.no_grpc,
             peers=not parsed.no_peers,
             tell=tell,

@@ -7,17 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from benchmarks.sampling import GREEDY, SAMPLINGS
+from superpose_client import GenerateOptions
+
 Weights = Mapping[str, float]
 
 
 @dataclass
 class Streamed:
-    """One greedy request and what came back; times are those of `time.perf_counter`.
+    """One request and what came back; times are those of `time.perf_counter`.
 
     Attributes:
         prompt: Token ids.
         mix: The mix that it names; None: the default mix.
         length: New tokens that it asks for.
+        sampling: How they are to be chosen.
         due: When it should have been sent: what its user waits from.
         arrivals: (time, number of tokens) of each chunk.
         tokens: All of them.
@@ -29,6 +33,7 @@ class Streamed:
     prompt: Sequence[int]
     mix: Weights | None
     length: int
+    sampling: GenerateOptions = field(default_factory=lambda: SAMPLINGS[GREEDY])
     due: float = field(default_factory=time.perf_counter)
     arrivals: list[tuple[float, int]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -75,7 +80,7 @@ class Streamed:
 
 
 class Target(Protocol):
-    """Something that streams greedy texts and whose default mix can be changed."""
+    """Something that streams texts and whose default mix can be changed."""
 
     async def stream(self, request: Streamed) -> None:
         """Run a request to its end, noting in it what comes; cancellation cancels it."""
