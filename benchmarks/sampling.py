@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
+
 from benchmarks.shapes import SIZES
 from superpose_client import GenerateOptions
 
@@ -18,12 +20,12 @@ def samplings(text: str) -> list[str]:
     """Read a list such as greedy,top_p.
 
     Raises:
-        ValueError: A name that is none of SAMPLINGS.
+        ArgumentTypeError: A name that is none of SAMPLINGS.
     """
     names = text.split(",")
     unknown = [name for name in names if name not in SAMPLINGS]
     if unknown:
-        raise ValueError(f"{unknown[0]} is none of {', '.join(SAMPLINGS)}")
+        raise ArgumentTypeError(f"{unknown[0]} is none of {', '.join(SAMPLINGS)}")
     return names
 
 

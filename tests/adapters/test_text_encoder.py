@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from tests.makers import (
     EOS,
     EOS_ID,
@@ -23,7 +24,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from superpose_adapters.text_encoder import TextEncoder, TokenRefused, vocabulary_of
+from superpose_adapters.text_encoder import TextEncoder, TokenRefused, logits_of, vocabulary_of
 
 BOS_ID = VOCABULARY  # of the makers' tokenizers that add one
 TEXT = "how are you"
@@ -234,3 +235,18 @@ def test_a_tokenizer_that_tells_no_characters_encodes_texts_but_no_rows(tmp_path
     assert encoder.prompt("a a") == slow("a a")["input_ids"]
     with pytest.raises(ValueError, match=r"CTRLTokenizer.*use a base with a tokenizer\.json"):
         encoder.row("a", "a", 9)
+
+
+def test_ids_that_are_to_be_chosen_are_checked_against_the_logits() -> None:
+    encoder = TextEncoder(tiny_tokenizer(), VOCABULARY, logits=VOCABULARY - 1)
+    encoder.check([VOCABULARY - 1])
+    encoder.check_choices(range(VOCABULARY - 1))
+    message = rf"holds token {VOCABULARY - 1}.* and the base has logits for {VOCABULARY - 1} tokens"
+    with pytest.raises(TokenRefused, match=message):
+        encoder.check_choices([0, VOCABULARY - 1])
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_a_base_has_as_many_logits_as_its_head_gives(make: Callable[[], Any]) -> None:
+    model = make()
+    assert logits_of(model) == model(torch.tensor([[1]])).logits.shape[-1]

@@ -39,6 +39,19 @@ NEEDS_COMPILER = pytest.mark.skipif(
     shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler"
 )
 GREEDY = SamplingParams(max_new_tokens=8, temperature=0.0, ignore_eos=True)
+# One of each way to choose, and of each way through it.
+SAMPLING_KINDS = {
+    "greedy": SamplingParams(temperature=0.0),
+    "all": SamplingParams(),
+    "cold": SamplingParams(temperature=0.3),
+    "top_k": SamplingParams(top_k=50),
+    "top_k of many": SamplingParams(temperature=2.0, top_k=3000),
+    "top_k, top_p": SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01),
+    "top_p": SamplingParams(temperature=0.8, top_p=0.95),
+    "top_p of many": SamplingParams(temperature=3.0, top_p=0.8),
+    "top_p of few": SamplingParams(temperature=2.0, top_p=0.02),
+    "min_p": SamplingParams(min_p=0.1),
+}
 
 # References are slow: a text that several tests want is made once.
 _REFERENCE_TEXTS: dict[tuple[tuple[int, ...], str, int], list[int]] = {}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from itertools import permutations
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from tests.families import measure
 from tests.server.helpers import (
     GREEDY,
+    SAMPLING_KINDS,
     Bench,
     dense_weights,
     key_values,
@@ -22,6 +24,7 @@ from tests.server.helpers import (
 
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.digest import hash_bytes
+from superpose_server.engine.choosing import choose
 from superpose_server.engine.runner import Runner
 from superpose_server.engine.score import ScoreRow
 from superpose_server.model.batch import Span
@@ -111,6 +114,30 @@ def test_captured_steps_are_those_that_are_not(base: Path, dtype: torch.dtype) -
             found = runner.run(spans, wanted, asked)
             exact = uncaptured.run(spans, wanted, asked)
             assert torch.allclose(found, exact, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", SAMPLING_KINDS)
+def test_tokens_are_those_of_a_cpu(kind: str) -> None:
+    rows = 64
+    logits = 3 * torch.randn(rows, 50257, generator=torch.Generator().manual_seed(0))
+    bias = dict.fromkeys(range(0, 50257, 100), 3.0)
+    params = [
+        dataclasses.replace(SAMPLING_KINDS[kind], logit_bias=bias, repetition_penalty=1.0 + row % 2)
+        for row in range(rows)
+    ]
+
+    def tokens(device: str) -> list[int]:
+        found, finite = choose(
+            logits.to(device),
+            params,
+            [random.Random(row) for row in range(rows)],
+            [frozenset({row}) for row in range(rows)],
+            [each.history(range(row)) for row, each in enumerate(params)],
+        )
+        assert all(finite)
+        return found
+
+    assert tokens("cuda") == tokens("cpu")
 
 
 @DTYPES

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tests.server.helpers import SAMPLING_KINDS
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -214,24 +215,9 @@ def test_a_row_that_is_not_finite_is_named_and_harms_no_other(
         assert (tokens[1], tokens[3]) == (alone, 0)
 
 
-# One of each way to choose, and of each way through it.
-KINDS = {
-    "greedy": SamplingParams(temperature=0.0),
-    "all": SamplingParams(),
-    "cold": SamplingParams(temperature=0.3),
-    "top_k": SamplingParams(top_k=50),
-    "top_k of many": SamplingParams(temperature=2.0, top_k=3000),
-    "top_k, top_p": SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01),
-    "top_p": SamplingParams(temperature=0.8, top_p=0.95),
-    "top_p of many": SamplingParams(temperature=3.0, top_p=0.8),
-    "top_p of few": SamplingParams(temperature=2.0, top_p=0.02),
-    "min_p": SamplingParams(min_p=0.1),
-}
-
-
 @pytest.mark.parametrize("vocabulary", [50257, 8192, 300])
 def test_a_row_gets_the_same_tokens_alone_and_among_others(vocabulary: int) -> None:
-    kinds = [*KINDS.values()] * 3
+    kinds = [*SAMPLING_KINDS.values()] * 3
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(len(kinds), vocabulary, generator=generator)
 
@@ -253,14 +239,14 @@ def test_a_row_gets_the_same_tokens_alone_and_among_others(vocabulary: int) -> N
     assert tokens(everyone[5:17]) == together[5:17]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SAMPLING_KINDS)
 @pytest.mark.parametrize("spread", [1.0, 4.0])
 def test_large_vocabularies_are_drawn_from_as_in_float64(kind: str, spread: float) -> None:
     vocabulary, draws = 2000, 2000
     generator = torch.Generator().manual_seed(1)
     # As bfloat16 has them, so that many are equal.
     logits = spread * torch.randn(vocabulary, generator=generator).bfloat16().float()
-    params = dataclasses.replace(KINDS[kind], seed=3)
+    params = dataclasses.replace(SAMPLING_KINDS[kind], seed=3)
     exact = plain_probabilities(
         logits.double().numpy(),
         params.temperature or 1e-9,
