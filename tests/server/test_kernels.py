@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from superpose_adapters.adapter import Adapter, Factors
+from superpose_adapters.layout import ModuleLayout
 from superpose_adapters.mix import BoundEntry, BoundMix
+from superpose_server.model import packed as packed_module
 from superpose_server.model.batch import Batch, Span
 from superpose_server.model.kernels.build import load_kernels
 from superpose_server.model.packed import PANEL, TERM_FIELDS, PackedLinear, pack
@@ -51,10 +53,20 @@ def randn(*shape: int, seed: int = 0, size: float = 1.0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size
 
 
-def unpack(packed: Tensor, out_features: int) -> Tensor:
-    """(panels, in, 16) to (in, out), a feature at a time."""
-    columns = [packed[j // PANEL, :, j % PANEL] for j in range(out_features)]
-    return torch.stack(columns, dim=1)
+def unpack(packed: Tensor, in_features: int, out_features: int) -> Tensor:
+    """Panels to (in, out), a feature at a time."""
+    columns = [packed[j // PANEL, :, j % PANEL].reshape(-1) for j in range(out_features)]
+    return torch.stack(columns, dim=1)[:in_features]
+
+
+@pytest.fixture(params=["floats", "pairs", "tiles"])
+def products(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each way to compute products in bfloat16 that this processor has."""
+    chosen = load_kernels().products
+    if not torch.ops.superpose.use_products(request.param):
+        pytest.skip("this processor has no such instructions")
+    yield request.param
+    torch.ops.superpose.use_products(chosen)
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, term: Tensor) -> Tensor:
@@ -70,15 +82,22 @@ def rounding(exact: Tensor, dtype: torch.dtype) -> Tensor:
 # Packing
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("out", [1, 15, 16, 17, 50])
-def test_packing_loses_nothing_and_fills_up_with_zeros(out: int, transposed: bool) -> None:
-    matrix = randn(7, out)  # (in, out)
+@pytest.mark.parametrize("inputs", [1, 7, 32, 45])
+def test_packing_loses_nothing_and_fills_up_with_zeros(
+    inputs: int, out: int, transposed: bool, dtype: torch.dtype
+) -> None:
+    matrix = randn(inputs, out).to(dtype)
     packed = pack(matrix if transposed else matrix.T.contiguous(), transposed=transposed)
-    assert packed.shape == (math.ceil(out / 16), 7, 16)
+    depth = {torch.float32: inputs, torch.bfloat16: math.ceil(inputs / 32) * 32}[dtype]
+    side = {torch.float32: 1, torch.bfloat16: 2}[dtype]
+    assert packed.shape == (math.ceil(out / 16), depth // side, 16, side)
     assert packed.is_contiguous()
-    assert torch.equal(unpack(packed, out), matrix)
-    assert float(packed.abs().sum()) == pytest.approx(float(matrix.abs().sum()))
+    assert torch.equal(unpack(packed, inputs, out), matrix)
+    assert int(packed.count_nonzero()) == int(matrix.count_nonzero())
+    assert torch.equal(packed_module.unpack(packed, inputs, out), matrix)
 
 
 # Products
@@ -88,9 +107,9 @@ ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 19, 30, 47, 59, 60, 61, 66, 70, 129]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("inputs", "out"), [(37, 50), (1, 16), (301, 7), (513, 33)])
+@pytest.mark.parametrize(("inputs", "out"), [(37, 50), (1, 16), (301, 7), (513, 33), (96, 64)])
 def test_products_for_any_number_of_rows(
-    inputs: int, out: int, biased: bool, dtype: torch.dtype
+    inputs: int, out: int, biased: bool, dtype: torch.dtype, products: str
 ) -> None:
     weight = randn(inputs, out, seed=1).to(dtype)
     packed = pack(weight, transposed=True)
@@ -108,7 +127,9 @@ def test_products_for_any_number_of_rows(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_product_keeps_the_leading_dimensions_and_takes_any_strides(dtype: torch.dtype) -> None:
+def test_a_product_keeps_the_leading_dimensions_and_takes_any_strides(
+    dtype: torch.dtype, products: str
+) -> None:
     packed = pack(randn(20, 9).to(dtype), transposed=True)
     x = randn(2, 3, 20, seed=1).to(dtype)
     flat = linear(x.reshape(6, 20), packed, None, 9, NO_TERM)
@@ -129,7 +150,9 @@ def test_a_product_of_the_wrong_width_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_bits_of_a_row_depend_on_nothing_but_the_row(dtype: torch.dtype, threads: None) -> None:
+def test_the_bits_of_a_row_depend_on_nothing_but_the_row(
+    dtype: torch.dtype, threads: None, products: str
+) -> None:
     # 301 inputs are two passes over a panel, 150 outputs ten panels, the last one not full.
     packed = pack(randn(301, 150).to(dtype), transposed=True)
     bias = randn(150, seed=1).to(dtype)
@@ -146,9 +169,10 @@ def test_the_bits_of_a_row_depend_on_nothing_but_the_row(dtype: torch.dtype, thr
         assert torch.equal(linear(x[order], packed, bias, 150, NO_TERM), whole[order])
 
 
-def test_what_is_not_finite_stays_in_its_row() -> None:
-    packed = pack(randn(40, 20), transposed=True)
-    x = randn(9, 40, seed=1)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_stays_in_its_row(dtype: torch.dtype, products: str) -> None:
+    packed = pack(randn(40, 20).to(dtype), transposed=True)
+    x = randn(9, 40, seed=1).to(dtype)
     fine = linear(x, packed, None, 20, NO_TERM)
     x[4, 7] = torch.nan
     y = linear(x, packed, None, 20, NO_TERM)
@@ -731,6 +755,7 @@ def test_torch_compile_is_told_the_shape_of_what_attention_returns(options: Opti
 
 # Folds
 
+FOLDED = ModuleLayout(127, 150, transposed=True)
 RANKS = {3: 4, 4: 4, 8: 8, 11: 12, 33: 36}
 
 
@@ -747,7 +772,7 @@ def fold_problem(rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]
 @pytest.mark.parametrize("rank", RANKS)
 def test_a_fold_is_the_exact_sum_rounded_once(rank: int, dtype: torch.dtype, threads: None) -> None:
     base, a, b = fold_problem(rank, dtype)
-    form, kept = PackedFormat(), pack(base, transposed=True)
+    form, kept = PackedFormat(FOLDED, dtype), pack(base, transposed=True)
     before = kept.clone()
     pair = form.arrange(a, b)
     assert pair[0].shape[1] == RANKS[rank]
@@ -756,11 +781,11 @@ def test_a_fold_is_the_exact_sum_rounded_once(rank: int, dtype: torch.dtype, thr
     form.fold([out], [kept], [pair])
     assert out.data_ptr() == address
     assert torch.equal(kept, before)
-    assert not out[-1, :, 150 % 16 :].any()  # what fills the last panel stays 0
+    assert int(out.count_nonzero()) == int(unpack(out, 127, 150).count_nonzero())
 
     exact = base.double() + a.double().T @ b.double().T
     slack = (rank + 1) * UNIT * (base.double().abs() + a.double().abs().T @ b.double().abs().T)
-    folded = unpack(out, 150)
+    folded = unpack(out, 127, 150)
     # Sums are float32: next to a tie of bfloat16 their rounding may be the other neighbour, and
     # nowhere else. Rounding is monotone, so the result is between those of the sum's two ends.
     low, high = (exact - slack).to(dtype), (exact + slack).to(dtype)
@@ -786,26 +811,43 @@ def test_a_bfloat16_tie_goes_to_even(dtype: torch.dtype) -> None:
     base = torch.ones(2, 16, dtype=dtype)
     a = torch.tensor([[1.0, 3.0]])
     out = pack(base, transposed=True)
-    pair = PackedFormat().arrange(a, torch.full((16, 1), 2.0**-8))
-    PackedFormat().fold([out], [out.clone()], [pair])
+    form = PackedFormat(ModuleLayout(2, 16, transposed=True), dtype)
+    pair = form.arrange(a, torch.full((16, 1), 2.0**-8))
+    form.fold([out], [out.clone()], [pair])
     exact = torch.tensor([[1 + 2.0**-8], [1 + 3 * 2.0**-8]], dtype=torch.float64).expand(2, 16)
     ties = torch.tensor([[1.0], [1 + 2.0**-6]], dtype=torch.float64).expand(2, 16)
     expected = exact if dtype == torch.float32 else ties
-    assert torch.equal(unpack(out, 16).double(), expected)
+    assert torch.equal(unpack(out, 2, 16).double(), expected)
 
 
 def test_the_delta_of_packed_factors_is_their_product() -> None:
     base, a, b = fold_problem(11, torch.float32)
-    form = PackedFormat()
-    delta = unpack(form.delta(form.arrange(a, b)), 150)
-    assert delta.dtype == torch.float64
-    assert torch.allclose(delta, (b.double() @ a.double()).T, rtol=0, atol=1e-14)
-    assert base.shape == delta.shape
+    for dtype in DTYPES:
+        form = PackedFormat(FOLDED, dtype)
+        delta = form.delta(form.arrange(a, b))
+        assert delta.dtype == torch.float64
+        assert delta.shape == base.shape
+        assert torch.allclose(delta, (b.double() @ a.double()).T, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_plain_parameter_is_the_checkpoints_unless_what_fills_it_up_is_damaged(
+    transposed: bool, dtype: torch.dtype
+) -> None:
+    layout = ModuleLayout(127, 150, transposed=transposed)
+    parameter = randn(*((127, 150) if transposed else (150, 127))).to(dtype)
+    packed = pack(parameter, transposed=transposed)
+    form = PackedFormat(layout, dtype)
+    assert torch.equal(form.plain(packed), parameter)
+    packed[-1, 5, -1, -1] = -0.0  # of output feature 159
+    assert form.plain(packed).shape == packed.shape
 
 
 def test_a_fold_of_other_shapes_is_refused() -> None:
     base, a, b = fold_problem(4, torch.float32)
     kept = pack(base, transposed=True)
-    pair = PackedFormat().arrange(a[:, :-1], b)
+    form = PackedFormat(FOLDED, torch.float32)
+    pair = form.arrange(a[:, :-1], b)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        PackedFormat().fold([kept.clone()], [kept], [pair])
+        form.fold([kept.clone()], [kept], [pair])

@@ -1,8 +1,10 @@
 """A linear layer whose parameter lies in panels, as the CPU kernels read it.
 
-Panel p of the parameter, (in, 16), holds output features 16p..16p+15 of every input feature, so
-that a product streams through memory whatever the checkpoint's layout. The packed parameter is the
-only copy: folds write it, `verify` hashes it, and an embedding that is tied to it reads it.
+Panel p of the parameter holds output features 16p..16p+15 of every input feature, so that a product
+streams through memory whatever the checkpoint's layout. Within it 4 bytes of an output feature lie
+side by side, which is one input feature of float32 or two of bfloat16: (panels, in / side, 16,
+side). The layout is a matter of the dtype alone, not of the processor. The packed parameter is the
+only copy: folds write it, and an embedding that is tied to it reads it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from superpose_adapters.layout import Layout
 from superpose_server.model.memory import lasting_zeros
 
 PANEL = 16
+# Input features of bfloat16 that instructions for it take at a time: a panel is filled up to them.
+_TOGETHER = 32
 # Numbers of one module's term; see `Term` in kernels.cpp.
 TERM_FIELDS = 8
 
@@ -28,7 +32,7 @@ class PackedLinear(nn.Module):
     def __init__(
         self, weight: Tensor, bias: Tensor | None, out_features: int, term: Tensor | None = None
     ) -> None:
-        """Take a packed weight (panels, in, 16), a bias (out,) and a place for the term."""
+        """Take a packed weight (see `pack`), a bias (out,) and a place for the term."""
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = bias if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -49,30 +53,52 @@ class PackedLinear(nn.Module):
 class PackedEmbedding(nn.Module):
     """Tokens (...) to (..., in): rows of the parameter that a tied head keeps in panels."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
-        """Share a packed weight (panels, in, 16)."""
+    def __init__(self, weight: nn.Parameter, in_features: int) -> None:
+        """Share a packed weight."""
         super().__init__()
         self.weight = weight
+        self.in_features = in_features
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the row of each token."""
-        return self.weight[ids // PANEL, :, ids % PANEL]
+        rows = self.weight[ids // PANEL, :, ids % PANEL]
+        return rows.flatten(-2)[..., : self.in_features]
+
+
+def packed_depth(inputs: int, dtype: torch.dtype) -> int:
+    """Return how many input features a panel holds, those included that fill it up with zeros."""
+    return inputs if dtype.itemsize == 4 else -(-inputs // _TOGETHER) * _TOGETHER
 
 
 def pack(parameter: Tensor, *, transposed: bool) -> Tensor:
-    """Return a parameter, (in, out) if `transposed` else (out, in), as (panels, in, 16).
+    """Return a parameter, float32 or bfloat16, in panels.
 
-    The last panel is filled up with zeros.
+    Args:
+        parameter: (in, out) if `transposed`, else (out, in).
+        transposed: See `parameter`.
+
+    Returns:
+        (panels, in / side, 16, side), with 4 / side bytes a number; in and out are filled up with
+        zeros.
     """
     matrix = parameter if transposed else parameter.T  # (in, out)
     inputs, outputs = matrix.shape
-    panels = -(-outputs // PANEL)
-    packed = lasting_zeros((panels, inputs, PANEL), parameter.dtype, parameter.device)
-    whole = outputs // PANEL
-    packed[:whole] = matrix[:, : whole * PANEL].reshape(inputs, whole, PANEL).transpose(0, 1)
-    if whole < panels:
-        packed[whole, :, : outputs - whole * PANEL] = matrix[:, whole * PANEL :]
+    side = 4 // parameter.dtype.itemsize
+    depth = packed_depth(inputs, parameter.dtype)
+    panels, whole = -(-outputs // PANEL), outputs // PANEL
+    packed = lasting_zeros((panels, depth // side, PANEL, side), parameter.dtype, parameter.device)
+    for place in range(side):
+        rows = matrix[place::side]
+        to = packed[:, : len(rows), :, place].transpose(0, 1)  # (in / side, panels, 16)
+        to[:, :whole] = rows[:, : whole * PANEL].view(len(rows), whole, PANEL)
+        if whole < panels:
+            to[:, whole, : outputs - whole * PANEL] = rows[:, whole * PANEL :]
     return packed
+
+
+def unpack(packed: Tensor, inputs: int, outputs: int) -> Tensor:
+    """Return a parameter in panels as (in, out), in memory of its own: `pack` undone."""
+    return packed.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)[:inputs, :outputs]
 
 
 @torch.no_grad()
@@ -94,7 +120,7 @@ def pack_modules(module: nn.Module, layout: Layout) -> Tensor:
         new = PackedLinear(weight, bias, shape.out_features, term)
         module.set_submodule(name, new)
         for other in _lookups(module, old) if shape.tied else ():
-            module.set_submodule(other, PackedEmbedding(new.weight))
+            module.set_submodule(other, PackedEmbedding(new.weight, shape.in_features))
     return terms
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from superpose_adapters.fold import fold_alike_into, fold_into
 from superpose_adapters.layout import ModuleLayout
-from superpose_server.model.packed import PANEL
+from superpose_server.model.packed import PANEL, packed_depth, unpack
 
 Pair = tuple[Tensor, Tensor]
 
+_INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 # Elements of parameters that one fold on a GPU writes together: 64 MiB of float32 scratch.
 _TOGETHER = 1 << 24
 
@@ -44,8 +45,15 @@ class ParameterFormat(Protocol):
         """
         ...
 
+    def plain(self, parameter: Tensor) -> Tensor:
+        """Return a parameter as the checkpoint has it, which is the same on every processor.
+
+        Whatever else lies in memory must be zero: a parameter where it is not is returned as it is.
+        """
+        ...
+
     def delta(self, pair: Pair) -> Tensor:
-        """Return the delta, float64, in the parameter's shape."""
+        """Return the delta, float64, as the checkpoint has the parameter."""
         ...
 
 
@@ -73,22 +81,33 @@ class PlainFormat:
         else:
             fold_into(outs[0], bases[0], *pairs[0], self.layout)
 
+    def plain(self, parameter: Tensor) -> Tensor:
+        """Return it as it is."""
+        return parameter
+
     def delta(self, pair: Pair) -> Tensor:
         """Form B A."""
         return self.layout.delta(pair[1].double() @ pair[0].double())
 
 
+@dataclass(frozen=True)
 class PackedFormat:
-    """(panels, in, 16), written in one pass by the CPU kernel."""
+    """In panels (`packed.py`), written in one pass by the CPU kernel."""
+
+    layout: ModuleLayout
+    dtype: torch.dtype
 
     def arrange(self, a_cat: Tensor, b_cat: Tensor) -> Pair:
-        """Return A^T (in, R) and B^T in panels (panels, R, 16), R filled up to a multiple of 4."""
+        """Return A^T (in, R) and B^T in panels (panels, R, 16).
+
+        R is filled up to a multiple of 4, and the features as those of a parameter.
+        """
         rank, inputs = a_cat.shape
         outputs = b_cat.shape[0]
         filled = -(-rank // 4) * 4
         panels = -(-outputs // PANEL)
-        a = torch.zeros(inputs, filled)
-        a[:, :rank] = a_cat.T
+        a = torch.zeros(packed_depth(inputs, self.dtype), filled)
+        a[:inputs, :rank] = a_cat.T
         b = torch.zeros(panels * PANEL, filled)
         b[:outputs, :rank] = b_cat
         return a, b.view(panels, PANEL, filled).transpose(1, 2).contiguous()
@@ -102,9 +121,20 @@ class PackedFormat:
         for out, base, pair in zip(outs, bases, pairs, strict=True):
             torch.ops.superpose.fold(out, base, *pair)
 
+    def plain(self, parameter: Tensor) -> Tensor:
+        """Take it out of its panels, if what fills them up is zero, every bit of it."""
+        matrix = unpack(parameter, self.layout.in_features, self.layout.out_features)
+        integers = _INTEGERS[parameter.dtype]
+        counts = [numbers.view(integers).count_nonzero() for numbers in (matrix, parameter)]
+        if counts[0] != counts[1]:
+            return parameter
+        return matrix if self.layout.transposed else matrix.T
+
     def delta(self, pair: Pair) -> Tensor:
-        """Form (A^T B^T) a panel."""
-        return pair[0].double() @ pair[1].double()
+        """Form B A."""
+        a = pair[0][: self.layout.in_features].double()
+        b = pair[1].transpose(1, 2).flatten(0, 1)[: self.layout.out_features].double()
+        return self.layout.delta(b @ a.T)
 
 
 def fold_groups(

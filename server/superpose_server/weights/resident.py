@@ -113,11 +113,10 @@ class ResidentWeights:
         self._norms: dict[str, float] = {}
         self._largest: dict[str, float] = {}
         self._keep_base_on = keep_base_on
-        self._hashes = {name: hash_bytes(p) for name, p in self._parameters.items()}
         first = next(iter(self._parameters.values()))
         self.device, self.dtype = first.device, first.dtype
         self._formats: dict[str, ParameterFormat] = {
-            name: PackedFormat()
+            name: PackedFormat(shape, self.dtype)
             if isinstance(module.get_submodule(name), PackedLinear)
             else PlainFormat(shape, self.device)
             for name, shape in layout.items()
@@ -126,6 +125,7 @@ class ResidentWeights:
         self._live = {
             name: self._parameters[f"{name}.weight"] for name, m in layout.items() if not m.tied
         }
+        self._hashes = {name: self._hash(name, p) for name, p in self._parameters.items()}
         self.lost = False
         self.base_digest = base_digest
         self.resident = PreparedMix(BoundMix(base_digest))
@@ -296,15 +296,16 @@ class ResidentWeights:
         expected = dict(self._hashes)
         for group in resident.groups:
             for module, fresh in zip(group, self._fresh(group, resident.factors), strict=True):
-                expected[f"{module}.weight"] = hash_bytes(fresh)
+                name = f"{module}.weight"
+                expected[name] = self._hash(name, fresh)
             yield True
             if self.resident is not resident:
                 return None
         hashes, damaged_resident, damaged_base = {}, [], []
         for name, parameter in self._parameters.items():
             module = name.removesuffix(".weight")
-            hashes[name] = hash_bytes(parameter)
-            if module in kept and hash_bytes(self._base[module]) != self._hashes[name]:
+            hashes[name] = self._hash(name, parameter)
+            if module in kept and self._hash(name, self._base[module]) != self._hashes[name]:
                 damaged_base.append(name)
             if hashes[name] != expected[name]:
                 damaged_resident.append(name)
@@ -321,6 +322,11 @@ class ResidentWeights:
         self._fold(group, folded, factors)
         return folded
 
+    def _hash(self, name: str, parameter: Tensor) -> str:
+        """Hash a parameter as the checkpoint has it: the same on every processor."""
+        form = self._formats.get(name.removesuffix(".weight"))
+        return hash_bytes(parameter if form is None else form.plain(parameter))
+
     def measure_fold_error(self, prepared: PreparedMix) -> Generator[bool, None, float]:
         """Return norm(W(mix) - W0 - delta) / norm(delta), measured; yields after each module.
 
@@ -329,10 +335,11 @@ class ResidentWeights:
         lost = total = 0.0
         for group in prepared.groups:
             for module, fresh in zip(group, self._fresh(group, prepared.factors), strict=True):
+                form = self._formats[module]
                 base = self._base[module].to(self.device)
                 with torch.inference_mode():
-                    delta = self._formats[module].delta(prepared.factors[module])
-                    error = fresh.double() - base.double() - delta
+                    delta = form.delta(prepared.factors[module])
+                    error = form.plain(fresh).double() - form.plain(base).double() - delta
                     lost += float(error.square().sum())
                     total += float(delta.square().sum())
                 yield True

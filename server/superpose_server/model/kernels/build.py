@@ -1,4 +1,4 @@
-"""Compile `kernels.cpp` for this machine, once, and load it as `torch.ops.superpose`."""
+"""Compile `kernels.cpp` for this kind of processor, once, and load it as `torch.ops.superpose`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from superpose_server.model.cache_folder import cache_folder
+from superpose_server.model.kernels.family import Family, families
+from superpose_server.model.packed import TERM_FIELDS, pack
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_FLAGS = ("-O3", "-march=native", "-std=c++20", "-ffp-contract=fast", "-fopenmp", "-fPIC")
+_FLAGS = ("-O3", "-std=c++20", "-ffp-contract=fast", "-fopenmp", "-fPIC")
 _log = logging.getLogger(__name__)
 
 
@@ -28,14 +30,21 @@ class CompilerError(ValueError):
 
 
 @cache
-def load_kernels() -> None:
+def load_kernels() -> Family:
     """Make `torch.ops.superpose` available, compiling it first if this machine never did.
 
     The library is kept under XDG_CACHE_HOME or ~/.cache, named after all that it was made from.
+    Products in bfloat16 that differ from those in float32 arithmetic are not used, with a warning.
+
+    Returns:
+        The family of kernels that this process uses from now on.
 
     Raises:
         CompilerError: There is no C++ compiler, or it fails.
+        FamilyError: See `families`.
     """
+    able = families()
+    flags = (*_FLAGS, f"-march={able[0].architecture}")
     try:
         compiler = shlex.split(os.environ.get("CXX", "")) or _find_compiler()
     except ValueError as error:
@@ -45,15 +54,58 @@ def load_kernels() -> None:
             "--compile auto needs a C++ compiler and there is none: install g++, or pass "
             "--compile off"
         )
-    # The macros name the compiler, its version and all that it knows of this processor.
-    macros = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
-    made_from = (_SOURCE.read_bytes(), macros, torch.__version__.encode(), repr(_FLAGS).encode())
+    # The macros name the compiler, its version and all that it knows of the processor.
+    macros = _run([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+    sources = [path.read_bytes() for path in sorted(_SOURCE.parent.glob("*.[ch]*"))]
+    made_from = (*sources, macros, torch.__version__.encode(), repr(flags).encode())
     digest = hashlib.sha256(b"\0".join(made_from)).hexdigest()[:16]
     library = _cache_dir() / f"kernels-{digest}.so"
     if not library.exists():
-        _compile(compiler, library)
+        _compile([*compiler, *flags], library)
     torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     _describe()
+    family = _choose([f for f in able if f.architecture == able[0].architecture])
+    _log.info("kernels family=%s", family.name)
+    return family
+
+
+def _choose(able: list[Family]) -> Family:
+    """Use the first family whose products are right; the last needs no check, it is the measure."""
+    for family in able:
+        if torch.ops.superpose.use_products(family.products) and (
+            family.products == "floats" or _products_are_right(family.products)
+        ):
+            return family
+        _log.warning("this machine fails at products of family=%s: not used", family.name)
+    raise CompilerError(
+        f"no family of kernels is right on this machine (tried {', '.join(f.name for f in able)}): "
+        "pass --compile off"
+    )
+
+
+def _products_are_right(products: str) -> bool:
+    """Compare products with those in float32 arithmetic, and leave the former in use."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    none = torch.zeros(TERM_FIELDS, dtype=torch.int64)
+    # Every number of tiles and what is left over: rows and panels beyond one and two, odd widths.
+    for rows, inputs, outputs in ((1, 64, 16), (13, 96, 40), (47, 75, 64)):
+        x, packed, bias = (
+            random(rows, inputs),
+            pack(random(inputs, outputs), transposed=True),
+            random(outputs),
+        )
+        found = []
+        for way in ("floats", products):
+            torch.ops.superpose.use_products(way)
+            found.append(torch.ops.superpose.linear(x, packed, bias, outputs, none).float())
+        # One rounding of bfloat16 apart at most, where sums are next to a tie.
+        if not bool(((found[1] - found[0]).abs() <= 2**-7 * found[0].abs() + 1e-5).all()):
+            return False
+    return True
 
 
 def _describe() -> None:
@@ -89,7 +141,6 @@ def _compile(compiler: list[str], library: Path) -> None:
         _run(
             [
                 *compiler,
-                *_FLAGS,
                 "-shared",
                 "-DAT_PARALLEL_OPENMP=1",
                 f"-I{torch_folder / 'include'}",
