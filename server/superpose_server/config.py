@@ -96,11 +96,12 @@ class ServerConfig:
             "share, when correcting them costs more than a fold"
         ),
     )
-    compile: Literal["auto", "off"] = field(
+    compile: Literal["auto", "on", "off"] = field(
         default="auto",
         metadata=_help(
-            "auto: on a CPU, kernels compiled for it (15 s, once a machine; needs g++), on a GPU "
-            "captured graphs; off: neither"
+            "on: on a CPU, kernels compiled for it (15 s, once a machine; needs g++), on a GPU "
+            "captured graphs; auto: the same, but without kernels where they cannot be compiled; "
+            "off: neither"
         ),
     )
     max_rank: int = field(default=256, metadata=_help("largest rank of an adapter"))

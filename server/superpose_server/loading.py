@@ -29,9 +29,10 @@ from superpose_server.engine.twin_check import check_meaning
 from superpose_server.engine.weights_check import Expected, expect
 from superpose_server.errors import SelfCheckError, ServerError, StartupError
 from superpose_server.model.capacity import positions_of
-from superpose_server.model.kernels.build import CompilerError
+from superpose_server.model.kernels.build import CompilerError, load_kernels
+from superpose_server.model.kernels.family import FamilyError
 from superpose_server.model.memory import MIB, is_out_of_memory
-from superpose_server.model.model import Model
+from superpose_server.model.model import KERNEL_DTYPES, Model
 from superpose_server.state_folder import check_state_folder, state_folder
 
 # Characters of a line that says why a server cannot start, as far as it is not ours alone.
@@ -72,7 +73,9 @@ def load_base(config: ServerConfig) -> LoadedBase:
     device = _device(config.device)
     _check_adapter_dir(config.adapter_dir)
     check_state_folder(config)
-    module = load_checkpoint(folder, _dtype(config.dtype, device))
+    dtype = _dtype(config.dtype, device)
+    kernels = _has_kernels(config, device, dtype)
+    module = load_checkpoint(folder, dtype)
     tokenizer = Tokenizer(folder)
     texts = TextEncoder(tokenizer.inner, vocabulary_of(module), logits=logits_of(module))
     _check_length(config, module)
@@ -82,7 +85,6 @@ def load_base(config: ServerConfig) -> LoadedBase:
     state_dir = state_folder(config, base_digest)
     store = AdapterStore(state_dir / "adapters")
     try:
-        kernels = config.compile == "auto"
         expected = None
         if config.self_check:
             _check_meaning(type(module), module.config, device, kernels)
@@ -120,11 +122,31 @@ def startup_error(config: ServerConfig, error: Exception) -> StartupError:
     if isinstance(error, TokenizerError):
         return StartupError(f"base {config.base} {line}")
     # What says all by itself; other libraries raise OSError and ValueError, too.
-    ours = CheckpointError | CompilerError | StoreError | ServerError
+    ours = CheckpointError | CompilerError | FamilyError | StoreError | ServerError
     if isinstance(error, ours) or line.startswith("base "):
         return StartupError(line)
     kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
     return StartupError(f"base {config.base} cannot be served: {kind}{line}")
+
+
+def _has_kernels(config: ServerConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether to serve on kernels, which are compiled now if this machine never did.
+
+    Raises:
+        CompilerError: They are insisted on, and cannot be compiled.
+        FamilyError: Those that are asked for are none of this processor's.
+    """
+    if config.compile == "off":
+        return False
+    if device.type == "cpu" and dtype in KERNEL_DTYPES:
+        try:
+            load_kernels()
+        except CompilerError as error:
+            if config.compile == "on":
+                raise
+            _log.warning("serving without kernels, which is slower: %s", one_line(error))
+            return False
+    return True
 
 
 def _check_adapter_dir(root: Path | None) -> None:

@@ -160,7 +160,7 @@ def test_a_machine_without_a_compiler_is_told_of_the_remedy(gpt2: Family, tmp_pa
         "--listen=127.0.0.1:0",
         "--metrics-listen=127.0.0.1:0",
         "--device=cpu",
-        "--compile=auto",
+        "--compile=on",
     )
     assert (result.returncode, result.stdout) == (1, "")
     (line,) = result.stderr.splitlines()

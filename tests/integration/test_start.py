@@ -561,18 +561,51 @@ def test_a_mixture_of_experts_starts_in_bfloat16(loop: LoopThread, tmp_path: Pat
         served.stop()
 
 
-def test_a_start_without_a_compiler_says_so_with_the_self_check_on(
-    gpt2: Family, tmp_path: Path, monkeypatch: Patch
-) -> None:
+@pytest.fixture
+def no_compiler(tmp_path: Path, monkeypatch: Patch) -> None:
+    """A machine that has none, and no kernels either."""
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     # Unwrapped, so that what this process has loaded already is no help.
-    monkeypatch.setattr(model_room, "load_kernels", load_kernels.__wrapped__)
-    config = ServerConfig(str(gpt2.base), state_dir=tmp_path / "state", device="cpu")
+    for room in (loading_room, model_room):
+        monkeypatch.setattr(room, "load_kernels", load_kernels.__wrapped__)
+
+
+def test_a_start_that_insists_on_kernels_needs_a_compiler(
+    gpt2: Family, tmp_path: Path, no_compiler: None
+) -> None:
+    config = ServerConfig(str(gpt2.base), state_dir=tmp_path / "s", device="cpu", compile="on")
     with pytest.raises(StartupError, match=r"cannot compile the kernels .*--compile off") as caught:
         Runtime(config)
     assert "base " not in str(caught.value)
     assert "--no-self-check" not in str(caught.value)
+
+
+def test_without_a_compiler_a_server_serves_without_kernels_and_says_so(
+    loop: LoopThread,
+    gpt2: Family,
+    tmp_path: Path,
+    no_compiler: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    served = start(loop, gpt2.base, tmp_path / "state", device="cpu", compile="auto")
+    try:
+        assert not served.server.runtime.model.packed
+        assert served.greedy()
+    finally:
+        served.stop()
+    [line] = [r.message for r in caplog.records if "kernels" in r.message]
+    assert line.startswith("serving without kernels, which is slower: ")
+    assert line.endswith("install g++ 11 or newer, or pass --compile off")
+
+
+def test_kernels_that_the_processor_lacks_are_no_reason_to_do_without(
+    gpt2: Family, tmp_path: Path, no_compiler: None, monkeypatch: Patch
+) -> None:
+    monkeypatch.setenv("SUPERPOSE_KERNELS", "mmx")
+    config = ServerConfig(str(gpt2.base), state_dir=tmp_path / "state", device="cpu")
+    with pytest.raises(StartupError, match=r"^SUPERPOSE_KERNELS is 'mmx': this processor runs "):
+        Runtime(config)
 
 
 @pytest.mark.parametrize("device", ["mps", "meta", "nowhere", "cuda:99"])

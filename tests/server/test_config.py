@@ -88,7 +88,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--base", "mini", "--grace", "nan"], "--grace is nan"),
         (["--base", "mini", "--grace", "inf"], "--grace is inf"),
         (["--base", "mini", "--dtype", "int8"], "--dtype"),
-        (["--base", "mini", "--compile", "on"], "--compile"),
+        (["--base", "mini", "--compile", "always"], "--compile"),
         (["--base", "mini", "--residency", "never"], "--residency"),
         (["--base", "mini", "--prefill-tokens", "0"], "--prefill-tokens is 0: use at least 1"),
         (["--base", "mini", "--cache-mib", "0"], "--cache-mib is 0: use at least 1"),

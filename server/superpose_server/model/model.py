@@ -28,7 +28,7 @@ from superpose_server.model.rope import fix_frequencies
 from superpose_server.model.survey import SURVEYED, OwnMask, survey_attention, survey_rows
 
 # What the CPU kernels store; float16 has no fast conversion on most processors.
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 _WARM_UP_TOKENS = 5
 
 _log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Model:
             raise ValueError(f"max_length is {max_length}: this base takes 2 to {positions}")
         self.context_length = max_length or positions or ANY_POSITIONS
         self.switch = fix_frequencies(self.module)
-        self.packed = kernels and device.type == "cpu" and self.dtype in _KERNEL_DTYPES
+        self.packed = kernels and device.type == "cpu" and self.dtype in KERNEL_DTYPES
         self.way = self._find_way()
         self.packed &= self.way is Way.SHARED
         if self.packed:

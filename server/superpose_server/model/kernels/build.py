@@ -51,7 +51,7 @@ def load_kernels() -> Family:
         raise CompilerError(f"CXX is {os.environ['CXX']!r}: {error}") from error
     if not compiler:
         raise CompilerError(
-            "--compile auto needs a C++ compiler and there is none: install g++, or pass "
+            "the CPU kernels need a C++ compiler and there is none: install g++, or pass "
             "--compile off"
         )
     # The macros name the compiler, its version and all that it knows of the processor.
