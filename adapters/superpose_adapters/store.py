@@ -12,7 +12,6 @@ one rename. What a crash left in `temporary` is removed when the store is next o
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -21,6 +20,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from filelock import lock_descriptor
 
 from superpose_adapters.adapter import Adapter, AdapterError
 from superpose_adapters.base.facts import BaseFacts
@@ -64,19 +65,18 @@ class AdapterStore:
         self._index = folder / "names.json"
         try:
             self._objects.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise self._refused(error) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Of the descriptor: it ends with the process, however that ends, and the file stays.
+            if not lock_descriptor(self._lock, blocking=False):
+                raise StoreError(
+                    f"{folder}: another server uses it: stop that one or choose another --state-dir"
+                )
             shutil.rmtree(self._temporary, ignore_errors=True)
             self._temporary.mkdir(exist_ok=True)
             self._names = self._read_names()
-        except BlockingIOError as error:
-            self.close()
-            raise StoreError(
-                f"{folder}: another server uses it: stop that one or choose another --state-dir"
-            ) from error
         except OSError as error:
             self.close()
             raise self._refused(error) from error

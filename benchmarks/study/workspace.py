@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import resource
@@ -14,6 +13,8 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import IO
+
+from filelock import lock_descriptor
 
 from benchmarks.machine import describe
 from benchmarks.study.records import Records
@@ -75,11 +76,9 @@ class Workspace:
         """
         self.cache.mkdir(parents=True, exist_ok=True)
         with (self.cache / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock_descriptor(file.fileno(), blocking=False):
                 _tell(f"{self.cache}: another study trains into this cache; waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
+                lock_descriptor(file.fileno())
             yield
 
     def forget(self, adapter: str) -> int:
@@ -156,9 +155,5 @@ def _tell(line: str) -> None:
 
 
 def _lock(file: IO[str], out: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(
-            f"{out}: another run writes here; wait for it, or name another --out"
-        ) from error
+    if not lock_descriptor(file.fileno(), blocking=False):
+        raise ValueError(f"{out}: another run writes here; wait for it, or name another --out")

@@ -229,6 +229,28 @@ def test_a_second_opening_is_refused_until_the_first_ends(folder: Path) -> None:
     AdapterStore(folder).close()
 
 
+def test_a_killed_holder_lets_go_and_the_lock_file_stays(folder: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from superpose_adapters.store import AdapterStore\n"
+        "store = AdapterStore(Path(sys.argv[1])); print(flush=True); sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(StoreError, match="another server uses it"):
+            AdapterStore(folder)
+        before = (folder / "lock").stat().st_ino
+        holder.kill()
+    AdapterStore(folder).close()
+    # Whoever waits for a lock that was removed holds another one than who comes next.
+    assert (folder / "lock").stat().st_ino == before
+
+
 class Fault:
     """Lets the n-th call of each kind of durable step fail as on a full disk."""
 
