@@ -15,8 +15,18 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file's bytes, or a folder's entries, are on the disk.
+
+    Windows opens no folder: there its entries are not waited for, so that after a power cut what
+    was there before may be back, whole. On macOS bytes may still be in a cache of the drive's own.
+    """
+    if not path.is_dir():
+        flags = os.O_RDWR  # Windows waits for nothing that is only read.
+    elif hasattr(os, "O_DIRECTORY"):
+        flags = os.O_RDONLY
+    else:
+        return
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

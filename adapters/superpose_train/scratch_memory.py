@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
+from superpose_adapters.c_library import c_function
 
 # glibc's mallopt parameters, from malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -20,9 +19,7 @@ def keep_scratch() -> None:
     cores). The process then stays as large as its largest step. Elsewhere than on glibc it does
     nothing.
     """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = c_function("mallopt")
     # A threshold for giving back alone would fix the one for mapping at its small default.
     if mallopt is not None and any(mallopt(_M_MMAP_THRESHOLD, size) for size in _LARGEST_KEPT):
         mallopt(_M_TRIM_THRESHOLD, _LARGEST_KEPT[0])

@@ -32,7 +32,10 @@ def _check(config: ServerConfig) -> None:
         host, port = split_address(flag, address)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Only sockets that are closed already do not count; SO_REUSEADDR says that everywhere
+            # but on Windows, where it lets two servers share an address.
+            only = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+            probe.setsockopt(socket.SOL_SOCKET, only, 1)
             try:
                 probe.bind((host, port))
             except OSError as error:

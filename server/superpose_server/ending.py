@@ -1,8 +1,8 @@
-"""The signals that end the server: SIGINT, SIGTERM, and SIGHUP, which means the same.
+"""The signals that end the server: SIGINT, SIGTERM, and what a terminal sends when it closes.
 
 Before the server is ready they end the process as if they were not handled, so that a shell sees
 130 or 143; a server that is ready stops in order and exits with 0. SIGHUP reloads nothing, because
-nothing is read again while the server runs.
+nothing is read again while the server runs; on Windows, which has none, SIGBREAK takes its place.
 
 Imports nothing that takes a moment, so that a signal within the imports has its handler.
 """
@@ -23,14 +23,16 @@ def end_at_once() -> None:
 def ending_signals() -> list[signal.Signals]:
     """Return the signals that end the server; SIGHUP is none where it was ignored (nohup)."""
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
+    for name in ("SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            numbers.append(number)
     return numbers
 
 
 def die_of(number: int) -> NoReturn:
     """End the process as the signal does that nobody handles."""
     signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
+    signal.raise_signal(number)
     # The first process of a container is not killed by its own signals.
     os._exit(128 + number)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import signal
-import sys
 from collections import defaultdict
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+from superpose_adapters.c_library import c_function
 from superpose_server.ending import die_of, ending_signals
 
 T = TypeVar("T")
@@ -40,7 +39,7 @@ async def start_or_die(start: Coroutine[Any, Any, T]) -> tuple[T, asyncio.Event]
         ending.set()
 
     for number in ending_signals():
-        loop.add_signal_handler(number, note, number)
+        _hear(loop, number, note)
     starting, waiting = asyncio.ensure_future(start), asyncio.ensure_future(ending.wait())
     await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
     # First: a signal of a terminal ends compilers too, which the start would call their fault.
@@ -51,6 +50,18 @@ async def start_or_die(start: Coroutine[Any, Any, T]) -> tuple[T, asyncio.Event]
         die_of(arrived[0])
     waiting.cancel()
     return starting.result(), ending
+
+
+def _hear(
+    loop: asyncio.AbstractEventLoop, number: signal.Signals, note: Callable[[int], None]
+) -> None:
+    """Call `note` on the loop at a signal."""
+    try:
+        loop.add_signal_handler(number, note, number)
+    except NotImplementedError:
+        # Windows. Its loops wake at any signal that has a handler; those of other systems only at
+        # one that they know, or else may sleep through it.
+        signal.signal(number, lambda number, _: loop.call_soon_threadsafe(note, number))
 
 
 async def _give_up(starting: asyncio.Future[Any]) -> None:
@@ -67,8 +78,9 @@ async def _give_up(starting: asyncio.Future[Any]) -> None:
 
 def _adopt_orphans() -> None:
     """Let what a process below this one leaves behind be below this one still, on Linux."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    prctl = c_function("prctl")
+    if prctl is not None:
+        prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _terminate_descendants() -> bool:

@@ -358,17 +358,21 @@ def check_greedy(model: nn.Module, prompt: tuple[int, ...], tokens: tuple[int, .
 
 
 def spawn(
-    base: Path | str, state_dir: Path, *flags: str, **environment: str
+    base: Path | str,
+    state_dir: Path,
+    *flags: str,
+    module: str = "superpose_server",
+    **environment: str,
 ) -> tuple[subprocess.Popen[str], Path]:
     """Begin `superpose-server` on free ports; return the process and the file of its stderr.
 
-    Without kernels, as `start`, unless a flag says `--compile=auto`.
+    Without kernels, as `start`, unless a flag says `--compile=auto`. `module` runs the command.
     """
     errors = state_dir.parent / f"{state_dir.name}.stderr"
     with errors.open("w") as file:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "superpose_server", f"--base={base}"),
+                *(sys.executable, "-m", module, f"--base={base}"),
                 *(f"--state-dir={state_dir}", "--listen=127.0.0.1:0"),
                 *("--metrics-listen=127.0.0.1:0", f"--device={DEVICE}", "--dtype=float32"),
                 *("--compile=off", *flags),
@@ -388,8 +392,8 @@ class ServerProcess:
         ready: The words of the ready line, {name: value}; empty if it ended before.
     """
 
-    def __init__(self, base: Path | str, state_dir: Path, *flags: str) -> None:
-        self.process, self.errors = spawn(base, state_dir, *flags)
+    def __init__(self, base: Path | str, state_dir: Path, *flags: str, **environment: str) -> None:
+        self.process, self.errors = spawn(base, state_dir, *flags, **environment)
         assert self.process.stdout is not None
         # Ends with the process at the latest; pytest-timeout bounds the rest.
         self.ready_line = self.process.stdout.readline()

@@ -138,6 +138,9 @@ MEMORY: dict[str, Exception] = {
     "python": MemoryError(),
     "torch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
     "cpu": RuntimeError(ALLOCATOR),
+    "windows": RuntimeError(
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."
+    ),
     "mapping": OSError(errno.ENOMEM, "Cannot allocate memory"),
     "driver": RuntimeError("CUDA error: out of memory"),
     "library": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),

@@ -43,6 +43,9 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle")
 # Far above any real header (two keys of about 100 bytes a module), far below a decoded bomb.
 _MAX_HEADER_BYTES = 4 << 20
+# What is opened was resolved before: a link there was put in its place since. No pipe must block.
+# Windows has neither flag, no pipes in folders, and links only by those who have a right to them.
+_READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 @dataclass(frozen=True)
@@ -289,8 +292,7 @@ def _resolve(path: Path, home: Path | None) -> Path:
 def _read_file(path: Path, home: Path, limit: int) -> bytes:
     resolved = _resolve(path, home)
     try:
-        # Resolved above, so a link here was put in its place since; a pipe must not block.
-        descriptor = os.open(resolved, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(resolved, _READ)
     except OSError as error:
         raise AdapterError(
             "FILE_MISSING", f"{path}: cannot be opened ({error.strerror})"

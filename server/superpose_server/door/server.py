@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 from prometheus_client import start_http_server
+from prometheus_client.exposition import ThreadingWSGIServer
 
 from superpose_server.config import split_address
 from superpose_server.door.door import Door
@@ -12,6 +14,10 @@ from superpose_server.door.grpc_door import GrpcDoor
 from superpose_server.errors import StartupError
 from superpose_server.inference.inference import Inference
 from superpose_server.runtime import Runtime
+
+# On Windows SO_REUSEADDR lets two servers share an address; gRPC does not set it there either.
+if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
+    ThreadingWSGIServer.allow_reuse_address = False
 
 
 class Server:

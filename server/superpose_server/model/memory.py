@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import math
 import mmap
@@ -12,13 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from superpose_adapters.c_library import c_function
+
 MIB = 1 << 20
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 # What is smaller is malloc's: pages of its own would be mostly empty.
 _SMALLEST_MAPPING = MIB
 # As torch's allocator for a CPU, CUDA's driver and its libraries say it.
-_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+_NO_MEMORY = ("DefaultCPUAllocator: ", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
 
 
 def lasting_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -26,12 +27,14 @@ def lasting_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device
 
     On a CPU they get pages of their own from the system, huge ones if it has them. From malloc they
     would lie among scratch, and the holes that scratch leaves are memory that no one else can use.
+    (Windows has no such mappings; its malloc gives large blocks pages of their own.)
 
     Raises:
         MemoryError: There is none.
     """
     size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < _SMALLEST_MAPPING:
+    mapped = device.type == "cpu" and size >= _SMALLEST_MAPPING and hasattr(mmap, "MAP_PRIVATE")
+    if not mapped:
         return torch.zeros(*shape, dtype=dtype, device=device)
     try:
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -64,7 +67,7 @@ def own_storage(module: nn.Module) -> None:
 
 def give_back() -> None:
     """Return what malloc keeps but nobody uses to the system, where malloc can (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = c_function("malloc_trim")
     if trim is not None:
         trim(0)
 
