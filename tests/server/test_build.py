@@ -194,6 +194,33 @@ def test_a_cache_without_a_home_is_refused_with_the_remedy(
         load_anew()
 
 
+@pytest.mark.parametrize("fault", ["not writable", "not executable"])
+def test_a_cache_that_cannot_hold_programs_is_named(
+    fault: str,
+    compiler: FakeCompiler,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    loaded: list[Path],
+) -> None:
+    if fault == "not writable":
+        cache.parent.mkdir()
+        cache.write_text("a file where the folder should be")
+    else:
+
+        def refuse(path: str) -> None:
+            raise OSError(f"{path}: failed to map segment from shared object")
+
+        monkeypatch.setattr(torch.ops, "load_library", refuse)
+    with pytest.raises(CompilerError) as error:
+        load_anew()
+    message = str(error.value)
+    assert message.startswith(f"{cache}/kernels-")
+    assert message.endswith(
+        "set XDG_CACHE_HOME to a folder that may hold programs, or pass --compile off"
+    )
+    assert loaded == []
+
+
 def test_a_model_without_kernels_needs_no_compiler(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from superpose_adapters.one_line import one_line
 from superpose_server.model.cache_folder import cache_folder
 from superpose_server.model.kernels.family import Family, families
 from superpose_server.model.packed import TERM_FIELDS, pack
@@ -60,9 +61,15 @@ def load_kernels() -> Family:
     made_from = (*sources, macros, torch.__version__.encode(), repr(flags).encode())
     digest = hashlib.sha256(b"\0".join(made_from)).hexdigest()[:16]
     library = _cache_dir() / f"kernels-{digest}.so"
-    if not library.exists():
-        _compile([*compiler, *flags], library)
-    torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    try:
+        if not library.exists():
+            _compile([*compiler, *flags], library)
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    except OSError as error:  # Nothing may be written there, or nothing that lies there may run.
+        raise CompilerError(
+            f"{library} cannot be made or loaded ({one_line(error)}): set XDG_CACHE_HOME to a "
+            "folder that may hold programs, or pass --compile off"
+        ) from error
     _describe()
     family = _choose([f for f in able if f.architecture == able[0].architecture])
     _log.info("kernels family=%s", family.name)
