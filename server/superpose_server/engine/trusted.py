@@ -21,6 +21,7 @@ import superpose_adapters
 import superpose_server
 from superpose_adapters.digest import canonical_json
 from superpose_server.model.cache_folder import cache_folder
+from superpose_server.model.kernels.family import families
 
 # What a configuration says of files, not of the model.
 _NAMES = {"_name_or_path", "transformers_version", "architectures", "dtype"}
@@ -38,7 +39,8 @@ class Kind:
         fields = {k: v for k, v in config.to_dict().items() if k not in _NAMES}
         made_from = [
             *(model_class.__module__, model_class.__qualname__),
-            *(device.type, kernels, torch.backends.cpu.get_cpu_capability()),
+            *(device.type, torch.backends.cpu.get_cpu_capability()),
+            families()[0].name if kernels and device.type == "cpu" else kernels,
             *(version(name) for name in ("torch", "transformers")),
             _our_code(),
         ]
@@ -78,5 +80,5 @@ def _our_code() -> str:
 def _sources() -> Iterator[Path]:
     for package in (superpose_server, superpose_adapters):
         for folder in package.__path__:
-            for pattern in ("*.py", "*.cpp"):
+            for pattern in ("*.py", "*.cpp", "*.h"):
                 yield from Path(folder).rglob(pattern)
