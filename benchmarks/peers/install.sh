@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The environment of the peers that are no dependencies of ours: llama.cpp and CTranslate2.
+# The environment of the peers that are no dependencies of ours: llama.cpp, CTranslate2 and
+# OpenVINO GenAI.
 #
 #     benchmarks/peers/install.sh [FOLDER]      default: .venv beside this file
 #
@@ -22,6 +23,7 @@ COMMON=(numpy==2.4.6 safetensors==0.8.0)
 LLAMA="llama-cpp-python==0.3.36"
 GGUF="gguf==0.19.0"
 CTRANSLATE2="ctranslate2==4.8.5"
+OPENVINO=(openvino==2026.4.1 openvino-genai==2026.4.1.0)
 
 failed=0
 
@@ -61,6 +63,7 @@ build=$!
 
 install gguf "${COMMON[@]}" "$GGUF"
 install CTranslate2 "${COMMON[@]}" "$TORCH" "$TRANSFORMERS" "$CTRANSLATE2"
+install "OpenVINO GenAI" "${COMMON[@]}" "${OPENVINO[@]}"
 if wait "$build"; then
     install llama.cpp "${COMMON[@]}" --find-links "$wheels" --only-binary llama-cpp-python "$LLAMA"
 else

@@ -20,7 +20,7 @@ Prompts = list[list[int]]
 
 
 def default_cache() -> Path:
-    """Return the folder of converted models: GGUF, CTranslate2."""
+    """Return the folder of converted models: GGUF, CTranslate2's, OpenVINO's."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(root) / "superpose" / "peers"
 

@@ -61,12 +61,33 @@ VARIANTS = (
         "torch",
         False,
     ),
+    Variant(
+        "transformers generate_batch bfloat16",
+        "transformers_continuous",
+        "bfloat16",
+        16,
+        "torch",
+        False,
+    ),
     Variant("PEFT unmerged float32", "peft_unmerged", "float32", 32, "peft", False, adapter=True),
     Variant("llama.cpp f32", "llama_cpp", "float32", 32, "llama_cpp", True),
     Variant("llama.cpp f16", "llama_cpp", "float16", 16, "llama_cpp", True),
     Variant("llama.cpp f16 + LoRA", "llama_cpp", "float16", 16, "llama_cpp", True, adapter=True),
     Variant("CTranslate2 float32", "ctranslate2_generate", "float32", 32, "ctranslate2", True),
     Variant("CTranslate2 int8", "ctranslate2_generate", "int8", 8, "ctranslate2", True),
+    *(
+        Variant(
+            f"OpenVINO {dtype}{' + LoRA' if adapter else ''}",
+            "openvino_genai",
+            dtype,
+            bits,
+            "openvino_genai",
+            True,
+            adapter=adapter,
+        )
+        for dtype, bits in (("float32", 32), ("bfloat16", 16), ("int8", 8))
+        for adapter in (False, True)
+    ),
 )
 # The project's own engine without adapters; the dtype is the run's.
 BARE_VARIANTS = (

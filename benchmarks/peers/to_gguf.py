@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-Array = NDArray[Any]
+from benchmarks.peers.gpt2_checkpoint import read_adapter_config, read_config, read_tensors
 
 ARCHITECTURE = "gpt2"
 # Tensors of the whole model; the names of transformers to those of GGUF.
@@ -40,47 +37,17 @@ BLOCK = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
-# What an adapter_config.json must say for alpha / rank to be the whole of its scaling, and for
-# A and B to be the whole of its delta.
-PLAIN: dict[str, tuple[object, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "use_rslora": (False, None),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (True, False, None),
-    "alpha_pattern": ({}, None),
-    "rank_pattern": ({}, None),
-    "modules_to_save": (None, []),
-}
 
 
-def module_name(name: str) -> str | None:
-    """Return the GGUF name of a module of GPT-2, or None for a buffer that is not stored."""
+def module_name(name: str) -> str:
+    """Return the GGUF name of a module of GPT-2."""
     name = name.removeprefix("transformer.")
     if name in GLOBAL:
         return GLOBAL[name]
     match = re.fullmatch(r"h\.(\d+)\.(.+)", name)
     if match and match[2] in BLOCK:
         return f"blk.{match[1]}.{BLOCK[match[2]]}"
-    if match and match[2] == "attn":  # the causal mask, in old checkpoints
-        return None
     raise ValueError(f"no GGUF name is known for the module {name}")
-
-
-def model_tensors(folder: Path, tied: bool) -> Iterator[tuple[str, Array]]:
-    """Yield the tensors of a checkpoint under their GGUF names, in float32 and [out, in]."""
-    for file in sorted(folder.glob("*.safetensors")):
-        for name, tensor in sorted(load_file(file).items()):
-            module, _, kind = name.rpartition(".")
-            if module == "lm_head" and tied:
-                continue
-            target = module_name(module)
-            if target is None:
-                continue
-            # Conv1D stores [in, out], all others [out, in].
-            if kind == "weight" and ".c_" in module:
-                tensor = tensor.T
-            yield f"{target}.{kind}", np.ascontiguousarray(tensor, dtype=np.float32)
 
 
 def write(writer: Any) -> None:
@@ -93,11 +60,7 @@ def write(writer: Any) -> None:
 def convert_model(folder: Path, target: Path, dtype: str = "float32") -> None:
     """Write the GGUF of a GPT-2 checkpoint, with its matrices in `dtype`."""
     gguf: Any = importlib.import_module("gguf")
-    config = json.loads((folder / "config.json").read_text())
-    if config["model_type"] != "gpt2" or config.get("activation_function") != "gelu_new":
-        raise ValueError("only GPT-2 with gelu_new can be converted")
-    if config.get("scale_attn_by_inverse_layer_idx") or not config.get("scale_attn_weights", True):
-        raise ValueError("llama.cpp knows the usual scaling of attention only")
+    config = read_config(folder)
     half = {"float32": False, "float16": True}[dtype]
     writer = gguf.GGUFWriter(target, ARCHITECTURE)
     writer.add_name(folder.name)
@@ -105,25 +68,26 @@ def convert_model(folder: Path, target: Path, dtype: str = "float32") -> None:
     writer.add_block_count(config["n_layer"])
     writer.add_context_length(config["n_positions"])
     writer.add_embedding_length(config["n_embd"])
-    writer.add_feed_forward_length(config.get("n_inner") or 4 * config["n_embd"])
+    writer.add_feed_forward_length(config["n_inner"])
     writer.add_head_count(config["n_head"])
     writer.add_layer_norm_eps(config["layer_norm_epsilon"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("none")
-    for name, tensor in model_tensors(folder, config.get("tie_word_embeddings", True)):
+    for name, tensor in read_tensors(folder, config):
+        module, _, kind = name.rpartition(".")
         # As llama.cpp's own converter has it: vectors and positions stay in float32.
-        small = tensor.ndim == 1 or name == "position_embd.weight"
-        writer.add_tensor(name, tensor.astype(np.float16) if half and not small else tensor)
+        small = tensor.ndim == 1 or name == "wpe.weight"
+        writer.add_tensor(
+            f"{module_name(module)}.{kind}",
+            tensor.astype(np.float16) if half and not small else tensor,
+        )
     write(writer)
 
 
 def convert_adapter(folder: Path, target: Path) -> None:
     """Write the GGUF of a plain LoRA adapter of a GPT-2, in float32."""
     gguf: Any = importlib.import_module("gguf")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    for key, allowed in PLAIN.items():
-        if config.get(key) not in allowed:
-            raise ValueError(f"an adapter with {key}={config[key]!r} cannot be converted")
+    config = read_adapter_config(folder)
     writer = gguf.GGUFWriter(target, ARCHITECTURE)
     writer.add_type("adapter")
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
