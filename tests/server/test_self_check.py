@@ -255,7 +255,7 @@ def wrong_panel(patch: Patch) -> None:
 
     def pack(parameter: Tensor, *, transposed: bool) -> Tensor:
         panels = real(parameter, transposed=transposed)
-        panels[0] = panels[0].roll(1, -1)
+        panels[0] = panels[0].roll(1, 1)
         return panels
 
     patch.setattr(packed, "pack", pack)
