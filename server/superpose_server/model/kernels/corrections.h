@@ -51,57 +51,181 @@ Term read_term(const Tensor& header, int64_t tokens, int64_t in, int64_t out) {
   return term;
 }
 
+// One domain of one token: where its low-dimensional numbers begin in a list of all.
+struct Share {
+  int64_t domain;
+  float gate;
+  int64_t at;
+};
+
+// Which domains each token has a gate for, in their order, and which tokens each domain has.
+struct Shares {
+  std::vector<Share> of_tokens;          // token after token
+  std::vector<int64_t> first;            // (tokens + 1,): where in `of_tokens` each token begins
+  std::vector<int64_t> tokens;           // domain after domain, as places in `of_tokens`
+  std::vector<int64_t> owner;            // the token of each place in `of_tokens`
+  std::vector<int64_t> domain_first;     // (domains + 1,)
+  std::vector<float> low;                // gate * (x A^T), all ranks of all shares
+};
+
+// Fill the lists; returns how many numbers `low` has.
+int64_t find_shares(const Term& term, Shares& shares) {
+  const auto rank = [&](int64_t d) { return term.factors[3 * d + 2]; };
+  shares.of_tokens.clear();
+  shares.owner.clear();
+  shares.first.assign(1, 0);
+  shares.domain_first.assign(term.domains + 1, 0);
+  int64_t numbers = 0;
+  for (int64_t t = 0; t < term.tokens; t++) {
+    const float* gates = term.gates + term.rows[t] * term.domains;
+    for (int64_t d = 0; d < term.domains; d++) {
+      if (gates[d] == 0.0f) continue;
+      shares.of_tokens.push_back({d, gates[d], numbers});
+      shares.owner.push_back(t);
+      shares.domain_first[d + 1]++;
+      numbers += rank(d);
+    }
+    shares.first.push_back(static_cast<int64_t>(shares.of_tokens.size()));
+  }
+  for (int64_t d = 0; d < term.domains; d++) shares.domain_first[d + 1] += shares.domain_first[d];
+  shares.tokens.resize(shares.of_tokens.size());
+  std::vector<int64_t> filled(shares.domain_first.begin(), shares.domain_first.end() - 1);
+  for (size_t i = 0; i < shares.of_tokens.size(); i++)
+    shares.tokens[filled[shares.of_tokens[i].domain]++] = static_cast<int64_t>(i);
+  shares.low.resize(std::max<size_t>(shares.low.size(), numbers));
+  return numbers;
+}
+
+// Multiplications below which one thread does all: another takes longer to wake up.
+constexpr int64_t kAlone = 1 << 16;
+// Rows of A, and tokens, whose products are summed at once.
+constexpr int kRanks = 4, kTokens = 4;
+
+// Products of `Ranks` rows of A with `Tokens` rows of x. Each is summed in one order, whatever is
+// summed beside it.
+template <int Ranks, int Tokens, class T>
+void dots(const float* a, const T* const* x, int64_t in, float (&result)[kTokens][kRanks]) {
+  floats total[Tokens][Ranks] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= in; k += kLanes) {
+    floats rows[Ranks];
+    for (int r = 0; r < Ranks; r++) rows[r] = load(a + r * in + k);
+    for (int t = 0; t < Tokens; t++) {
+      const floats xt = load(x[t] + k);
+      for (int r = 0; r < Ranks; r++) total[t][r] += xt * rows[r];
+    }
+  }
+  for (int t = 0; t < Tokens; t++)
+    for (int r = 0; r < Ranks; r++) {
+      float one = sum(total[t][r]);
+      for (int64_t rest = k; rest < in; rest++) one += as_float(x[t][rest]) * a[r * in + rest];
+      result[t][r] = one;
+    }
+}
+
+template <int Ranks, class T>
+void dots_of(int tokens, const float* a, const T* const* x, int64_t in,
+             float (&result)[kTokens][kRanks]) {
+  switch (tokens) {
+    case 1: return dots<Ranks, 1>(a, x, in, result);
+    case 2: return dots<Ranks, 2>(a, x, in, result);
+    case 3: return dots<Ranks, 3>(a, x, in, result);
+    default: return dots<Ranks, 4>(a, x, in, result);
+  }
+}
+
+// The low-dimensional numbers of one domain: its factor is read once for all of its tokens.
+template <class T>
+void project(const T* x, int64_t in, const Term& term, Shares& shares, int64_t domain) {
+  const float* a = reinterpret_cast<const float*>(term.factors[3 * domain]);
+  const int64_t rank = term.factors[3 * domain + 2];
+  const int64_t end = shares.domain_first[domain + 1];
+  for (int64_t r = 0; r < rank; r += kRanks)
+    for (int64_t i = shares.domain_first[domain]; i < end; i += kTokens) {
+      const int tokens = static_cast<int>(std::min<int64_t>(kTokens, end - i));
+      const int ranks = static_cast<int>(std::min<int64_t>(kRanks, rank - r));
+      const T* rows[kTokens];
+      for (int t = 0; t < tokens; t++) rows[t] = x + shares.owner[shares.tokens[i + t]] * in;
+      float result[kTokens][kRanks];
+      switch (ranks) {
+        case 1: dots_of<1>(tokens, a + r * in, rows, in, result); break;
+        case 2: dots_of<2>(tokens, a + r * in, rows, in, result); break;
+        case 3: dots_of<3>(tokens, a + r * in, rows, in, result); break;
+        default: dots_of<4>(tokens, a + r * in, rows, in, result);
+      }
+      for (int t = 0; t < tokens; t++) {
+        const Share& share = shares.of_tokens[shares.tokens[i + t]];
+        for (int q = 0; q < ranks; q++) shares.low[share.at + r + q] = result[t][q] * share.gate;
+      }
+    }
+}
+
+// Add `Vectors` vectors of the terms of all tokens to y, from column j on.
+template <int Vectors, class T>
+void add_columns(T* y, int64_t out, const Term& term, const Shares& shares, int64_t j) {
+  for (int64_t t = 0; t < term.tokens; t++) {
+    if (shares.first[t] == shares.first[t + 1]) continue;  // As resident: its bits stay.
+    T* yt = y + t * out + j;
+    floats total[Vectors];
+    for (int v = 0; v < Vectors; v++) total[v] = load(yt + v * kLanes);
+    for (int64_t i = shares.first[t]; i < shares.first[t + 1]; i++) {
+      const Share& share = shares.of_tokens[i];
+      const float* b = reinterpret_cast<const float*>(term.factors[3 * share.domain + 1]) + j;
+      const int64_t rank = term.factors[3 * share.domain + 2];
+      const float* scale = shares.low.data() + share.at;
+      for (int64_t r = 0; r < rank; r++)
+        for (int v = 0; v < Vectors; v++) total[v] += scale[r] * load(b + r * out + v * kLanes);
+    }
+    for (int v = 0; v < Vectors; v++) store(yt + v * kLanes, total[v]);
+  }
+}
+
+// The columns that fill no vector.
+template <class T>
+void add_rest(T* y, int64_t out, const Term& term, const Shares& shares, int64_t j) {
+  for (int64_t t = 0; t < term.tokens; t++) {
+    if (shares.first[t] == shares.first[t + 1]) continue;
+    for (int64_t column = j; column < out; column++) {
+      floats total{};
+      total[0] = as_float(y[t * out + column]);
+      for (int64_t i = shares.first[t]; i < shares.first[t + 1]; i++) {
+        const Share& share = shares.of_tokens[i];
+        const float* b = reinterpret_cast<const float*>(term.factors[3 * share.domain + 1]);
+        for (int64_t r = 0; r < term.factors[3 * share.domain + 2]; r++)
+          total[0] += shares.low[share.at + r] * b[r * out + column];
+      }
+      T last[kLanes];
+      store(last, total);
+      y[t * out + column] = last[0];
+    }
+  }
+}
+
 // y[t] += sum over domains d of gates[row of t][d] (x[t] A_d^T) B_d^T, in place.
 //
-// A gate of 0 costs nothing and hides whatever its factors hold.
+// A gate of 0 costs nothing and hides whatever its factors hold. Factors are read once for all tokens
+// that have a gate for them.
 template <class T>
-void correct(T* y, const float* x, int64_t tokens, int64_t in, int64_t out, const Term& term) {
-  at::parallel_for(0, tokens, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scales;
-    std::vector<const float*> terms;
-    for (int64_t t = begin; t < end; t++) {
-      const float* xt = x + t * in;
-      scales.clear();
-      terms.clear();
-      for (int64_t d = 0; d < term.domains; d++) {
-        const float gate = term.gates[term.rows[t] * term.domains + d];
-        if (gate == 0.0f) continue;
-        const float* a = reinterpret_cast<const float*>(term.factors[3 * d]);
-        const float* b = reinterpret_cast<const float*>(term.factors[3 * d + 1]);
-        for (int64_t r = 0; r < term.factors[3 * d + 2]; r++) {
-          const float* row = a + r * in;
-          floats total[4] = {};
-          int64_t k = 0;
-          for (; k + 4 * kLanes <= in; k += 4 * kLanes)
-            for (int v = 0; v < 4; v++)
-              total[v] += load(xt + k + v * kLanes) * load(row + k + v * kLanes);
-          float low = sum((total[0] + total[1]) + (total[2] + total[3]));
-          for (; k < in; k++) low += xt[k] * row[k];
-          scales.push_back(low * gate);
-          terms.push_back(b + r * out);
-        }
+void correct(T* y, const T* x, int64_t in, int64_t out, const Term& term) {
+  thread_local Shares kept;  // Of the last module, so that its memory is used again.
+  Shares& shares = kept;
+  const int64_t numbers = find_shares(term, shares);
+  if (!numbers) return;
+  const bool alone = numbers * (in + out) < kAlone;
+  at::parallel_for(0, term.domains, alone ? term.domains : 1, [&](int64_t begin, int64_t end) {
+    for (int64_t d = begin; d < end; d++) project(x, in, term, shares, d);
+  });
+  constexpr int kTile = 4;
+  const int64_t tiles = out / (kTile * kLanes) + 1;  // The last one is what is left.
+  at::parallel_for(0, tiles, alone ? tiles : 1, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; tile++) {
+      int64_t j = tile * kTile * kLanes;
+      if (tile + 1 < tiles) {
+        add_columns<kTile>(y, out, term, shares, j);
+        continue;
       }
-      if (terms.empty()) continue;
-      T* yt = y + t * out;
-      const size_t count = terms.size();
-      int64_t j = 0;
-      for (; j + 2 * kLanes <= out; j += 2 * kLanes) {
-        floats first = load(yt + j), second = load(yt + j + kLanes);
-        for (size_t i = 0; i < count; i++) {
-          first += scales[i] * load(terms[i] + j);
-          second += scales[i] * load(terms[i] + j + kLanes);
-        }
-        store(yt + j, first);
-        store(yt + j + kLanes, second);
-      }
-      for (; j < out; j++) {
-        floats rest{};
-        rest[0] = as_float(yt[j]);
-        for (size_t i = 0; i < count; i++) rest[0] += scales[i] * terms[i][j];
-        T last[kLanes];
-        store(last, rest);
-        yt[j] = last[0];
-      }
+      for (; j + kLanes <= out; j += kLanes) add_columns<1>(y, out, term, shares, j);
+      if (j < out) add_rest(y, out, term, shares, j);
     }
   });
 }

@@ -77,10 +77,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
     T* y = data<T>(result);
     products(data<T>(input), rows, depth, data<T>(packed), y, out_features,
              bias ? data<T>(*bias) : nullptr);
-    if (term.domains) {
-      const Tensor wide = input.to(at::kFloat);
-      correct(y, data<float>(wide), rows, depth, out_features, term);
-    }
+    if (term.domains) correct(y, data<T>(input), depth, out_features, term);
   });
   return result;
 }
