@@ -20,7 +20,7 @@ from superpose_server.model.memory import lasting_zeros
 PANEL = 16
 # Input features of bfloat16 that instructions for it take at a time: a panel is filled up to them.
 _TOGETHER = 32
-# Numbers of one module's term; see `Term` in kernels.cpp.
+# Numbers of one module's term; see `Term` in kernels/corrections.h.
 TERM_FIELDS = 8
 
 

@@ -12,7 +12,7 @@ from superpose_adapters.adapter import Adapter, Factors
 from superpose_server.model.packed import TERM_FIELDS
 
 # The last two fields of a term, which each pass sets: where the row of each token lies, and the
-# number of tokens. See `Term` in kernels.cpp.
+# number of tokens. See `Term` in kernels/corrections.h.
 _ROWS = slice(TERM_FIELDS - 2, TERM_FIELDS)
 
 

@@ -117,7 +117,7 @@ class PackedFormat:
         return None
 
     def fold(self, outs: Sequence[Tensor], bases: Sequence[Tensor], pairs: Sequence[Pair]) -> None:
-        """See `fold` in kernels.cpp."""
+        """See `fold` in kernels/fold.h."""
         for out, base, pair in zip(outs, bases, pairs, strict=True):
             torch.ops.superpose.fold(out, base, *pair)
 

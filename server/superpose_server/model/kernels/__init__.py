@@ -1,1 +1,1 @@
-"""Kernels of the engine's own for the CPU: `kernels.cpp`, compiled once a machine by `build`."""
+"""Kernels of the engine's own for the CPU: `kernels.cpp` and its headers, compiled by `build`."""
