@@ -7,51 +7,21 @@ Everything that lasts (running rows, the journal, the resident weights) holds bo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.digest import canonical_digest
-
-DOMAIN_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-MAX_ABS_WEIGHT = 1e4
-
-
-def check_domain(name: str) -> str:
-    """Return `name` if it may name a domain.
-
-    Raises:
-        ValueError: If it does not match `[a-z0-9][a-z0-9._-]{0,63}`.
-    """
-    if not DOMAIN_PATTERN.fullmatch(name):
-        raise ValueError(
-            f"domain {name[:80]!r} is not a valid name: use 1 to 64 characters of a-z 0-9 . _ -, "
-            "the first a letter or digit"
-        )
-    return name
-
-
-def check_weight(domain: str, weight: float) -> float:
-    """Return `weight` if it may weigh `domain`.
-
-    Raises:
-        ValueError: If it is not finite or its absolute value is above `MAX_ABS_WEIGHT`.
-    """
-    if not abs(weight) <= MAX_ABS_WEIGHT:  # so that NaN is refused too
-        raise ValueError(
-            f"weight of {domain} is {weight}: use a number between "
-            f"-{MAX_ABS_WEIGHT:g} and {MAX_ABS_WEIGHT:g}"
-        )
-    return weight
+from superpose_adapters.mix_syntax import check_weights
 
 
 @dataclass(frozen=True)
 class Mix:
     """An immutable {domain: weight}; order-free, weight 0 = absent; the empty mix is the base.
 
-    `entries` is sorted by domain, so equal mixes compare and hash equal.
+    A named mix may stand where a domain does: its weight multiplies those that the name stands for.
+    `entries` is sorted by name, so equal mixes compare and hash equal.
     """
 
     entries: tuple[tuple[str, float], ...] = ()
@@ -61,20 +31,13 @@ class Mix:
         """Build a mix from {domain: weight} or from pairs.
 
         Raises:
-            ValueError: A bad domain name, a bad weight, or a domain named twice.
+            ValueError: A bad name, a bad weight, or a name that comes twice.
         """
-        pairs = list(weights.items()) if isinstance(weights, Mapping) else list(weights)
-        seen: set[str] = set()
-        for domain, weight in pairs:
-            check_domain(domain)
-            check_weight(domain, weight)
-            if domain in seen:
-                raise ValueError(f"domain {domain} is named twice: name each domain once")
-            seen.add(domain)
-        return cls(tuple(sorted((d, float(w)) for d, w in pairs if w != 0)))
+        checked = check_weights(weights.items() if isinstance(weights, Mapping) else weights)
+        return cls(tuple(sorted((name, weight) for name, weight in checked.items() if weight != 0)))
 
     def __len__(self) -> int:
-        """Return the number of domains."""
+        """Return the number of entries."""
         return len(self.entries)
 
 

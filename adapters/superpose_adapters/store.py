@@ -28,7 +28,7 @@ from superpose_adapters.base.facts import BaseFacts
 from superpose_adapters.digest import canonical_json
 from superpose_adapters.durable import sync, write_synced
 from superpose_adapters.layout import Layout
-from superpose_adapters.mix import check_domain
+from superpose_adapters.mix_syntax import RESERVED_NAMES, check_name
 from superpose_adapters.peft.folder import (
     CONFIG_NAME,
     DEFAULT_LIMITS,
@@ -164,7 +164,7 @@ class AdapterStore:
             KeyError: No object of this digest is stored.
             StoreError: The disk refuses; the names are as they were.
         """
-        check_domain(domain)
+        check_name(domain)
         if digest not in self:
             raise KeyError(digest)
         self._write_names({**self._names, domain: (digest, tuple(warnings))})
@@ -256,8 +256,12 @@ class AdapterStore:
         read: dict[str, _Named] = {}
         for domain, value in names.items():
             try:
-                check_domain(domain)
+                check_name(domain)
             except ValueError as error:
+                if domain in RESERVED_NAMES:  # A server that had no such words may have taken it.
+                    raise StoreError(
+                        f"{self._index}: pushed adapter {domain}: {error} and write it in this file"
+                    ) from error
                 raise self._damaged(self._index, str(error)) from error
             digest, *warnings = value if isinstance(value, list) and value else [value]
             if digest not in self or not all(isinstance(said, str) for said in warnings):

@@ -9,10 +9,11 @@ because digests need the bytes of dtypes that torch may not know.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
+
+from superpose_adapters.strict_json import StrictJsonError, read_object
 
 # Bits an element, by the dtype names of the format.
 DTYPE_BITS = {
@@ -94,24 +95,10 @@ def read_header(
 
 
 def _parse_json(text: bytes) -> dict[str, Any]:
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(items)
-        if len(result) < len(items):
-            raise TensorFileError("has a header that names a key twice")
-        return result
-
-    def constant(literal: str) -> NoReturn:
-        raise TensorFileError(f"has {literal} in its header")
-
     try:
-        header = json.loads(text.decode(), object_pairs_hook=pairs, parse_constant=constant)
-    except TensorFileError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise TensorFileError("has a header that is not JSON") from error
-    if not isinstance(header, dict):
-        raise TensorFileError("has a header that is not a JSON object")
-    return header
+        return read_object(text)
+    except StrictJsonError as error:
+        raise TensorFileError(f"has a header that {error}") from error
 
 
 def _entry(name: str, value: Any, data_start: int) -> TensorEntry:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from superpose_adapters.bundled import MINI
-from superpose_adapters.mix import check_domain
+from superpose_adapters.mix_syntax import check_name
 from superpose_adapters.qa import COLUMNS, TEMPLATE, check_template
 from superpose_adapters.scoring import Scope
 from superpose_train.precision import Decided, Precision, decide
@@ -85,7 +85,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse values that no run can use, each by its flag."""
-        check_domain(self.name)
+        check_name(self.name)
         self._check_numbers()
         self._check_choices()
         self._check_data()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from benchmarks.study import checks
-from superpose_adapters.mix import MAX_ABS_WEIGHT, check_domain
+from superpose_adapters.mix_syntax import MAX_ABS_WEIGHT, check_name
 from superpose_adapters.qa import TEMPLATE, check_template
 from superpose_adapters.scoring import Scope
 from superpose_train.options import Schedule
@@ -39,7 +39,7 @@ class Data:
     def __post_init__(self) -> None:
         """Refuse names that are none, and one file for two domains."""
         for domain in self.files:
-            check_domain(domain)
+            check_name(domain)
         checks.distinct("data.files", list(self.files.values()), least=3)
         checks.at_least(1, {"data.synthetic": self.synthetic})
 

@@ -132,11 +132,11 @@ def tensors_size(adapter: Path | AdapterFiles) -> int:
 def mix(value: MixLike | None) -> mix_pb2.Mix | None:
     """Return the message; None, the default mix, is an absent one.
 
-    A mapping goes as it is: what is a fit domain or weight is the server's to say.
+    A mapping goes as it is: what is a fit name or weight is the server's to say.
     """
-    if value is None:
-        return None
     weights = parse_mix(value) if isinstance(value, str) else value
+    if weights is None:
+        return None
     entries = [mix_pb2.DomainWeight(domain=name, weight=w) for name, w in weights.items()]
     return mix_pb2.Mix(entries=entries)
 

@@ -15,7 +15,6 @@ PUBLIC_MODULES = ["async_client", "client", "errors", "mix", "requests", "result
 # Public in their modules for the other modules' sake.
 INTERNAL = {
     "MAX_SCORE_ITEMS",
-    "MAX_WEIGHT",
     "P",
     "R",
     "ScoreBatches",
@@ -86,7 +85,7 @@ class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in (
             "torch", "transformers", "peft", "safetensors", "numpy", "prometheus_client",
-            "superpose_adapters", "superpose_server", "grpc_reflection",
+            "superpose_server", "grpc_reflection",
         ):
             raise ModuleNotFoundError(f"{name} is not in the base install", name=name)
 

@@ -1,7 +1,7 @@
 """`adapterctl` needs the base install only: no torch, and nothing else that the extras bring.
 
 A virtual environment with nothing else in it would need a package index, which tests may not. So
-`adapterctl` runs in a process that can import the standard library, the client's two packages, and
+`adapterctl` runs in a process that can import the standard library, the client's packages, and
 what `dependencies` in pyproject.toml bring with all that they need in turn; nothing else is found.
 """
 
@@ -66,7 +66,7 @@ def base_modules() -> list[str]:
         for module, owners in packages_distributions().items()
         if found & {normal(owner) for owner in owners}
     )
-    return sorted({*modules, "superpose_client", "superpose_proto"})
+    return sorted({*modules, "superpose_client", "superpose_adapters", "superpose_proto"})
 
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -112,7 +112,6 @@ def test_adapterctl_works_with_the_base_install_alone(
         "transformers",
         "numpy",
         "superpose_server",
-        "superpose_adapters",
         "prometheus_client",
     ],
 )

@@ -8,15 +8,14 @@ needs no peft.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from superpose_adapters.adapter import AdapterError
+from superpose_adapters.strict_json import StrictJsonError, read_object, shorten
 
 # Fields that say how a delta is made from the tensors, and their defaults.
 UNDERSTOOD: dict[str, Any] = {
@@ -258,31 +257,10 @@ def _check_init(value: Any) -> None:
 
 
 def _parse_object(text: bytes) -> dict[str, Any]:
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(items)
-        if len(result) < len(items):
-            twice = Counter(key for key, _ in items).most_common(1)[0][0]
-            raise _invalid(f"names {shorten(twice)} twice: name each field once")
-        return result
-
-    def constant(literal: str) -> NoReturn:
-        raise _invalid(f"holds {literal}: use finite numbers")
-
     try:
-        config = json.loads(text.decode(), object_pairs_hook=pairs, parse_constant=constant)
-    except AdapterError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise _invalid(f"is not JSON ({type(error).__name__}): save the adapter again") from error
-    if not isinstance(config, dict):
-        raise _invalid("is not a JSON object: save the adapter again")
-    return config
-
-
-def shorten(value: Any) -> str:
-    """Return `value` for a message: one line, at most 80 characters."""
-    text = json.dumps(value, default=list)
-    return text if len(text) <= 80 else text[:77] + "..."
+        return read_object(text)
+    except StrictJsonError as error:
+        raise _invalid(f"{error}; save the adapter again") from error
 
 
 def _same(value: Any, default: Any) -> bool:

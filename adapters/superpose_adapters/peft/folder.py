@@ -21,7 +21,7 @@ from superpose_adapters.adapter import Adapter, AdapterError, Factors
 from superpose_adapters.base.facts import BaseFacts
 from superpose_adapters.digest import adapter_digest
 from superpose_adapters.layout import Layout
-from superpose_adapters.mix import check_domain
+from superpose_adapters.mix_syntax import check_name
 from superpose_adapters.peft.beside import check_bias, check_copies
 from superpose_adapters.peft.config import parse_config
 from superpose_adapters.peft.keys import PREFIX, factor_key, module_of, read_keys
@@ -100,7 +100,7 @@ def read_adapter(
         AdapterError: It is refused; `reason` says why.
     """
     try:
-        check_domain(folder.name)
+        check_name(folder.name)
     except ValueError as error:
         raise AdapterError("NAME_INVALID", str(error)) from error
     home = _resolve(root if root is not None else folder.parent, None)

@@ -9,8 +9,9 @@ from typing import TypeVar
 
 from superpose_adapters.adapter import AdapterError
 from superpose_adapters.layout import Layout
-from superpose_adapters.peft.config import PLAIN_PATTERN, PeftConfig, shorten
+from superpose_adapters.peft.config import PLAIN_PATTERN, PeftConfig
 from superpose_adapters.peft.pattern import Budget, Pattern, PatternError
+from superpose_adapters.strict_json import shorten
 
 _ALL_LINEAR = "all-linear"
 _Number = TypeVar("_Number", int, float)

@@ -10,7 +10,8 @@ import logging
 from superpose_adapters.adapter import AdapterError
 from superpose_adapters.base.facts import BaseFacts
 from superpose_adapters.geometry import Analysis
-from superpose_adapters.mix import BoundEntry, BoundMix, Mix, check_domain, check_weight
+from superpose_adapters.mix import BoundEntry, BoundMix, Mix
+from superpose_adapters.mix_syntax import check_name, check_weight
 from superpose_adapters.peft.folder import Limits, parse_adapter
 from superpose_adapters.store import AdapterStore, StoreError
 from superpose_server.control.default_mix import DefaultMix, MixState
@@ -218,7 +219,7 @@ class Operator:
 
 def _check_name(domain: str) -> None:
     try:
-        check_domain(domain)
+        check_name(domain)
     except ValueError as error:
         raise InvalidArgument(str(error), "INVALID_DOMAIN", field="domain") from error
 
