@@ -159,6 +159,11 @@ class AsyncClient(OfOneProcess):
     analyze = _method(calls.analyze)
     verify = _method(calls.verify)
 
+    # Named mixes.
+    name_mix = _method(calls.name_mix)
+    unname_mix = _method(calls.unname_mix)
+    named_mixes = _method(calls.named_mixes)
+
     # Adapters.
     adapters = _method(calls.adapters)
     adapter = _method(calls.adapter)

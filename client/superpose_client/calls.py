@@ -30,6 +30,7 @@ from superpose_client.results import (
     GenerationChunk,
     HealthStatus,
     MixState,
+    NamedMix,
     PushResult,
     ScoreResult,
     ServerInfo,
@@ -152,6 +153,34 @@ def verify(*, timeout: float | None = None) -> Call[Verification]:
     """Compare the weights in use with what they should be. A mismatch is a result, `ok`."""
     request = mix_pb2.VerifyWeightsRequest()
     return Call("Mix.VerifyWeights", request, Verification.from_proto, timeout, WORK)
+
+
+# Named mixes.
+
+
+def name_mix(
+    name: str, mix: MixLike | None = None, *, timeout: float | None = None
+) -> Call[NamedMix]:
+    """Let `name` stand for a mix, in place of what it stood for; None is the default mix now."""
+    request = mix_pb2.NameMixRequest(name=name, mix=requests.mix(mix))
+    return Call(
+        "Mix.NameMix", request, lambda response: NamedMix.from_proto(response.named_mix), timeout
+    )
+
+
+def unname_mix(name: str, *, timeout: float | None = None) -> Call[None]:
+    """Take the name of a mix away. Requests that named it keep their mix."""
+    return Call("Mix.UnnameMix", mix_pb2.UnnameMixRequest(name=name), lambda _: None, timeout)
+
+
+def named_mixes(*, timeout: float | None = None) -> Call[tuple[NamedMix, ...]]:
+    """Return all named mixes, in order of their names."""
+    return Call(
+        "Mix.ListNamedMixes",
+        mix_pb2.ListNamedMixesRequest(),
+        lambda response: tuple(map(NamedMix.from_proto, response.named_mixes)),
+        timeout,
+    )
 
 
 # Adapters.

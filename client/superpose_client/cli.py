@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         Generation,
         GenerationChunk,
         MixState,
+        NamedMix,
         PushResult,
         ServerInfo,
     )
@@ -59,8 +60,8 @@ _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 app = typer.Typer(
     name="adapterctl",
     help="Operate a Superpose server: a base language model plus any weighted sum of LoRA adapters."
-    "\n\nMIX is written math=1,medicine=0.5; a domain without a weight has weight 1; the word base "
-    "is the base model alone.",
+    "\n\nMIX is written math=1,medicine=0.5; a domain without a weight has weight 1, and a named "
+    "mix may stand for a domain; base is the base model alone, default the default mix.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -320,6 +321,36 @@ def _watch(session: Session) -> None:
     with session.client.watch() as changes:
         for mix in changes:
             session.show(Shown(watch_line(mix), json=mix))
+
+
+@command("name", changes=True)
+def _name(
+    session: Session,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The mix's, and no domain's.")],
+    mix: Annotated[
+        str | None, typer.Argument(metavar="[MIX]", help="[default: the default mix now]")
+    ] = None,
+) -> "NamedMix":
+    """Let NAME stand for MIX wherever a mix is written."""
+    return session.client.name_mix(name, mix)
+
+
+@command("unname", changes=True)
+def _unname(
+    session: Session, name: Annotated[str, typer.Argument(metavar="NAME", help="The mix's.")]
+) -> Shown:
+    """Take the name of a mix away."""
+    session.client.unname_mix(name)
+    return Shown(f"no mix is named {name} any more", json={})
+
+
+@command("names")
+def _names(session: Session) -> Shown:
+    """List the named mixes."""
+    from superpose_client.screens import name_lines
+
+    named = session.client.named_mixes()
+    return Shown(name_lines(named), json={"named_mixes": named})
 
 
 @command("analyze")

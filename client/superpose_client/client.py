@@ -101,7 +101,8 @@ class Client(OfOneProcess):
             client.add("math")
             print(client.generate("Question: What is 2 + 3?", temperature=0).text)
 
-    A `mix` is MIX syntax or {domain: weight}; None is the default mix, "base" or {} the base model.
+    A `mix` is MIX syntax or {name: weight}, the name a domain's or a named mix's; None or "default"
+    is the default mix, {} or "base" the base model.
     A `timeout` is in seconds and math.inf means none; None is the client's own if it was given one,
     else 60 s, 600 s for calls that compute, and none for streams.
     A failed call raises an `errors.CallError`. Nothing is ever sent twice.
@@ -143,6 +144,11 @@ class Client(OfOneProcess):
     watch = _stream(calls.watch)
     analyze = _method(calls.analyze)
     verify = _method(calls.verify)
+
+    # Named mixes.
+    name_mix = _method(calls.name_mix)
+    unname_mix = _method(calls.unname_mix)
+    named_mixes = _method(calls.named_mixes)
 
     # Adapters.
     adapters = _method(calls.adapters)

@@ -8,8 +8,8 @@
     ├── NotPicklableError (also TypeError) clients and streams stay in their process
     └── CallError                          a call failed; has code, reason, field_violations
         ├── InvalidArgumentError           bad mix, prompt or option: do not repeat the call
-        ├── NotFoundError                  unknown domain, or not in the mix
-        ├── AlreadyExistsError             in the mix already, or pushed with other bytes
+        ├── NotFoundError                  unknown name, or a domain not in the mix
+        ├── AlreadyExistsError             in the mix already, or the name is taken
         ├── FailedPreconditionError        something must be put right before the call can work
         ├── GenerationMismatchError        the mix is not at `expected_generation`
         ├── ResourceExhaustedError         too large, or too much
@@ -94,11 +94,11 @@ class InvalidArgumentError(CallError):
 
 
 class NotFoundError(CallError):
-    """The domain is unknown, or not in the mix that it should leave."""
+    """The name stands for nothing, or the domain is not in the mix that it should leave."""
 
 
 class AlreadyExistsError(CallError):
-    """The domain is in the mix already, or holds an adapter with other bytes."""
+    """The domain is in the mix already, or the name stands for other bytes, or a mix."""
 
 
 class FailedPreconditionError(CallError):

@@ -71,6 +71,27 @@ class CurrentMix(MixState, message=mix_pb2.GetMixResponse):
 
 
 @dataclass(frozen=True)
+class DomainWeight(FromMessage, message=mix_pb2.DomainWeight):
+    """One domain of a named mix."""
+
+    domain: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class NamedMix(FromMessage, message=mix_pb2.NamedMix):
+    """A mix of domains under a name, which may stand wherever a domain does in a mix."""
+
+    name: str
+    entries: tuple[DomainWeight, ...]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The mix as {domain: weight}, which every call takes as its `mix`."""
+        return {entry.domain: entry.weight for entry in self.entries}
+
+
+@dataclass(frozen=True)
 class Usage(FromMessage, message=inference_pb2.Usage):
     """Tokens of a request."""
 

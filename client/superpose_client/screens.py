@@ -25,6 +25,7 @@ from superpose_client.results import (
     Analysis,
     CurrentMix,
     MixState,
+    NamedMix,
     PairAnalysis,
     PushResult,
     ScoreResult,
@@ -151,6 +152,11 @@ def _(mix: CurrentMix) -> RenderableType:
     return _with_entries(mix, fields)
 
 
+@screen.register
+def _(named: NamedMix) -> RenderableType:
+    return _fields(("name", named.name), ("mix", format_mix(named.weights)))
+
+
 # A list of adapters.
 @screen.register
 def _(adapters: tuple) -> RenderableType:  # type: ignore[type-arg]
@@ -257,6 +263,14 @@ def _(result: Analysis) -> RenderableType:
     if result.warnings:
         parts += ["", _fields(*_warnings(result.warnings))]
     return Group(*parts)
+
+
+def name_lines(named: Sequence[NamedMix]) -> str:
+    """Return named mixes, one a line."""
+    if not named:
+        return "no named mixes; name one with: adapterctl name NAME MIX"
+    width = max(len(each.name) for each in named)
+    return "\n".join(f"{each.name:{width}}  {format_mix(each.weights)}" for each in named)
 
 
 def watch_line(mix: MixState) -> str:

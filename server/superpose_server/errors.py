@@ -2,8 +2,8 @@
 
 ServerError
 ├── InvalidArgument      the request is wrong whatever the state of the server
-├── NotFound             a domain that is not loaded, or not in the default mix
-├── AlreadyExists        a domain that is in the mix, or is loaded with other bytes
+├── NotFound             a name that stands for nothing, or a domain not in the default mix
+├── AlreadyExists        a domain that is in the mix, or a name that is taken
 ├── FailedPrecondition   the state must be changed by hand before a retry can succeed
 │   └── OutputNotFinite  ... as the weights of this mix
 ├── GenerationMismatch   somebody else changed the default mix first

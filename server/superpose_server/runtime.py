@@ -16,14 +16,17 @@ import torch
 from superpose_adapters.adapter import Adapter, AdapterError
 from superpose_adapters.bundled import mini_adapters
 from superpose_adapters.mix import BoundEntry, BoundMix
+from superpose_adapters.mix_syntax import RESERVED_NAMES
 from superpose_adapters.one_line import one_line
 from superpose_adapters.peft.folder import Limits as AdapterLimits
 from superpose_adapters.peft.folder import read_adapter
 from superpose_server.config import PREFILL_TOKENS_CPU, PREFILL_TOKENS_GPU, ServerConfig
 from superpose_server.control.actions import Operator
+from superpose_server.control.checked_file import FileDamaged
 from superpose_server.control.default_mix import DefaultMix, MixState
 from superpose_server.control.integrity import Integrity
-from superpose_server.control.journal import Journal, JournalDamaged, JournalEntry
+from superpose_server.control.journal import Journal, JournalEntry
+from superpose_server.control.named_mixes import NamedMixes
 from superpose_server.control.registry import Registered, Registry, Source
 from superpose_server.engine.engine import Engine
 from superpose_server.engine.job import JobResult
@@ -114,7 +117,12 @@ class Runtime:
 
     def _start(self, state_dir: Path, observer: EngineObserver, expected: Expected | None) -> None:
         model = self.model
-        self.registry = Registry(model.base_digest, self.limits.max_domains_in_mix)
+        try:
+            named_mixes = NamedMixes(state_dir)
+        except FileDamaged as error:
+            raise StartupError(str(error)) from error
+        limits = self.limits
+        self.registry = Registry(model.base_digest, limits.max_domains_in_mix, named_mixes)
         self._register_all()
         self._weights = ResidentWeights(
             model.module,
@@ -222,6 +230,14 @@ class Runtime:
             raise StartupError(f"adapter {folder}: {error}") from error
 
     def _register(self, domain: str, adapter: Adapter, source: Source) -> None:
+        if self.registry.named_mixes.find(domain) is not None:
+            remedy = "use another --state-dir"
+            if source is Source.DIRECTORY:
+                remedy = (
+                    f"rename the folder {domain} in --adapter-dir {self.config.adapter_dir}, "
+                    f"or start without it and run adapterctl unname {domain}"
+                )
+            raise StartupError(f"{domain} is both a domain and a named mix: {remedy}")
         before = self.registry.find(domain)
         if before is not None:
             # Which of them is meant nobody but the operator knows.
@@ -243,7 +259,7 @@ class Runtime:
         """Return the default mix as it was when the last server stopped."""
         try:
             record = journal.read()
-        except JournalDamaged as error:
+        except FileDamaged as error:
             raise StartupError(str(error)) from error
         base_digest = self.model.base_digest
         if record is None:
@@ -268,6 +284,12 @@ class Runtime:
         return MixState(record.generation, mix)
 
     def _recall(self, entry: JournalEntry, journal: Journal) -> Adapter:
+        reserved = RESERVED_NAMES.get(entry.domain)
+        if reserved is not None:  # A server that had no such words may have taken it.
+            raise StartupError(
+                f"the default mix holds {entry.domain}, which is reserved for {reserved}: "
+                f"delete {journal.path} to start from the base model"
+            )
         registered = self.registry.find(entry.domain)
         if registered is not None and registered.adapter.digest == entry.adapter_digest:
             return registered.adapter

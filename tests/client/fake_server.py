@@ -109,6 +109,13 @@ def state_for(request: Any) -> mix_pb2.MixState:
     return state(weights_of(request.mix)) if request.HasField("mix") else state()
 
 
+def named_mix(name: str, weights: Mapping[str, float]) -> mix_pb2.NamedMix:
+    return mix_pb2.NamedMix(
+        name=name,
+        entries=[mix_pb2.DomainWeight(domain=d, weight=w) for d, w in sorted(weights.items())],
+    )
+
+
 def adapter(domain: str = "math", weight: float = 1.0, **fields: Any) -> adapter_pb2.Adapter:
     return adapter_pb2.Adapter(
         domain=domain,
@@ -182,6 +189,13 @@ def default_answers() -> dict[str, Answer]:
         ],
         "AnalyzeMix": lambda request: analysis(state_for(request)),
         "VerifyWeights": verification(ok=True),
+        "NameMix": lambda request: mix_pb2.NameMixResponse(
+            named_mix=named_mix(request.name, weights_of(request.mix) or DEFAULT)
+        ),
+        "UnnameMix": mix_pb2.UnnameMixResponse(),
+        "ListNamedMixes": mix_pb2.ListNamedMixesResponse(
+            named_mixes=[named_mix("half", {"math": 0.5}), named_mix("plain", {})]
+        ),
         "ListAdapters": adapter_pb2.ListAdaptersResponse(
             adapters=[
                 adapter("finance_stock_trading", 0.0),

@@ -50,6 +50,9 @@ COMMANDS = [
     "set",
     "mix",
     "watch",
+    "name",
+    "unname",
+    "names",
     "analyze",
     "verify",
     "generate",
@@ -251,6 +254,41 @@ def test_watch(ctl: Ctl) -> None:
     ]
     states = [json.loads(line) for line in ctl("watch", "--json").stdout.splitlines()]
     assert states[1] == {**MIX, "generation": 8}
+
+
+def test_name(ctl: Ctl, server: FakeServer) -> None:
+    assert printed(ctl("name", "qa", "math;medicine=0.5", "--json")) == {
+        "name": "qa",
+        "entries": [{"domain": "math", "weight": 1.0}, {"domain": "medicine", "weight": 0.5}],
+    }
+    assert server.request.name == "qa"
+    assert weights_of(server.request.mix) == DEFAULT
+    shown = ctl("name", "qa", "math=-2").stdout.splitlines()
+    assert [line.split() for line in shown] == [["name", "qa"], ["mix", "math=-2"]]
+
+
+@pytest.mark.parametrize("arguments", [[], ["default"]])
+def test_name_without_a_mix_takes_the_default_one(
+    ctl: Ctl, server: FakeServer, arguments: list[str]
+) -> None:
+    assert "math=1,medicine=0.5" in ctl("name", "qa", *arguments).stdout
+    assert server.request == mix_pb2.NameMixRequest(name="qa")
+
+
+def test_unname(ctl: Ctl, server: FakeServer) -> None:
+    assert ctl("unname", "qa").stdout == "no mix is named qa any more\n"
+    assert server.request == mix_pb2.UnnameMixRequest(name="qa")
+    assert printed(ctl("unname", "qa", "--json")) == {}
+
+
+def test_names(ctl: Ctl, server: FakeServer) -> None:
+    assert ctl("names").stdout == "half   math=0.5\nplain  base\n"
+    assert printed(ctl("names", "--json"))["named_mixes"] == [
+        {"name": "half", "entries": [{"domain": "math", "weight": 0.5}]},
+        {"name": "plain", "entries": []},
+    ]
+    server.answers["ListNamedMixes"] = mix_pb2.ListNamedMixesResponse()
+    assert ctl("names").stdout == "no named mixes; name one with: adapterctl name NAME MIX\n"
 
 
 def test_analyze(ctl: Ctl, server: FakeServer) -> None:
@@ -808,6 +846,7 @@ def responses() -> list[Any]:
     return [
         results.ServerInfo.from_proto(answers["GetServerInfo"]),
         results.CurrentMix.from_proto(answers["GetMix"]),
+        results.NamedMix.from_proto(answers["ListNamedMixes"].named_mixes[0]),
         tuple(results.AdapterInfo.from_proto(adapter) for adapter in listed),
         results.AdapterInfo.from_proto(adapter.adapter),
         results.Analysis.from_proto(analysis(state())),

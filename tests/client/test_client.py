@@ -399,12 +399,16 @@ def test_changes(
     assert changed.generation == GENERATION
 
 
-@pytest.mark.parametrize("method", ["add", "remove", "set", "push", "delete"])
+@pytest.mark.parametrize(
+    "method", ["add", "remove", "set", "name_mix", "unname_mix", "push", "delete"]
+)
 def test_a_change_is_sent_once(caller: Caller, server: FakeServer, method: str) -> None:
     names = {
         "add": "AddDomain",
         "remove": "RemoveDomain",
         "set": "SetMix",
+        "name_mix": "NameMix",
+        "unname_mix": "UnnameMix",
         "push": "PushAdapter",
         "delete": "DeleteAdapter",
     }
@@ -419,6 +423,28 @@ def test_mix(caller: Caller, server: FakeServer) -> None:
     current = caller.mix()
     assert current.weights == DEFAULT
     assert current.resident.weights == {}
+
+
+def test_named_mixes(caller: Caller, server: FakeServer) -> None:
+    named = caller.name_mix("qa", {"math": 1, "medicine": 0.5})
+    assert (named.name, named.weights) == ("qa", DEFAULT)
+    assert weights_of(server.request.mix) == DEFAULT
+    assert caller.unname_mix("qa") is None
+    assert server.requests[-1] == mix_pb2.UnnameMixRequest(name="qa")
+    listed = caller.named_mixes()
+    assert [(each.name, each.weights) for each in listed] == [
+        ("half", {"math": 0.5}),
+        ("plain", {}),
+    ]
+
+
+@pytest.mark.parametrize("mix", [None, "default", " default "])
+def test_the_word_default_is_no_mix_of_its_own(
+    caller: Caller, server: FakeServer, mix: str | None
+) -> None:
+    """A server that has no such word cannot take it for a domain."""
+    caller.generate("x", mix=mix)
+    assert not server.request.HasField("mix")
 
 
 def test_analyze(caller: Caller, server: FakeServer) -> None:

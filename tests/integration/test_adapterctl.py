@@ -106,6 +106,34 @@ def test_add_set_mix_and_remove(mini: Served) -> None:
     assert weights(output(mini, "set", "base")) == {}
 
 
+def test_name_names_and_unname(mini: Served) -> None:
+    assert output(mini, "name", "qa", "math=1;medicine=0.5")["name"] == "qa"
+    assert output(mini, "names")["named_mixes"] == [
+        {
+            "name": "qa",
+            "entries": [
+                {"domain": "math", "weight": 1.0},
+                {"domain": "medicine", "weight": 0.5},
+            ],
+        }
+    ]
+    asked = ("generate", "Question:", "--max-new-tokens", "2", "--mix")
+    assert weights(output(mini, *asked, "qa")["mix"]) == {"math": 1.0, "medicine": 0.5}
+    assert weights(output(mini, *asked, "qa=2,finance")["mix"]) == {
+        "math": 2.0,
+        "medicine": 1.0,
+        "finance": 1.0,
+    }
+    assert weights(output(mini, "set", "qa")) == {"math": 1.0, "medicine": 0.5}
+    assert output(mini, *asked, "default")["mix"] == {
+        name: output(mini, "mix")[name] for name in STATE
+    }
+    assert output(mini, "unname", "qa") == {}
+    gone = adapterctl(mini, *asked, "qa")
+    assert gone.exit_code == 1
+    assert "no adapter is loaded as 'qa'" in gone.stderr
+
+
 def test_analyze_and_verify(mini: Served) -> None:
     analysis = output(mini, "analyze", "math,medicine=0.5")
     assert {d["domain"]: d["weight"] for d in analysis["domains"]} == {"math": 1, "medicine": 0.5}
@@ -166,6 +194,9 @@ def test_every_command_has_a_screen_for_people(mini: Served, tmp_path: Path) -> 
         (("mix",), "generation"),
         (("set", "math,medicine"), "medicine"),
         (("remove", "math"), "medicine"),
+        (("name", "qa", "math,medicine"), "math=1,medicine=1"),
+        (("names",), "qa  math=1,medicine=1"),
+        (("unname", "qa"), "qa"),
         (("analyze", "math,medicine"), "interference"),
         (("verify",), "ok"),
         (("generate", "Question: What", "--max-new-tokens", "2"), "\n"),
@@ -180,7 +211,17 @@ def test_every_command_has_a_screen_for_people(mini: Served, tmp_path: Path) -> 
 
 
 def test_a_mix_that_is_wrongly_written_is_wrong_usage(mini: Served) -> None:
-    for mix in ("math=", "math=x", "Math", "math,math", "math,,", "", "math=1e300", "math=nan"):
+    for mix in (
+        "math=",
+        "math=x",
+        "Math",
+        "math,math",
+        "math,,",
+        "",
+        "math=1e300",
+        "math=nan",
+        "base=1",
+    ):
         result = adapterctl(mini, "set", mix)
         assert result.exit_code == 2, mix
         assert result.stderr.startswith("adapterctl: "), mix

@@ -144,7 +144,7 @@ MIXES = {
         _set_raw(("a", 1), ("b", 1), ("a", 1)),
         InvalidArgumentError,
         "INVALID_MIX",
-        "domain a is named twice",
+        "a is named twice: name each domain once",
         "mix",
     ),
     "domain named twice, once with 0": Case(
@@ -606,6 +606,7 @@ UNARY = (
     *("InferenceService/Generate", "InferenceService/Score"),
     *("MixService/AddDomain", "MixService/RemoveDomain", "MixService/SetMix"),
     *("MixService/GetMix", "MixService/AnalyzeMix", "MixService/VerifyWeights"),
+    *("MixService/NameMix", "MixService/UnnameMix", "MixService/ListNamedMixes"),
     *("AdapterService/ListAdapters", "AdapterService/GetAdapter"),
     *("AdapterService/PushAdapter", "AdapterService/DeleteAdapter"),
     "ServerService/GetServerInfo",
@@ -651,7 +652,8 @@ def test_bytes_that_are_no_request_are_an_invalid_argument(small: Served, data: 
     before = small.fingerprint()
     texts = {  # Methods whose field 1 is a string.
         *("Generate", "GenerateStream", "AddDomain", "RemoveDomain", "GetAdapter", "PushAdapter"),
-        *("DeleteAdapter", "Check", "Watch", "ServerReflectionInfo"),
+        *("DeleteAdapter", "NameMix", "UnnameMix"),
+        *("Check", "Watch", "ServerReflectionInfo"),
     }
     for name, call in calls_in_bytes(small.channel):
         if data[-1:] == b"\xfe" and name.rpartition("/")[2] not in texts:

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from superpose_server.control.journal import Journal, JournalDamaged, JournalEntry, Record
+from superpose_server.control.checked_file import FileDamaged
+from superpose_server.control.journal import Journal, JournalEntry, Record
 
 OLD = Record(7, "b" * 64, "c" * 64, (JournalEntry("math", "d" * 64, -0.75),))
 NEW = Record(8, "b" * 64, "e" * 64, ())
@@ -66,7 +67,7 @@ def test_undo_of_the_first_write_leaves_no_journal(journal: Journal) -> None:
 
 
 def assert_damaged(journal: Journal) -> None:
-    with pytest.raises(JournalDamaged) as caught:
+    with pytest.raises(FileDamaged) as caught:
         journal.read()
     message = str(caught.value)
     assert str(journal.path) in message
@@ -105,6 +106,7 @@ def checked(body: Any, **changes: Any) -> str:
     [
         "null",
         "[]",
+        "[" * 100_000,
         '"text"',
         "{}",
         "\x00" * 40,

@@ -27,6 +27,7 @@ class DomainWeight(google.protobuf.message.Message):
     DOMAIN_FIELD_NUMBER: builtins.int
     WEIGHT_FIELD_NUMBER: builtins.int
     domain: builtins.str
+    """A named mix may stand here in a request: the mix that it stands for, times the weight."""
     weight: builtins.float
     """Any finite number within [-10000, 10000], negative too. 0 means absent."""
     def __init__(
@@ -529,3 +530,120 @@ class VerifyWeightsResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["base_digest", b"base_digest", "damaged_base", b"damaged_base", "damaged_resident", b"damaged_resident", "device", b"device", "dtype", b"dtype", "longest_stall_seconds", b"longest_stall_seconds", "mix", b"mix", "ok", b"ok", "resident_hash", b"resident_hash"]) -> None: ...
 
 Global___VerifyWeightsResponse: typing_extensions.TypeAlias = VerifyWeightsResponse
+
+@typing.final
+class NamedMix(google.protobuf.message.Message):
+    """A name for weights of domains. What these domains name is found out when a request is accepted."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    ENTRIES_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Matches [a-z0-9][a-z0-9._-]{0,63}, as domains do; `base` and `default` are reserved."""
+    @property
+    def entries(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___DomainWeight]:
+        """Domains in ascending order, never named mixes; empty for the base model."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        entries: collections.abc.Iterable[Global___DomainWeight] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["entries", b"entries", "name", b"name"]) -> None: ...
+
+Global___NamedMix: typing_extensions.TypeAlias = NamedMix
+
+@typing.final
+class NameMixRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    MIX_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    @property
+    def mix(self) -> Global___Mix:
+        """Absent: the default mix. Named mixes in it are resolved now."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        mix: Global___Mix | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_mix", b"_mix", "mix", b"mix"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_mix", b"_mix", "mix", b"mix", "name", b"name"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_mix", b"_mix"]) -> typing.Literal["mix"] | None: ...
+
+Global___NameMixRequest: typing_extensions.TypeAlias = NameMixRequest
+
+@typing.final
+class NameMixResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAMED_MIX_FIELD_NUMBER: builtins.int
+    @property
+    def named_mix(self) -> Global___NamedMix: ...
+    def __init__(
+        self,
+        *,
+        named_mix: Global___NamedMix | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["named_mix", b"named_mix"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["named_mix", b"named_mix"]) -> None: ...
+
+Global___NameMixResponse: typing_extensions.TypeAlias = NameMixResponse
+
+@typing.final
+class UnnameMixRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+
+Global___UnnameMixRequest: typing_extensions.TypeAlias = UnnameMixRequest
+
+@typing.final
+class UnnameMixResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___UnnameMixResponse: typing_extensions.TypeAlias = UnnameMixResponse
+
+@typing.final
+class ListNamedMixesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___ListNamedMixesRequest: typing_extensions.TypeAlias = ListNamedMixesRequest
+
+@typing.final
+class ListNamedMixesResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAMED_MIXES_FIELD_NUMBER: builtins.int
+    @property
+    def named_mixes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___NamedMix]:
+        """At most 1000, in ascending order of name."""
+
+    def __init__(
+        self,
+        *,
+        named_mixes: collections.abc.Iterable[Global___NamedMix] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["named_mixes", b"named_mixes"]) -> None: ...
+
+Global___ListNamedMixesResponse: typing_extensions.TypeAlias = ListNamedMixesResponse

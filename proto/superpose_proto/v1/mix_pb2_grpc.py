@@ -28,6 +28,7 @@ if _version_not_supported:
 class MixServiceStub(object):
     """The default mix: what a request that names no mix gets. Every change is atomic and durable, and
     effective for every later request when its call returns; running requests keep their own mix.
+    Besides it mixes have names, which stand for them until they are taken away.
     """
 
     def __init__(self, channel):
@@ -71,11 +72,27 @@ class MixServiceStub(object):
                 request_serializer=superpose__proto_dot_v1_dot_mix__pb2.VerifyWeightsRequest.SerializeToString,
                 response_deserializer=superpose__proto_dot_v1_dot_mix__pb2.VerifyWeightsResponse.FromString,
                 _registered_method=True)
+        self.NameMix = channel.unary_unary(
+                '/superpose.v1.MixService/NameMix',
+                request_serializer=superpose__proto_dot_v1_dot_mix__pb2.NameMixRequest.SerializeToString,
+                response_deserializer=superpose__proto_dot_v1_dot_mix__pb2.NameMixResponse.FromString,
+                _registered_method=True)
+        self.UnnameMix = channel.unary_unary(
+                '/superpose.v1.MixService/UnnameMix',
+                request_serializer=superpose__proto_dot_v1_dot_mix__pb2.UnnameMixRequest.SerializeToString,
+                response_deserializer=superpose__proto_dot_v1_dot_mix__pb2.UnnameMixResponse.FromString,
+                _registered_method=True)
+        self.ListNamedMixes = channel.unary_unary(
+                '/superpose.v1.MixService/ListNamedMixes',
+                request_serializer=superpose__proto_dot_v1_dot_mix__pb2.ListNamedMixesRequest.SerializeToString,
+                response_deserializer=superpose__proto_dot_v1_dot_mix__pb2.ListNamedMixesResponse.FromString,
+                _registered_method=True)
 
 
 class MixServiceServicer(object):
     """The default mix: what a request that names no mix gets. Every change is atomic and durable, and
     effective for every later request when its call returns; running requests keep their own mix.
+    Besides it mixes have names, which stand for them until they are taken away.
     """
 
     def AddDomain(self, request, context):
@@ -128,6 +145,27 @@ class MixServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def NameMix(self, request, context):
+        """Lets a name stand for a mix, in place of what it stood for. ALREADY_EXISTS if it names a domain,
+        NOT_FOUND if the mix names a domain that is not loaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnnameMix(self, request, context):
+        """Takes the name of a mix away. NOT_FOUND if no mix has it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListNamedMixes(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MixServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -166,6 +204,21 @@ def add_MixServiceServicer_to_server(servicer, server):
                     request_deserializer=superpose__proto_dot_v1_dot_mix__pb2.VerifyWeightsRequest.FromString,
                     response_serializer=superpose__proto_dot_v1_dot_mix__pb2.VerifyWeightsResponse.SerializeToString,
             ),
+            'NameMix': grpc.unary_unary_rpc_method_handler(
+                    servicer.NameMix,
+                    request_deserializer=superpose__proto_dot_v1_dot_mix__pb2.NameMixRequest.FromString,
+                    response_serializer=superpose__proto_dot_v1_dot_mix__pb2.NameMixResponse.SerializeToString,
+            ),
+            'UnnameMix': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnnameMix,
+                    request_deserializer=superpose__proto_dot_v1_dot_mix__pb2.UnnameMixRequest.FromString,
+                    response_serializer=superpose__proto_dot_v1_dot_mix__pb2.UnnameMixResponse.SerializeToString,
+            ),
+            'ListNamedMixes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListNamedMixes,
+                    request_deserializer=superpose__proto_dot_v1_dot_mix__pb2.ListNamedMixesRequest.FromString,
+                    response_serializer=superpose__proto_dot_v1_dot_mix__pb2.ListNamedMixesResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'superpose.v1.MixService', rpc_method_handlers)
@@ -177,6 +230,7 @@ def add_MixServiceServicer_to_server(servicer, server):
 class MixService(object):
     """The default mix: what a request that names no mix gets. Every change is atomic and durable, and
     effective for every later request when its call returns; running requests keep their own mix.
+    Besides it mixes have names, which stand for them until they are taken away.
     """
 
     @staticmethod
@@ -358,6 +412,87 @@ class MixService(object):
             '/superpose.v1.MixService/VerifyWeights',
             superpose__proto_dot_v1_dot_mix__pb2.VerifyWeightsRequest.SerializeToString,
             superpose__proto_dot_v1_dot_mix__pb2.VerifyWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def NameMix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/superpose.v1.MixService/NameMix',
+            superpose__proto_dot_v1_dot_mix__pb2.NameMixRequest.SerializeToString,
+            superpose__proto_dot_v1_dot_mix__pb2.NameMixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnnameMix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/superpose.v1.MixService/UnnameMix',
+            superpose__proto_dot_v1_dot_mix__pb2.UnnameMixRequest.SerializeToString,
+            superpose__proto_dot_v1_dot_mix__pb2.UnnameMixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListNamedMixes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/superpose.v1.MixService/ListNamedMixes',
+            superpose__proto_dot_v1_dot_mix__pb2.ListNamedMixesRequest.SerializeToString,
+            superpose__proto_dot_v1_dot_mix__pb2.ListNamedMixesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -137,9 +137,58 @@ _MixServiceVerifyWeightsType = typing_extensions.TypeVar(
     ],
 )
 
-class MixServiceStub(typing.Generic[_MixServiceAddDomainType, _MixServiceRemoveDomainType, _MixServiceSetMixType, _MixServiceGetMixType, _MixServiceWatchMixType, _MixServiceAnalyzeMixType, _MixServiceVerifyWeightsType]):
+_MixServiceNameMixType = typing_extensions.TypeVar(
+    '_MixServiceNameMixType',
+    grpc.UnaryUnaryMultiCallable[
+        superpose_proto.v1.mix_pb2.NameMixRequest,
+        superpose_proto.v1.mix_pb2.NameMixResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        superpose_proto.v1.mix_pb2.NameMixRequest,
+        superpose_proto.v1.mix_pb2.NameMixResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        superpose_proto.v1.mix_pb2.NameMixRequest,
+        superpose_proto.v1.mix_pb2.NameMixResponse,
+    ],
+)
+
+_MixServiceUnnameMixType = typing_extensions.TypeVar(
+    '_MixServiceUnnameMixType',
+    grpc.UnaryUnaryMultiCallable[
+        superpose_proto.v1.mix_pb2.UnnameMixRequest,
+        superpose_proto.v1.mix_pb2.UnnameMixResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        superpose_proto.v1.mix_pb2.UnnameMixRequest,
+        superpose_proto.v1.mix_pb2.UnnameMixResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        superpose_proto.v1.mix_pb2.UnnameMixRequest,
+        superpose_proto.v1.mix_pb2.UnnameMixResponse,
+    ],
+)
+
+_MixServiceListNamedMixesType = typing_extensions.TypeVar(
+    '_MixServiceListNamedMixesType',
+    grpc.UnaryUnaryMultiCallable[
+        superpose_proto.v1.mix_pb2.ListNamedMixesRequest,
+        superpose_proto.v1.mix_pb2.ListNamedMixesResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        superpose_proto.v1.mix_pb2.ListNamedMixesRequest,
+        superpose_proto.v1.mix_pb2.ListNamedMixesResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        superpose_proto.v1.mix_pb2.ListNamedMixesRequest,
+        superpose_proto.v1.mix_pb2.ListNamedMixesResponse,
+    ],
+)
+
+class MixServiceStub(typing.Generic[_MixServiceAddDomainType, _MixServiceRemoveDomainType, _MixServiceSetMixType, _MixServiceGetMixType, _MixServiceWatchMixType, _MixServiceAnalyzeMixType, _MixServiceVerifyWeightsType, _MixServiceNameMixType, _MixServiceUnnameMixType, _MixServiceListNamedMixesType]):
     """The default mix: what a request that names no mix gets. Every change is atomic and durable, and
     effective for every later request when its call returns; running requests keep their own mix.
+    Besides it mixes have names, which stand for them until they are taken away.
     """
 
     @typing.overload
@@ -171,6 +220,18 @@ class MixServiceStub(typing.Generic[_MixServiceAddDomainType, _MixServiceRemoveD
         grpc.UnaryUnaryMultiCallable[
             superpose_proto.v1.mix_pb2.VerifyWeightsRequest,
             superpose_proto.v1.mix_pb2.VerifyWeightsResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            superpose_proto.v1.mix_pb2.NameMixRequest,
+            superpose_proto.v1.mix_pb2.NameMixResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            superpose_proto.v1.mix_pb2.UnnameMixRequest,
+            superpose_proto.v1.mix_pb2.UnnameMixResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            superpose_proto.v1.mix_pb2.ListNamedMixesRequest,
+            superpose_proto.v1.mix_pb2.ListNamedMixesResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -204,6 +265,18 @@ class MixServiceStub(typing.Generic[_MixServiceAddDomainType, _MixServiceRemoveD
             superpose_proto.v1.mix_pb2.VerifyWeightsRequest,
             superpose_proto.v1.mix_pb2.VerifyWeightsResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            superpose_proto.v1.mix_pb2.NameMixRequest,
+            superpose_proto.v1.mix_pb2.NameMixResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            superpose_proto.v1.mix_pb2.UnnameMixRequest,
+            superpose_proto.v1.mix_pb2.UnnameMixResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            superpose_proto.v1.mix_pb2.ListNamedMixesRequest,
+            superpose_proto.v1.mix_pb2.ListNamedMixesResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     AddDomain: _MixServiceAddDomainType
@@ -229,6 +302,16 @@ class MixServiceStub(typing.Generic[_MixServiceAddDomainType, _MixServiceRemoveD
 
     VerifyWeights: _MixServiceVerifyWeightsType
     """Compares the resident weights with a fresh fold, and the base with its hash at load."""
+
+    NameMix: _MixServiceNameMixType
+    """Lets a name stand for a mix, in place of what it stood for. ALREADY_EXISTS if it names a domain,
+    NOT_FOUND if the mix names a domain that is not loaded.
+    """
+
+    UnnameMix: _MixServiceUnnameMixType
+    """Takes the name of a mix away. NOT_FOUND if no mix has it."""
+
+    ListNamedMixes: _MixServiceListNamedMixesType
 
 MixServiceAsyncStub: typing_extensions.TypeAlias = MixServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -259,11 +342,24 @@ MixServiceAsyncStub: typing_extensions.TypeAlias = MixServiceStub[
         superpose_proto.v1.mix_pb2.VerifyWeightsRequest,
         superpose_proto.v1.mix_pb2.VerifyWeightsResponse,
     ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        superpose_proto.v1.mix_pb2.NameMixRequest,
+        superpose_proto.v1.mix_pb2.NameMixResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        superpose_proto.v1.mix_pb2.UnnameMixRequest,
+        superpose_proto.v1.mix_pb2.UnnameMixResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        superpose_proto.v1.mix_pb2.ListNamedMixesRequest,
+        superpose_proto.v1.mix_pb2.ListNamedMixesResponse,
+    ],
 ]
 
 class MixServiceServicer(metaclass=abc.ABCMeta):
     """The default mix: what a request that names no mix gets. Every change is atomic and durable, and
     effective for every later request when its call returns; running requests keep their own mix.
+    Besides it mixes have names, which stand for them until they are taken away.
     """
 
     @abc.abstractmethod
@@ -324,5 +420,30 @@ class MixServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[superpose_proto.v1.mix_pb2.VerifyWeightsResponse, collections.abc.Awaitable[superpose_proto.v1.mix_pb2.VerifyWeightsResponse]]:
         """Compares the resident weights with a fresh fold, and the base with its hash at load."""
+
+    @abc.abstractmethod
+    def NameMix(
+        self,
+        request: superpose_proto.v1.mix_pb2.NameMixRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[superpose_proto.v1.mix_pb2.NameMixResponse, collections.abc.Awaitable[superpose_proto.v1.mix_pb2.NameMixResponse]]:
+        """Lets a name stand for a mix, in place of what it stood for. ALREADY_EXISTS if it names a domain,
+        NOT_FOUND if the mix names a domain that is not loaded.
+        """
+
+    @abc.abstractmethod
+    def UnnameMix(
+        self,
+        request: superpose_proto.v1.mix_pb2.UnnameMixRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[superpose_proto.v1.mix_pb2.UnnameMixResponse, collections.abc.Awaitable[superpose_proto.v1.mix_pb2.UnnameMixResponse]]:
+        """Takes the name of a mix away. NOT_FOUND if no mix has it."""
+
+    @abc.abstractmethod
+    def ListNamedMixes(
+        self,
+        request: superpose_proto.v1.mix_pb2.ListNamedMixesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[superpose_proto.v1.mix_pb2.ListNamedMixesResponse, collections.abc.Awaitable[superpose_proto.v1.mix_pb2.ListNamedMixesResponse]]: ...
 
 def add_MixServiceServicer_to_server(servicer: MixServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

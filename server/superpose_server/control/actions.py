@@ -1,4 +1,4 @@
-"""What operators do: change the default mix, push and delete adapters, analyse a mix.
+"""What operators do: change the default mix, name mixes, push and delete adapters, analyse a mix.
 
 Everything here runs on one thread, one action after the other, so that no two changes meet.
 """
@@ -15,6 +15,7 @@ from superpose_adapters.mix_syntax import check_name, check_weight
 from superpose_adapters.peft.folder import Limits, parse_adapter
 from superpose_adapters.store import AdapterStore, StoreError
 from superpose_server.control.default_mix import DefaultMix, MixState
+from superpose_server.control.named_mixes import NamedMix
 from superpose_server.control.registry import Registered, Registry, Source
 from superpose_server.errors import (
     AlreadyExists,
@@ -108,6 +109,31 @@ class Operator:
         self._default.check_generation(expected_generation)
         return self._default.change(self._registry.bind(mix))
 
+    def name_mix(self, name: str, mix: Mix | None) -> NamedMix:
+        """Let `name` stand for the domains of `mix` (None: the default mix) as it is now.
+
+        Raises:
+            AlreadyExists: It names a domain.
+            NotFound: The mix names a domain that is not loaded.
+            FailedPrecondition: Too many mixes have names, or the disk refuses.
+        """
+        _check_name(name, "name")
+        if self._registry.find(name) is not None:
+            raise AlreadyExists(f"{name} is a domain: choose another name", "NAME_TAKEN")
+        bound = self._default.state.mix if mix is None else self._registry.bind(mix)
+        named = NamedMix(name, Mix.of((entry.domain, entry.weight) for entry in bound.entries))
+        self._registry.named_mixes.put(named)
+        return named
+
+    def unname_mix(self, name: str) -> None:
+        """Take the name of a mix away.
+
+        Raises:
+            NotFound: No mix has this name.
+            FailedPrecondition: The disk refuses.
+        """
+        self._registry.named_mixes.remove(name)
+
     def push(
         self, domain: str, config: bytes, tensors: bytes, replace: bool, training: bytes = b""
     ) -> tuple[Registered, MixState]:
@@ -119,9 +145,14 @@ class Operator:
 
         Raises:
             FailedPrecondition: The adapter is unfit, the domain is read only, or the disk refuses.
-            AlreadyExists: The domain names other bytes, and `replace` is false.
+            AlreadyExists: The domain names other bytes, and `replace` is false; or it names a mix.
         """
         _check_name(domain)
+        if self._registry.named_mixes.find(domain) is not None:
+            raise AlreadyExists(
+                f"{domain} is a named mix: push under another name, or unname the mix first",
+                "NAME_TAKEN",
+            )
         try:
             adapter = parse_adapter(
                 config,
@@ -217,11 +248,11 @@ class Operator:
         return self._weights.analyze(prepared)
 
 
-def _check_name(domain: str) -> None:
+def _check_name(name: str, field: str = "domain") -> None:
     try:
-        check_name(domain)
+        check_name(name)
     except ValueError as error:
-        raise InvalidArgument(str(error), "INVALID_DOMAIN", field="domain") from error
+        raise InvalidArgument(str(error), f"INVALID_{field.upper()}", field=field) from error
 
 
 def _check_writable(registered: Registered) -> None:

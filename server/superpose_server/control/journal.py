@@ -1,25 +1,11 @@
-"""The journal: the default mix on disk, so that it survives a restart.
-
-One small JSON file with a checksum. A write is durable before it returns (temporary file, fsync,
-rename, fsync of the folder); what was there before is kept beside it until the next write, so that
-taking a write back needs no space.
-"""
+"""The journal: the default mix on disk, so that it survives a restart."""
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from superpose_adapters.digest import canonical_digest
-from superpose_adapters.durable import sync, write_synced
-
-_FORMAT = 1
-
-
-class JournalDamaged(ValueError):
-    """The journal cannot be trusted; the message names the file and the way out."""
+from superpose_server.control.checked_file import CheckedFile
 
 
 @dataclass(frozen=True)
@@ -46,41 +32,23 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         """Use `folder`, which exists."""
-        self.path = folder / "mix.json"
-        self._previous = folder / "mix.json.previous"
-        self._temporary = folder / "mix.json.tmp"
+        self._file = CheckedFile(folder / "mix.json", "journal", "start from the base model")
+        self.path = self._file.path
 
     def read(self) -> Record | None:
         """Return what was written last, or None if nothing ever was.
 
         Raises:
-            JournalDamaged: The file is not whole, or of another format.
+            FileDamaged: The file is not whole, or of another format.
         """
-        try:
-            text = self.path.read_text()
-        except FileNotFoundError:
+        body = self._file.read()
+        if body is None:
             return None
-        except (OSError, UnicodeDecodeError) as error:
-            raise self._damaged(f"it cannot be read ({error})") from error
         try:
-            stored = json.loads(text)
-            body, checksum = stored["body"], stored["checksum"]
-            if stored["format"] != _FORMAT:
-                raise self._damaged(f"it has format {stored['format']}, not {_FORMAT}")
-            if canonical_digest(body) != checksum:
-                raise self._damaged("its checksum does not match")
             entries = tuple(JournalEntry(**entry) for entry in body.pop("entries"))
             return Record(**body, entries=entries)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            if isinstance(error, JournalDamaged):
-                raise
-            raise self._damaged("it is not a whole journal") from error
-
-    def _damaged(self, why: str) -> JournalDamaged:
-        return JournalDamaged(
-            f"journal {self.path} is damaged: {why}; restore it from a backup, "
-            "or delete it to start from the base model"
-        )
+        except (TypeError, KeyError, AttributeError) as error:
+            raise self._file.damaged("it is not a whole journal") from error
 
     def write(self, record: Record) -> None:
         """Make `record` durable; on an error the journal is as it was.
@@ -88,29 +56,8 @@ class Journal:
         Raises:
             OSError: No space, no permission, or a failing disk.
         """
-        body = asdict(record)
-        text = json.dumps(
-            {"format": _FORMAT, "body": body, "checksum": canonical_digest(body)}, indent=1
-        )
-        try:
-            write_synced(self._temporary, text.encode())
-            self._previous.unlink(missing_ok=True)
-            if self.path.exists():
-                os.link(self.path, self._previous)
-            self._temporary.replace(self.path)
-        except OSError:
-            self._temporary.unlink(missing_ok=True)
-            raise
-        try:
-            sync(self.path.parent)
-        except OSError:
-            self.undo()
-            raise
+        self._file.write(asdict(record))
 
     def undo(self) -> None:
         """Take the last write back."""
-        if self._previous.exists():
-            self._previous.replace(self.path)
-        else:
-            self.path.unlink(missing_ok=True)
-        sync(self.path.parent)
+        self._file.undo()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import enum
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.mix import BoundEntry, BoundMix, Mix
+from superpose_server.control.named_mixes import NamedMixes
 from superpose_server.errors import InvalidArgument, NotFound
 
 _log = logging.getLogger(__name__)
@@ -39,10 +41,11 @@ class Registered:
 class Registry:
     """Domains and their adapters. Any thread may read; one thread at a time may change it."""
 
-    def __init__(self, base_digest: str, max_domains: int) -> None:
-        """Begin without domains; a mix may hold `max_domains`."""
+    def __init__(self, base_digest: str, max_domains: int, named_mixes: NamedMixes) -> None:
+        """Begin without domains; a mix may hold `max_domains`, and may be named as these are."""
         self.base_digest = base_digest
         self.max_domains = max_domains
+        self.named_mixes = named_mixes
         self._registered: Mapping[str, Registered] = {}
 
     def __len__(self) -> int:
@@ -61,17 +64,25 @@ class Registry:
         """Return what `domain` names.
 
         Raises:
-            NotFound: Nothing; the message lists what is there.
+            NotFound: Nothing, or a mix; the message lists what is there.
         """
         found = self._registered.get(domain)
         if found is None:
-            names = ", ".join(sorted(self._registered)[:20]) or "none"
-            raise NotFound(
-                f"no adapter is loaded as {domain[:80]!r}: push it first (loaded: {names})",
-                "DOMAIN_NOT_FOUND",
-                metadata={"domain": domain[:80]},
-            )
+            if self.named_mixes.find(domain) is None:
+                why = f"no adapter is loaded as {domain[:80]!r}: push it first"
+            else:
+                why = f"{domain} is a named mix and no domain: use one of its domains"
+            raise self._not_found(domain, why)
         return found
+
+    def _not_found(self, domain: str, why: str) -> NotFound:
+        loaded = ", ".join(sorted(self._registered)[:20]) or "none"
+        named = ", ".join(named.name for named in self.named_mixes.all()[:20])
+        return NotFound(
+            f"{why} (loaded: {loaded}" + (f"; named mixes: {named})" if named else ")"),
+            "DOMAIN_NOT_FOUND",
+            metadata={"domain": domain[:80]},
+        )
 
     def put(self, registered: Registered) -> None:
         """Let a domain name an adapter, in place of what it named before."""
@@ -83,20 +94,41 @@ class Registry:
         self._registered = {d: r for d, r in self._registered.items() if d != domain}
 
     def bind(self, mix: Mix) -> BoundMix:
-        """Resolve the names of `mix` now.
+        """Resolve the names of `mix` now, those of mixes and those of domains.
 
         Raises:
-            NotFound: A domain that names nothing.
-            InvalidArgument: More domains than a mix may hold.
+            NotFound: A name that stands for nothing, or for a mix that cannot be had now.
+            InvalidArgument: More domains than a mix may hold, or a weight out of range.
         """
-        self.check_size(len(mix))
+        domains = self._spell_out(mix)
+        self.check_size(len(domains))
         return BoundMix.of(
             self.base_digest,
             (
                 BoundEntry(domain, self.get(domain).adapter, weight)
-                for domain, weight in mix.entries
+                for domain, weight in domains.entries
             ),
         )
+
+    def _spell_out(self, mix: Mix) -> Mix:
+        """Return a mix of domains alone: deltas add, so mixes do, each times its weight."""
+        terms: dict[str, list[float]] = {}
+        for name, weight in mix.entries:
+            named = self.named_mixes.find(name)
+            if named is None:
+                terms.setdefault(name, []).append(weight)
+                continue
+            for domain, part in named.entries:
+                if self.find(domain) is None:
+                    raise self._not_found(
+                        domain, f"named mix {name} holds {domain}, which is not loaded: push it"
+                    )
+                terms.setdefault(domain, []).append(weight * part)
+        try:
+            # An exact sum, rounded once: the order of the names does not matter.
+            return Mix.of({domain: math.fsum(parts) for domain, parts in terms.items()})
+        except ValueError as error:
+            raise InvalidArgument(str(error), "INVALID_MIX", field="mix") from error
 
     def check_size(self, domains: int, field: str = "mix") -> None:
         """Refuse a mix of too many domains.

@@ -12,6 +12,7 @@ from superpose_adapters.mix import BoundMix, Mix
 from superpose_adapters.scoring import Scope
 from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2
 from superpose_server.control.default_mix import MixState
+from superpose_server.control.named_mixes import NamedMix
 from superpose_server.control.registry import Registered, Source
 from superpose_server.engine.sampling import SamplingParams
 from superpose_server.engine.sequence import Chunk, FinishReason
@@ -47,6 +48,7 @@ _MixedRequest = (
     | inference_pb2.GenerateStreamRequest
     | inference_pb2.ScoreRequest
     | mix_pb2.AnalyzeMixRequest
+    | mix_pb2.NameMixRequest
 )
 
 
@@ -81,6 +83,17 @@ def mix_to_wire(state: MixState) -> mix_pb2.MixState:
                 domain=entry.domain, weight=entry.weight, adapter_digest=entry.adapter.digest
             )
             for entry in sorted(state.mix.entries, key=lambda entry: entry.domain)
+        ],
+    )
+
+
+def named_mix_to_wire(named: NamedMix) -> mix_pb2.NamedMix:
+    """Return a named mix for a response."""
+    return mix_pb2.NamedMix(
+        name=named.name,
+        entries=[
+            mix_pb2.DomainWeight(domain=domain, weight=weight)
+            for domain, weight in named.mix.entries
         ],
     )
 

@@ -11,7 +11,12 @@ from superpose_proto.v1 import mix_pb2 as pb
 from superpose_proto.v1 import mix_pb2_grpc
 from superpose_server.control.default_mix import MixState
 from superpose_server.control.watch import watch
-from superpose_server.door.convert import mix_from_wire, mix_to_wire, requested_mix
+from superpose_server.door.convert import (
+    mix_from_wire,
+    mix_to_wire,
+    named_mix_to_wire,
+    requested_mix,
+)
 from superpose_server.errors import InvalidArgument
 from superpose_server.inference.inference import Inference
 from superpose_server.runtime import Runtime
@@ -48,7 +53,10 @@ class MixService(mix_pb2_grpc.MixServiceServicer):
         """Make a mix the default mix."""
         if not request.HasField("mix"):
             raise InvalidArgument(
-                "mix is absent: send an empty mix to set the base model", "MIX_ABSENT", field="mix"
+                "mix is absent, which means the default mix: name the mix to set, "
+                "an empty one for the base model",
+                "MIX_ABSENT",
+                field="mix",
             )
         mix = mix_from_wire(request.mix)
         expected = request.expected_generation if request.HasField("expected_generation") else None
@@ -103,6 +111,25 @@ class MixService(mix_pb2_grpc.MixServiceServicer):
             damaged_resident=found.damaged_resident,
             damaged_base=found.damaged_base,
             longest_stall_seconds=verified.longest_stall_seconds,
+        )
+
+    async def NameMix(self, request: pb.NameMixRequest, context: Any) -> pb.NameMixResponse:
+        """Let a name stand for a mix."""
+        mix = requested_mix(request)
+        named = await self._runtime.operate(lambda operator: operator.name_mix(request.name, mix))
+        return pb.NameMixResponse(named_mix=named_mix_to_wire(named))
+
+    async def UnnameMix(self, request: pb.UnnameMixRequest, context: Any) -> pb.UnnameMixResponse:
+        """Take the name of a mix away."""
+        await self._runtime.operate(lambda operator: operator.unname_mix(request.name))
+        return pb.UnnameMixResponse()
+
+    async def ListNamedMixes(
+        self, request: pb.ListNamedMixesRequest, context: Any
+    ) -> pb.ListNamedMixesResponse:
+        """Return all named mixes, in ascending order of name."""
+        return pb.ListNamedMixesResponse(
+            named_mixes=map(named_mix_to_wire, self._runtime.registry.named_mixes.all())
         )
 
 

@@ -45,7 +45,7 @@ class Inference:
 
         Raises:
             InvalidArgument: The request is wrong, or does not fit the context.
-            NotFound: Its mix names a domain that is not loaded.
+            NotFound: Its mix holds a name that stands for no adapter and no mix.
             QueueFull: Too many requests wait.
             DataLoss: The weights are damaged.
             ShuttingDown: The server is stopping.

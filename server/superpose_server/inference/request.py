@@ -32,7 +32,7 @@ class GenerateRequest:
 
     Attributes:
         prompt: Text, token ids or a conversation.
-        mix: None: the default mix; empty: the base model.
+        mix: None: the default mix; empty: the base model. It may hold named mixes.
         options: What to generate, and how.
         request_id: Comes back with the answer; made by the server if empty.
     """
@@ -60,7 +60,7 @@ class ScoreRequest:
 
     Attributes:
         items: Texts, token ids as they are, or rows of question-answer data.
-        mix: None: the default mix; empty: the base model.
+        mix: None: the default mix; empty: the base model. It may hold named mixes.
         max_length: Tokens kept of each item, cut on the right; None: the context length.
         scope: Which tokens count; "answer" is for question-answer rows alone.
     """

@@ -130,7 +130,7 @@ def test_values_that_no_study_can_use_are_refused_by_name(
         ('"small"', '""', "name is ''; it must be fit for a folder's name"),
         ('"small"', '"../small"', "name is '../small'"),
         ("b.jsonl", "a.jsonl", "data.files names a.jsonl twice"),
-        ("a = ", '"A" = ', "domain 'A' is not a valid name"),
+        ("a = ", '"A" = ', "'A' is not a valid name"),
     ],
 )
 def test_names_that_clash_or_lead_elsewhere_are_refused(
