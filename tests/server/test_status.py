@@ -5,7 +5,7 @@ import pytest
 from google.rpc import error_details_pb2
 
 from superpose_server import errors
-from superpose_server.door.status import to_status
+from superpose_server.door.grpc.status import to_status
 from superpose_server.errors import ServerError
 
 # One of each kind, and its code as the contract has it.

@@ -10,7 +10,7 @@ from prometheus_client.exposition import ThreadingWSGIServer
 
 from superpose_server.config import split_address
 from superpose_server.door.door import Door
-from superpose_server.door.grpc_door import GrpcDoor
+from superpose_server.door.grpc.door import GrpcDoor
 from superpose_server.errors import StartupError
 from superpose_server.inference.inference import Inference
 from superpose_server.runtime import Runtime

@@ -16,12 +16,12 @@ from superpose_proto.v1 import (
     server_pb2_grpc,
 )
 from superpose_server.config import PUSH_MARGIN_MIB, split_address
-from superpose_server.door.adapter_service import AdapterService
-from superpose_server.door.inference_service import InferenceService
-from superpose_server.door.mix_service import MixService
-from superpose_server.door.reflection import serve_reflection
-from superpose_server.door.server_service import ServerService
-from superpose_server.door.status import ErrorInterceptor
+from superpose_server.door.grpc.adapter_service import AdapterService
+from superpose_server.door.grpc.inference_service import InferenceService
+from superpose_server.door.grpc.mix_service import MixService
+from superpose_server.door.grpc.reflection import serve_reflection
+from superpose_server.door.grpc.server_service import ServerService
+from superpose_server.door.grpc.status import ErrorInterceptor
 from superpose_server.errors import StartupError
 from superpose_server.inference.inference import Inference
 from superpose_server.model.memory import MIB

@@ -1,0 +1,1 @@
+"""The gRPC door: superpose.v1, as `proto/` has it."""
