@@ -25,7 +25,7 @@ setup: .venv/.ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[server,train,bench]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[server,http,train,bench]"
 	touch $@
 
 demo: setup

@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from superpose_adapters.bundled import resolve_base
@@ -19,6 +20,8 @@ from superpose_server.errors import StartupError
 from superpose_server.starting import start_or_die
 from superpose_server.state_folder import check_state_folder
 
+# Of the extra `http`, by the names that they are imported by.
+_HTTP_PACKAGES = ("starlette", "uvicorn", "h11", "python_multipart")
 _log = logging.getLogger(__name__)
 
 
@@ -26,9 +29,16 @@ def _check(config: ServerConfig) -> None:
     """Refuse what can be seen at once: torch takes seconds to import, and a base minutes to load.
 
     Raises:
-        StartupError: No base, an address that is taken, or a state folder that cannot be used.
+        StartupError: No base, an address that is taken, a state folder that cannot be used, or a
+            door whose packages are not installed.
     """
-    for flag, address in (("listen", config.listen), ("metrics-listen", config.metrics_listen)):
+    missing = [name for name in _HTTP_PACKAGES if find_spec(name) is None]
+    if config.serves_http and missing:
+        raise StartupError(
+            f"--http-listen {config.http_listen} needs {' and '.join(missing)}: pip install "
+            "'superpose[http]'"
+        )
+    for flag, address in config.addresses.items():
         host, port = split_address(flag, address)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.socket(family) as probe:
@@ -72,6 +82,8 @@ async def _serve(config: ServerConfig) -> None:
         f"ready address={server.address} base={config.base} generation={state.generation} "
         f"digest={state.mix.digest} metrics={server.metrics_address}"
     )
+    if config.serves_http:
+        ready += f" http={server.http_address}"
     try:
         print(ready, flush=True)
     except OSError as error:  # Nobody reads it, which is no reason not to serve.

@@ -65,6 +65,10 @@ class ServerConfig:
         default="127.0.0.1:50051",
         metadata=_help("address of the gRPC server; port 0: any free one"),
     )
+    http_listen: str = field(
+        default="none",
+        metadata=_help("address of the HTTP server (OpenAI's API); none: there is none"),
+    )
     metrics_listen: str = field(
         default="127.0.0.1:9464", metadata=_help("address of the Prometheus metrics")
     )
@@ -160,13 +164,26 @@ class ServerConfig:
             raise ValueError(f"--cache-mib is {self.cache_mib}: use at least 1")
         if not (math.isfinite(self.grace) and self.grace >= 0):
             raise ValueError(f"--grace is {self.grace:g}: use 0 or more seconds")
-        for flag, address in (("listen", self.listen), ("metrics-listen", self.metrics_listen)):
+        for flag, address in self.addresses.items():
             host, _ = split_address(flag, address)
             if not self.insecure and not _is_loopback(host):
                 raise ValueError(
                     f"--{flag} {address} can be reached from other machines and there is no access "
                     "control: listen on 127.0.0.1, or pass --insecure"
                 )
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """HOST:PORT of every socket that is to be listened on, by the flag that says so."""
+        addresses = {"listen": self.listen, "metrics-listen": self.metrics_listen}
+        if self.serves_http:
+            addresses["http-listen"] = self.http_listen
+        return addresses
+
+    @property
+    def serves_http(self) -> bool:
+        """True if there is an HTTP server beside that of gRPC."""
+        return self.http_listen != "none"
 
 
 def split_address(flag: str, address: str) -> tuple[str, int]:
@@ -179,6 +196,11 @@ def split_address(flag: str, address: str) -> tuple[str, int]:
     if not separator or not host or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"--{flag} is {address!r}: use HOST:PORT, for example 127.0.0.1:0")
     return host.strip("[]"), int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """Return HOST:PORT, an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _is_loopback(host: str) -> bool:
@@ -197,7 +219,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> ServerConfig:
     """
     parser = _Parser(
         prog="superpose-server",
-        description="Serve a base model plus any weighted sum of LoRA adapters over gRPC.",
+        description="Serve a base model plus any weighted sum of LoRA adapters over gRPC and HTTP.",
         epilog="Each option can also be set by an environment variable: --max-batch by "
         "SUPERPOSE_MAX_BATCH, and so on. A flag beats the environment.",
     )

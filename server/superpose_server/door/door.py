@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
+# What calls get to send their last message after the engine has aborted their rows.
+CLOSING_SECONDS = 2
+
 
 class Door(Protocol):
     """A socket with one wire behind it.

@@ -25,6 +25,7 @@ class Server:
 
     Attributes:
         address: HOST:PORT of the gRPC door, known after `start`.
+        http_address: The same of the HTTP door; "" if there is none.
         metrics_address: The same of the metrics.
     """
 
@@ -32,8 +33,12 @@ class Server:
         """Serve `runtime`, which `stop` closes, on the running event loop."""
         self.runtime = runtime
         self.address = ""
+        self.http_address = ""
         self.metrics_address = ""
-        self._doors: tuple[Door, ...] = (GrpcDoor(runtime, Inference(runtime)),)
+        inference = Inference(runtime)
+        self._grpc = GrpcDoor(runtime, inference)
+        self._http = _http_door(runtime, inference) if runtime.config.serves_http else None
+        self._doors: list[Door] = [door for door in (self._grpc, self._http) if door is not None]
         self._tasks: set[asyncio.Future[None]] = set()
 
     async def start(self) -> None:
@@ -50,9 +55,16 @@ class Server:
                 loop.call_soon_threadsafe(self._tell_intact, intact)
 
         self.runtime.integrity.follow(found)
-        for door in self._doors:
-            await door.open()
-        self.address = self._doors[0].address
+        for number, door in enumerate(self._doors):
+            try:
+                await door.open()
+            except BaseException:
+                for opened in self._doors[:number]:
+                    await opened.close()
+                raise
+        self.address = self._grpc.address
+        if self._http is not None:
+            self.http_address = self._http.address
         if not self.runtime.integrity.intact:  # Found by a call while the doors were opened.
             self._tell_intact(False)
 
@@ -60,14 +72,14 @@ class Server:
         config = self.runtime.config
         host, port = split_address("metrics-listen", config.metrics_listen)
         try:
-            http, _ = start_http_server(port, host, self.runtime.metrics.registry)
+            metrics, _ = start_http_server(port, host, self.runtime.metrics.registry)
         except OSError as error:
             raise StartupError(
                 f"cannot listen on {config.metrics_listen} for metrics ({error.strerror}): choose "
                 "a free port with --metrics-listen, or 0 for any"
             ) from error
-        self._http = http
-        self.metrics_address = f"{host}:{http.server_port}"
+        self._metrics = metrics
+        self.metrics_address = f"{host}:{metrics.server_port}"
 
     def _tell_intact(self, intact: bool) -> None:
         for door in self._doors:
@@ -82,6 +94,13 @@ class Server:
         await self.runtime.finish(grace)
         for door in self._doors:
             await door.close()
-        await asyncio.to_thread(self._http.shutdown)  # its thread looks up twice a second
-        self._http.server_close()
+        await asyncio.to_thread(self._metrics.shutdown)  # its thread looks up twice a second
+        self._metrics.server_close()
         await asyncio.to_thread(self.runtime.close)
+
+
+def _http_door(runtime: Runtime, inference: Inference) -> Door:
+    # Imported here: it needs packages that a server without it does not.
+    from superpose_server.door.http.door import HttpDoor
+
+    return HttpDoor(runtime, inference)

@@ -84,7 +84,7 @@ class Inference:
             NotFound, QueueFull, ShuttingDown: As `generate`.
         """
         runtime = self._runtime
-        bound = self._resolve(mix)
+        bound = self.resolve(mix)
         prepared = await runtime.operate(lambda operator: operator.prepare(bound.mix))
         measured = await asyncio.wrap_future(runtime.engine.measure_fold_error(prepared))
         geometry = await runtime.operate(lambda operator: operator.analyze(prepared))
@@ -114,10 +114,14 @@ class Inference:
                 "or restart the server",
                 "WEIGHTS_DAMAGED",
             )
-        return self._resolve(mix)
+        return self.resolve(mix)
 
-    def _resolve(self, mix: Mix | None) -> MixState:
-        """Return what `mix` means now; what changes later does not concern the request."""
+    def resolve(self, mix: Mix | None) -> MixState:
+        """Return what `mix` (None: the default mix) means now, whatever changes later.
+
+        Raises:
+            NotFound: It names a domain that is not loaded.
+        """
         state = self._runtime.default_mix.state
         if mix is None:
             return state

@@ -15,7 +15,8 @@ from superpose_proto.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-from superpose_server.config import PUSH_MARGIN_MIB, split_address
+from superpose_server.config import PUSH_MARGIN_MIB, join_address, split_address
+from superpose_server.door.door import CLOSING_SECONDS
 from superpose_server.door.grpc.adapter_service import AdapterService
 from superpose_server.door.grpc.inference_service import InferenceService
 from superpose_server.door.grpc.mix_service import MixService
@@ -36,8 +37,6 @@ _SERVICES = tuple(
         (server_pb2, "ServerService"),
     )
 )
-# What handlers get to send their last message after the engine has aborted their rows.
-_CLOSING_SECONDS = 2.0
 
 
 class GrpcDoor:
@@ -83,7 +82,7 @@ class GrpcDoor:
                 f"cannot listen on {listen}: choose a free port, or 0 for any"
             ) from error
         await self._server.start()
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.address = join_address(host, port)
         for service in ("", *_SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
@@ -98,4 +97,4 @@ class GrpcDoor:
 
     async def close(self) -> None:
         """See `Door`."""
-        await self._server.stop(_CLOSING_SECONDS)
+        await self._server.stop(CLOSING_SECONDS)

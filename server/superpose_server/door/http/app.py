@@ -1,0 +1,83 @@
+"""All endpoints as one application; guards come before them, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from superpose_server.door.http.body import read_body
+from superpose_server.door.http.calls import Calls
+from superpose_server.door.http.endpoint import Endpoint
+from superpose_server.door.http.models import Models
+from superpose_server.door.http.status import HttpError
+from superpose_server.errors import NotFound
+from superpose_server.inference.inference import Inference
+from superpose_server.runtime import Runtime
+
+
+def endpoints(runtime: Runtime, inference: Inference) -> tuple[Endpoint, ...]:
+    """Return everything that is served."""
+    return (*Models(runtime, inference).endpoints(),)
+
+
+def make_app(runtime: Runtime, inference: Inference) -> ASGIApp:
+    """Return what answers every call."""
+    app = Starlette(
+        routes=_routes(endpoints(runtime, inference)),
+        middleware=[Middleware(Calls, failed=runtime.metrics.request_failed)],
+        exception_handlers={HTTPException: _refuse},
+    )
+    # A client that follows a redirect may send a body a second time, or not at all.
+    app.router.redirect_slashes = False
+    return app
+
+
+def _routes(served: Sequence[Endpoint]) -> list[Route]:
+    """Return a route a path, whose methods are those of its endpoints."""
+
+    def path(endpoint: Endpoint) -> str:
+        return endpoint.path
+
+    return [_route(each, list(group)) for each, group in groupby(sorted(served, key=path), path)]
+
+
+def _route(path: str, served: Iterable[Endpoint]) -> Route:
+    by_method = {endpoint.method: endpoint for endpoint in served}
+
+    async def answer(request: Request) -> Response:
+        endpoint = by_method["GET" if request.method == "HEAD" else request.method]
+        asked = {} if endpoint.form is None else await read_body(request, endpoint.form)
+        return await endpoint.answer(request, asked)
+
+    return Route(path, answer, methods=list(by_method))
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    """Refuse what there is no endpoint for.
+
+    Raises:
+        ServerError: Always; see `Calls`.
+    """
+    assert isinstance(error, HTTPException)
+    path = request.url.path[:200]
+    if error.status_code == 404:
+        raise NotFound(
+            f"there is nothing at {path}: /openapi.json lists what is served", "PATH_NOT_FOUND"
+        )
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        raise HttpError(
+            405,
+            f"{request.method} is not served at {path}: use {allowed}",
+            "METHOD_NOT_ALLOWED",
+            headers={"allow": allowed},
+        )
+    raise error

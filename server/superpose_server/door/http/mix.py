@@ -1,0 +1,72 @@
+"""Which mix a body asks for: by `model`, as OpenAI's clients can, or by `mix`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from superpose_adapters.mix import Mix
+from superpose_adapters.mix_syntax import mix_from_json, parse_mix
+from superpose_server.door.http.fields import TEXT, Asked, Field
+from superpose_server.errors import InvalidArgument
+
+DEFAULT = "default"
+
+
+class _MixObject:
+    schema: Mapping[str, Any] = {
+        "type": "object",
+        "additionalProperties": {"type": "number"},
+        "example": {"math": 1, "medicine": 0.5},
+    }
+
+    def read(self, value: Any, at: str) -> Mix:
+        try:
+            return Mix.of(mix_from_json(value))
+        except ValueError as error:
+            raise InvalidArgument(f"{at}: {error}", "INVALID_MIX", field=at) from error
+
+
+MIX = Field("mix", _MixObject(), 'A mix, such as {"math": 1, "medicine": 0.5}; {} is the base.')
+MODEL = Field(
+    "model",
+    TEXT,
+    "Which mix: base, default, a domain, a named mix, or math=1;medicine=0.5. Without it default.",
+)
+
+
+def model_mix(model: str) -> Mix | None:
+    """Return the mix that a model's name means; None is the default mix.
+
+    Raises:
+        InvalidArgument: It is no mix.
+    """
+    try:
+        weights = parse_mix(model)
+        return None if weights is None else Mix.of(weights)
+    except ValueError as error:
+        raise InvalidArgument(
+            f"model: {error} (GET /v1/models lists what is served)", "INVALID_MIX", field="model"
+        ) from error
+
+
+def requested_mix(asked: Asked) -> Mix | None:
+    """Return the mix that a body asks for; None is the default mix.
+
+    Clients that cannot leave `model` out send "default" beside `mix`.
+
+    Raises:
+        InvalidArgument: It asks for two.
+    """
+    model = asked.get("model", DEFAULT)
+    if "mix" not in asked:
+        return model_mix(model)
+    if model != DEFAULT:
+        raise InvalidArgument(
+            f"model is {model[:80]!r}, which names a mix, and mix names another: leave one out, or "
+            f"send {DEFAULT!r} as model",
+            "TWO_MIXES",
+            field="mix",
+        )
+    mix: Mix = asked["mix"]
+    return mix

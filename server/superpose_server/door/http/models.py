@@ -1,0 +1,65 @@
+"""`/v1/models`: the mixes that a client can pick from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from superpose_server.control.default_mix import MixState
+from superpose_server.door.http.endpoint import Endpoint
+from superpose_server.door.http.fields import Asked
+from superpose_server.door.http.mix import DEFAULT, model_mix
+from superpose_server.inference.inference import Inference
+from superpose_server.runtime import Runtime
+
+
+class Models:
+    """Mixes as models: what stands in a list, and whatever else `model` may be."""
+
+    def __init__(self, runtime: Runtime, inference: Inference) -> None:
+        """Serve from these."""
+        self._runtime = runtime
+        self._inference = inference
+        self._created = int(time.time())
+
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """Return what is served."""
+        return (
+            Endpoint("GET", "/v1/models", self.list, "The mixes that have names."),
+            Endpoint("GET", "/v1/models/{model:path}", self.get, "What one model is."),
+        )
+
+    async def list(self, request: Request, asked: Asked) -> Response:
+        """Return the default mix, the base, every domain and every named mix."""
+        names = [DEFAULT, "base", *(each.domain for each in self._runtime.registry.all())]
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in names]})
+
+    async def get(self, request: Request, asked: Asked) -> Response:
+        """Return one model; any mix is one.
+
+        Raises:
+            InvalidArgument: The name is no mix.
+            NotFound: It names a domain that is not loaded.
+        """
+        return JSONResponse(self._model(request.path_params["model"]))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        bound = self._inference.resolve(model_mix(name))
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "superpose",
+            "max_model_len": self._runtime.model.context_length,
+            "mix": _weights(bound),
+            "mix_digest": bound.mix.digest,
+        }
+
+
+def _weights(bound: MixState) -> Mapping[str, float]:
+    entries = sorted(bound.mix.entries, key=lambda entry: entry.domain)
+    return {entry.domain: entry.weight for entry in entries}
