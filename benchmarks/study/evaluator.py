@@ -117,7 +117,7 @@ class Local:
             try:
                 next(slices)
             except StopIteration as end:
-                return [-sum(logprobs) for logprobs in end.value]
+                return [-sum(row.logprobs) for row in end.value]
 
     def close(self) -> None:
         """See `Evaluator`."""

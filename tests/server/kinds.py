@@ -111,6 +111,6 @@ def score(bench: Bench, rows: list[ScoreRow], mix: BoundMix) -> list[list[float]
     future = bench.engine.score(rows, mix)
     for _ in range(500):
         if future.done():
-            return future.result().value
+            return [row.logprobs for row in future.result().value]
         bench.engine.step()
     raise AssertionError("the score does not end")

@@ -188,7 +188,7 @@ def test_served_texts_of_four_mixes_and_scores_beside_them(bench: Bench) -> None
     assert [client.tokens for client in clients] == [bench.alone(TEXTS[0], mix) for mix in mixes]
     logits = bench.reference(mixes[2])(torch.tensor([ids])).logits[0, :-1]
     exact = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-    found = torch.tensor(future.result(timeout=0).value[0], dtype=torch.float64)
+    found = torch.tensor(future.result(timeout=0).value[0].logprobs, dtype=torch.float64)
     assert torch.allclose(found, exact, rtol=0, atol=2e-4)
     # And one row alone, corrected: the batches that are smallest.
     for mix in mixes:

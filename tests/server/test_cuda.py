@@ -200,7 +200,7 @@ def test_scores_are_those_of_the_dense_sum(base: Path, resident: bool) -> None:
     for found, scored in zip(future.result(timeout=0).value, rows, strict=True):
         logits = reference(torch.tensor([scored.ids])).logits[0, :-1].log_softmax(-1)
         exact = logits.gather(1, torch.tensor(scored.ids[1:])[:, None])[:, 0]
-        assert torch.allclose(torch.tensor(found).double(), exact, rtol=0, atol=2e-4)
+        assert torch.allclose(torch.tensor(found.logprobs).double(), exact, rtol=0, atol=2e-4)
 
 
 def test_a_seed_draws_the_same_text_in_any_company(base: Path) -> None:

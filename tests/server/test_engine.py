@@ -795,7 +795,7 @@ def test_scores_are_those_of_the_reference_and_restored_bit_for_bit(
         future = bench.engine.score(rows, mix)
         while not future.done():
             bench.engine.step()
-        return future.result(timeout=0).value
+        return [row.logprobs for row in future.result(timeout=0).value]
 
     start = score(bench.mix())
     for resident in (bench.mix(), mix, bench.mix((adapters[1], 2.0))):

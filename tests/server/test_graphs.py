@@ -283,7 +283,7 @@ def test_a_text_that_is_scored_meanwhile_keeps_its_keys(bases: dict[str, Path]) 
     assert (4, 64, False) in captured.ran
     logits = bench.pristine.double()(torch.tensor([ids])).logits[0, :-1]
     exact = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-    found = torch.tensor(future.result().value[0], dtype=torch.float64)
+    found = torch.tensor(future.result().value[0].logprobs, dtype=torch.float64)
     assert torch.allclose(found, exact, rtol=0, atol=1e-4)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.server.helpers import GREEDY, Bench, random_adapter
 from torch import Tensor
 
 from superpose_adapters.mix import BoundMix
-from superpose_server.engine.score import ScoreRow
+from superpose_server.engine.score import RowScore, ScoreRow
 from superpose_server.errors import FailedPrecondition
 from superpose_server.model.batch import Batch, Span
 from superpose_server.model.model import Model
@@ -43,21 +44,33 @@ class Exact:
         self._reference = bench.reference(mix)
 
     def __call__(self, row: ScoreRow) -> Tensor:
+        following = torch.tensor(row.ids[row.first :], dtype=torch.int64)[:, None]
+        return self._places(row).gather(1, following)[:, 0]
+
+    def likeliest(self, row: ScoreRow) -> list[Any]:
+        """Return the likeliest tokens in each place, as topk does."""
+        return [place.topk(row.top) for place in self._places(row)]
+
+    def _places(self, row: ScoreRow) -> Tensor:
         with torch.inference_mode():
-            logits = self._reference(torch.tensor([row.ids])).logits[0, :-1]
-        following = torch.tensor(row.ids[1:])[:, None]
-        values: Tensor = logits.log_softmax(-1).gather(1, following)[:, 0]
-        return values[row.first - 1 :]
+            logits: Tensor = self._reference(torch.tensor([row.ids])).logits[0, :-1]
+        return logits.log_softmax(-1)[row.first - 1 :]
 
 
-def check(found: list[list[float]], rows: list[ScoreRow], exact: Exact) -> None:
+def check(found: list[RowScore], rows: list[ScoreRow], exact: Exact) -> None:
     assert len(found) == len(rows)
-    for values, row in zip(found, rows, strict=True):
+    for score, row in zip(found, rows, strict=True):
+        values = score.logprobs
         expected = exact(row)
         assert len(values) == len(expected)
         assert torch.allclose(
             torch.tensor(values, dtype=torch.float64), expected, rtol=0, atol=2e-4
         )
+        likeliest = exact.likeliest(row)
+        assert len(score.top_logprobs) == (len(expected) if row.top else 0)
+        for place, top in zip(likeliest, score.top_logprobs, strict=False):
+            assert list(top.token_ids) == place.indices.tolist()
+            assert list(top.logprobs) == pytest.approx(place.values.tolist(), abs=2e-4)
 
 
 class Scored:
@@ -79,7 +92,7 @@ class Scored:
         return max(sum(len(span.ids) for span in spans) for spans in self.slices)
 
 
-def score(bench: Bench, rows: list[ScoreRow], mix: BoundMix) -> list[list[float]]:
+def score(bench: Bench, rows: list[ScoreRow], mix: BoundMix) -> list[RowScore]:
     future = bench.engine.score(rows, mix)
     for _ in range(200):
         if future.done():
@@ -99,6 +112,17 @@ def test_a_text_longer_than_a_slice(
     check(score(bench, rows, mix), rows, Exact(bench, mix))
     assert len(slices.slices) == -(-CONTEXT // budget)
     assert slices.largest == min(budget, CONTEXT)
+
+
+def test_the_likeliest_tokens_in_each_place_for_rows_that_ask(
+    make: functools.partial[Bench],
+) -> None:
+    bench = make(prefill_tokens=16)
+    mix = bench.mix((random_adapter(bench.layout, 1), 1.0))
+    rows = [ScoreRow(text(0, 20), top=1), ScoreRow(text(1, 5)), ScoreRow(text(2, 9), 4, top=3)]
+    found = score(bench, rows, mix)
+    check(found, rows, Exact(bench, mix))
+    assert [len(row.top_logprobs) for row in found] == [19, 0, 5]
 
 
 def test_short_texts_share_slices_and_the_slot(
@@ -137,7 +161,7 @@ def test_only_what_is_asked_for_is_scored(make: functools.partial[Bench]) -> Non
         ScoreRow(text(4, 12), first=12),
     ]
     check(score(bench, rows, mix)[:4], rows[:4], Exact(bench, mix))
-    assert [len(values) for values in score(bench, rows, mix)] == [1, 0, 8, 1, 0]
+    assert [len(row.logprobs) for row in score(bench, rows, mix)] == [1, 0, 8, 1, 0]
 
 
 def test_jobs_at_once_do_not_overwrite_one_another(make: functools.partial[Bench]) -> None:

@@ -31,7 +31,7 @@ from superpose_server.engine.observer import EngineObserver
 from superpose_server.engine.residency import Residency
 from superpose_server.engine.runner import Runner
 from superpose_server.engine.scheduler import RETRY_AFTER_SECONDS, Scheduled, Scheduler
-from superpose_server.engine.score import ScoreRow, score_slices
+from superpose_server.engine.score import RowScore, ScoreRow, score_slices
 from superpose_server.engine.sequence import Chunk, Sequence
 from superpose_server.errors import (
     DataLoss,
@@ -119,7 +119,7 @@ class Engine:
             self._wake.notify()
         return future
 
-    def score(self, rows: list[ScoreRow], mix: BoundMix) -> Future[JobResult[list[list[float]]]]:
+    def score(self, rows: list[ScoreRow], mix: BoundMix) -> Future[JobResult[list[RowScore]]]:
         """Return the log-probability of each scored token of each row under `mix`."""
         return self._run(score_slices(self.runner, rows, mix, self._prefill_tokens))
 

@@ -22,6 +22,10 @@ class TopLogprobs:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
 
+    def first(self, count: int) -> TopLogprobs:
+        """Return the `count` likeliest of them."""
+        return TopLogprobs(self.token_ids[:count], self.logprobs[:count])
+
 
 @dataclass(frozen=True)
 class Logprobs:
@@ -47,14 +51,30 @@ def find_logprobs(
     asking = [row for row, each in enumerate(params) if each.logprobs or each.top_logprobs]
     if not asking:
         return found
-    asked = logits[asking]
-    ids = torch.tensor([tokens[row] for row in asking], device=logits.device)[:, None]
-    most = min(max(params[row].top_logprobs for row in asking), logits.shape[1])
-    if most:
-        ids = torch.cat((ids, likeliest_tokens(asked, block_maxima(asked), most)), dim=1)
-    values = (asked.gather(1, ids) - asked.logsumexp(-1, keepdim=True)).tolist()
-    for row, of_row, (chosen, *others) in zip(asking, ids.tolist(), values, strict=True):
+    ids = torch.tensor([tokens[row] for row in asking], device=logits.device)
+    most = max(params[row].top_logprobs for row in asking)
+    for row, chosen, top in zip(asking, *logprobs_of(logits[asking], ids, most), strict=True):
         count = params[row].top_logprobs
-        top = TopLogprobs(tuple(of_row[1 : count + 1]), tuple(others[:count])) if count else None
-        found[row] = Logprobs(chosen if params[row].logprobs else None, top)
+        found[row] = Logprobs(
+            chosen if params[row].logprobs else None, top.first(count) if count else None
+        )
     return found
+
+
+def logprobs_of(logits: Tensor, tokens: Tensor, top: int) -> tuple[list[float], list[TopLogprobs]]:
+    """Return the log-probability of a token in each place, and the `top` likeliest tokens there.
+
+    Args:
+        logits: float32 (places, vocabulary).
+        tokens: int64 (places,).
+        top: May be 0, or more than the vocabulary has.
+    """
+    ids = tokens[:, None]
+    most = min(top, logits.shape[1])
+    if most:
+        ids = torch.cat((ids, likeliest_tokens(logits, block_maxima(logits), most)), dim=1)
+    values = (logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True)).tolist()
+    return [place[0] for place in values], [
+        TopLogprobs(tuple(tokens[1:]), tuple(place[1:]))
+        for tokens, place in zip(ids.tolist(), values, strict=True)
+    ]

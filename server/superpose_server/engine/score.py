@@ -6,13 +6,14 @@ no slice is longer than what running rows may be kept waiting for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 
 import torch
 
 from superpose_adapters.mix import BoundMix
+from superpose_server.engine.logprobs import TopLogprobs, logprobs_of
 from superpose_server.engine.runner import Runner
 from superpose_server.errors import OutputNotFinite
 from superpose_server.model.batch import Span
@@ -22,16 +23,26 @@ from superpose_server.model.batch import Span
 class ScoreRow:
     """Token ids to score, from the token at index `first` on; `first` is at least 1.
 
-    Where there is no such token there is nothing to score.
+    Where there is no such token there is nothing to score. `top` asks for so many of the likeliest
+    tokens in each scored place.
     """
 
     ids: tuple[int, ...]
     first: int = 1
+    top: int = 0
 
     @property
     def length(self) -> int:
         """Tokens to run: none where nothing is scored."""
         return len(self.ids) if self.first < len(self.ids) else 0
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """Log-probabilities of a row's scored tokens, and the likeliest ones in their places."""
+
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -49,8 +60,8 @@ def score_slices(
     rows: list[ScoreRow],
     mix: BoundMix,
     slice_tokens: int,
-) -> Generator[bool, None, list[list[float]]]:
-    """Return the log-probabilities of each row's scored tokens, none where it has none.
+) -> Generator[bool, None, list[RowScore]]:
+    """Return each row's score, which is empty where nothing is scored.
 
     Yields after each slice of at most `slice_tokens` tokens: False in the middle of a text, whose
     keys and values another job must not overwrite.
@@ -59,12 +70,11 @@ def score_slices(
         OutputNotFinite: The model's output is not finite under this mix.
     """
     model = runner.model
-    results: list[list[float]] = [[] for _ in rows]
+    results = [RowScore() for _ in rows]
     model.cache.claim(model.scratch_slot)
     try:
         for pieces in _slices([row.length for row in rows], slice_tokens, model.context_length):
-            for index, values in _score_slice(runner, rows, pieces, mix):
-                results[index] += values
+            _score_slice(runner, rows, pieces, mix, results)
             yield pieces[-1].end == len(rows[pieces[-1].index].ids)
     except BaseException:
         # Where it breaks off, nothing has told whether what lies there is finite.
@@ -74,9 +84,13 @@ def score_slices(
 
 
 def _score_slice(
-    runner: Runner, rows: list[ScoreRow], pieces: list[_Piece], mix: BoundMix
-) -> list[tuple[int, list[float]]]:
-    """Return (row, log-probabilities of the tokens that `pieces` predict)."""
+    runner: Runner,
+    rows: list[ScoreRow],
+    pieces: list[_Piece],
+    mix: BoundMix,
+    results: list[RowScore],
+) -> None:
+    """Add to the `results` of rows what `pieces` of them predict."""
     model = runner.model
     spans = [
         Span(
@@ -99,15 +113,17 @@ def _score_slice(
     with torch.inference_mode():
         logits = runner.run(spans, wanted, [mix] * len(spans))  # (wanted, vocabulary)
         following = torch.tensor(targets, dtype=torch.int64, device=model.device)
-        chosen = logits.gather(1, following[:, None])[:, 0]
-        logprobs = (chosen - logits.logsumexp(-1)).cpu()
-    if not bool(torch.isfinite(logprobs).all()):
+        most = max(rows[piece.index].top for piece in pieces)
+        logprobs, tops = logprobs_of(logits, following, most)
+    if not all(map(math.isfinite, logprobs)):
         raise OutputNotFinite
-    values = iter(logprobs.tolist())
-    return [
-        (piece.index, list(islice(values, count)))
-        for piece, count in zip(pieces, counts, strict=True)
-    ]
+    at = 0
+    for piece, count in zip(pieces, counts, strict=True):
+        result, top = results[piece.index], rows[piece.index].top
+        result.logprobs.extend(logprobs[at : at + count])
+        if top:
+            result.top_logprobs.extend(likeliest.first(top) for likeliest in tops[at : at + count])
+        at += count
 
 
 def _slices(lengths: list[int], slice_tokens: int, room: int) -> Generator[list[_Piece]]:

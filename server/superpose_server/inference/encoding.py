@@ -44,11 +44,11 @@ class Encoder:
         self._context = context
         self._max_items = max_items
 
-    def prompt(self, request: GenerateRequest) -> list[int]:
-        """Return the prompt's token ids, at least one; room is left for the answer.
+    def check(self, request: GenerateRequest, prompt: int) -> None:
+        """Check all of a request but its mix and its prompt, which has `prompt` tokens.
 
         Raises:
-            InvalidArgument: Any part of the request but its mix is wrong.
+            InvalidArgument: Any part is wrong, or the prompt leaves no room for the answer.
         """
         if len(request.request_id) > _MAX_REQUEST_ID:
             raise InvalidArgument(
@@ -57,15 +57,18 @@ class Encoder:
                 "REQUEST_ID_TOO_LONG",
                 field="request_id",
             )
-        ids = self._prompt(request.prompt)
-        self._check_room(len(ids), request.options)
+        self._check_room(prompt, request.options)
         self._check_stops(request.options.stop)
         self._check_ids(request.options.stop_token_ids, "options.stop_token_ids")
         with _refused("options.logit_bias"):
             self._texts.check_choices(request.options.logit_bias)
-        return ids
 
-    def _prompt(self, prompt: Prompt) -> list[int]:
+    def prompt(self, prompt: Prompt) -> list[int]:
+        """Return the token ids of a prompt, at least one, and no more than the context holds.
+
+        Raises:
+            InvalidArgument: There are none, or too many, or some that the base does not have.
+        """
         if isinstance(prompt, str):
             _check_size(len(prompt), "prompt")
             with _refused("prompt"):
@@ -81,17 +84,14 @@ class Encoder:
             raise InvalidArgument(
                 "the prompt is empty: send at least one token", "PROMPT_EMPTY", field="prompt"
             )
+        if len(ids) > self._context:
+            raise self._too_long(len(ids))
         return ids
 
     def _check_room(self, prompt: int, options: SamplingParams) -> None:
         room = self._context - prompt
         if room < 1:
-            raise InvalidArgument(
-                f"the prompt has {prompt} tokens but the context holds {self._context}, "
-                "answer included: shorten the prompt",
-                "PROMPT_TOO_LONG",
-                field="prompt",
-            )
+            raise self._too_long(prompt)
         for name, new in (
             ("max_new_tokens", options.max_new_tokens),
             ("min_new_tokens", options.min_new_tokens),
@@ -103,6 +103,14 @@ class Encoder:
                     f"{name.upper()}_TOO_LARGE",
                     field=f"options.{name}",
                 )
+
+    def _too_long(self, prompt: int) -> InvalidArgument:
+        return InvalidArgument(
+            f"the prompt has {prompt} tokens but the context holds {self._context}, "
+            "answer included: shorten the prompt",
+            "PROMPT_TOO_LONG",
+            field="prompt",
+        )
 
     def _check_stops(self, stops: Iterable[str]) -> None:
         """Refuse what would never be met: special tokens are no text, so none is a part of any."""

@@ -40,8 +40,22 @@ class Inference:
             runtime.limits.max_score_items,
         )
 
-    async def generate(self, request: GenerateRequest) -> Generation:
+    async def encode(self, prompt: Prompt) -> list[int]:
+        """Return the token ids of a prompt, at least one, and no more than the context holds.
+
+        Raises:
+            InvalidArgument: There are none, or too many, or some that the base does not have.
+        """
+        if _takes_long(prompt):
+            return await asyncio.to_thread(self._encoder.prompt, prompt)
+        return self._encoder.prompt(prompt)
+
+    async def generate(self, request: GenerateRequest, bound: MixState | None = None) -> Generation:
         """Accept a request and give it to the engine.
+
+        Args:
+            request: What is asked for.
+            bound: What its mix was bound to already, where it is one part of what a client asked.
 
         Raises:
             InvalidArgument: The request is wrong, or does not fit the context.
@@ -50,19 +64,17 @@ class Inference:
             DataLoss: The weights are damaged.
             ShuttingDown: The server is stopping.
         """
-        if _takes_long(request.prompt):
-            prompt = await asyncio.to_thread(self._encoder.prompt, request)
-        else:
-            prompt = self._encoder.prompt(request)
-        bound = self._bind(request.mix)
+        prompt = await self.encode(request.prompt)
+        self._encoder.check(request, len(prompt))
+        bound = bound or self.bind(request.mix)
         inbox = self._delivery.inbox()
         options = request.options.within(self._runtime.model.context_length - len(prompt))
         row = Sequence(prompt, bound.mix, options, inbox.put, self._runtime.tokenizer)
         self._runtime.engine.submit(row)
         return Generation(request.request_id or str(uuid.uuid4()), bound, row, inbox)
 
-    async def score(self, request: ScoreRequest) -> Scores:
-        """Return log-probabilities of given texts.
+    async def score(self, request: ScoreRequest, bound: MixState | None = None) -> Scores:
+        """Return log-probabilities of given texts; `bound` as in `generate`.
 
         Raises:
             InvalidArgument: The request is wrong.
@@ -70,10 +82,15 @@ class Inference:
             NotFound, QueueFull, DataLoss, ShuttingDown: As `generate`.
         """
         encoded = await asyncio.to_thread(self._encoder.items, request)
-        bound = self._bind(request.mix)
-        rows = [ScoreRow(text.ids, text.first_scored(request.scope)) for text in encoded]
+        bound = bound or self.bind(request.mix)
+        rows = [
+            ScoreRow(text.ids, text.first_scored(request.scope), request.top_logprobs)
+            for text in encoded
+        ]
         result = await asyncio.wrap_future(self._runtime.engine.score(rows, bound.mix))
-        items = tuple(ItemScore(tuple(logprobs)) for logprobs in result.value)
+        items = tuple(
+            ItemScore(tuple(row.logprobs), tuple(row.top_logprobs)) for row in result.value
+        )
         return Scores(items, sum((item.loss for item in items), Loss()), bound)
 
     async def analyze(self, mix: Mix | None) -> MixAnalysis:
@@ -104,8 +121,14 @@ class Inference:
         found = result.value
         return VerifiedWeights(MixState(generation, found.mix), found, result.longest_stall_seconds)
 
-    def _bind(self, mix: Mix | None) -> MixState:
-        """Resolve a request's mix now, unless nothing may run."""
+    def bind(self, mix: Mix | None) -> MixState:
+        """Resolve a request's mix now, unless nothing may run.
+
+        Raises:
+            NotFound: It names a domain that is not loaded.
+            DataLoss: The weights are damaged.
+            ShuttingDown: The server is stopping.
+        """
         if self._runtime.ending.is_set():
             raise ShuttingDown
         if not self._runtime.integrity.intact:

@@ -7,14 +7,21 @@ from dataclasses import dataclass
 from superpose_adapters.geometry import Analysis
 from superpose_adapters.scoring import Loss
 from superpose_server.control.default_mix import MixState
+from superpose_server.engine.logprobs import TopLogprobs
 from superpose_server.weights.resident import Verification
 
 
 @dataclass(frozen=True)
 class ItemScore:
-    """Log-probabilities of an item's scored tokens, natural logarithm."""
+    """Log-probabilities of an item's scored tokens, natural logarithm.
+
+    Attributes:
+        logprobs: Of each.
+        top_logprobs: The likeliest tokens in the place of each, if asked for.
+    """
 
     logprobs: tuple[float, ...]
+    top_logprobs: tuple[TopLogprobs, ...] = ()
 
     @property
     def loss(self) -> Loss:
