@@ -288,7 +288,7 @@ GENERATIONS = {
     ),
     "chat without a template": BadGeneration(
         "NO_CHAT_TEMPLATE",
-        "no chat template: send prompt instead",
+        "no chat template: send a prompt instead",
         "chat",
         [{"role": "user", "content": "hello"}],
     ),

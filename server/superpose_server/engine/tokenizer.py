@@ -56,7 +56,7 @@ class Tokenizer:
         """
         if self.inner.chat_template is None:
             raise InvalidArgument(
-                "this base has no chat template: send prompt instead of chat",
+                "this base has no chat template: send a prompt instead of a conversation",
                 "NO_CHAT_TEMPLATE",
                 field="chat",
             )

@@ -15,9 +15,13 @@ from starlette.types import ASGIApp
 
 from superpose_server.door.http.body import read_body
 from superpose_server.door.http.calls import Calls
+from superpose_server.door.http.chat import ChatCompletions
+from superpose_server.door.http.completions import Completions
 from superpose_server.door.http.endpoint import Endpoint
 from superpose_server.door.http.models import Models
+from superpose_server.door.http.score import ScoreTexts
 from superpose_server.door.http.status import HttpError
+from superpose_server.engine.token_bytes import TokenBytes
 from superpose_server.errors import NotFound
 from superpose_server.inference.inference import Inference
 from superpose_server.runtime import Runtime
@@ -25,7 +29,13 @@ from superpose_server.runtime import Runtime
 
 def endpoints(runtime: Runtime, inference: Inference) -> tuple[Endpoint, ...]:
     """Return everything that is served."""
-    return (*Models(runtime, inference).endpoints(),)
+    token_bytes = TokenBytes(runtime.tokenizer)
+    return (
+        *Models(runtime, inference).endpoints(),
+        *Completions(runtime, inference, token_bytes).endpoints(),
+        *ChatCompletions(inference, token_bytes).endpoints(),
+        *ScoreTexts(inference).endpoints(),
+    )
 
 
 def make_app(runtime: Runtime, inference: Inference) -> ASGIApp:

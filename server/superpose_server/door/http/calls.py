@@ -29,13 +29,15 @@ class Calls:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one call."""
         request_id = str(uuid.uuid4())
-        started = False
+        started = ended = False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal started, ended
             if not started:
                 started = True
                 message["headers"].append((b"x-request-id", request_id.encode()))
+            else:
+                ended = not message.get("more_body", False)
             await send(message)
 
         try:
@@ -45,12 +47,13 @@ class Calls:
         except ClientDisconnect:
             return  # Within its body: nobody is left to be told.
         except Exception as error:
-            self.note(scope, error)
-            if started:
+            self._note(scope, error)
+            if not started:
+                await error_response(error)(scope, receive, send_with_id)
+            elif not ended:
                 raise  # The connection is closed, so that nobody takes the answer for whole.
-            await error_response(error)(scope, receive, send_with_id)
 
-    def note(self, scope: Scope, error: Exception) -> None:
+    def _note(self, scope: Scope, error: Exception) -> None:
         """Count an error and write it to the log."""
         status, body, _ = to_answer(error)
         reason = body["error"]["code"]

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from superpose_server.control.default_mix import MixState
 from superpose_server.door.http.endpoint import Endpoint
 from superpose_server.door.http.fields import Asked
+from superpose_server.door.http.json_text import to_json
 from superpose_server.door.http.mix import DEFAULT, model_mix
 from superpose_server.inference.inference import Inference
 from superpose_server.runtime import Runtime
@@ -36,7 +37,7 @@ class Models:
     async def list(self, request: Request, asked: Asked) -> Response:
         """Return the default mix, the base, every domain and every named mix."""
         names = [DEFAULT, "base", *(each.domain for each in self._runtime.registry.all())]
-        return JSONResponse({"object": "list", "data": [self._model(name) for name in names]})
+        return _answer({"object": "list", "data": [self._model(name) for name in names]})
 
     async def get(self, request: Request, asked: Asked) -> Response:
         """Return one model; any mix is one.
@@ -45,7 +46,7 @@ class Models:
             InvalidArgument: The name is no mix.
             NotFound: It names a domain that is not loaded.
         """
-        return JSONResponse(self._model(request.path_params["model"]))
+        return _answer(self._model(request.path_params["model"]))
 
     def _model(self, name: str) -> dict[str, Any]:
         bound = self._inference.resolve(model_mix(name))
@@ -58,6 +59,10 @@ class Models:
             "mix": _weights(bound),
             "mix_digest": bound.mix.digest,
         }
+
+
+def _answer(value: Any) -> Response:
+    return Response(to_json(value), media_type="application/json")
 
 
 def _weights(bound: MixState) -> Mapping[str, float]:

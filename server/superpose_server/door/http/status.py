@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import Response
 
+from superpose_server.door.http.json_text import to_json
 from superpose_server.errors import (
     AlreadyExists,
     DataLoss,
@@ -98,4 +98,4 @@ def _kind(status: int) -> str:
 def error_response(error: Exception) -> Response:
     """Return the answer of a call that raised."""
     status, body, headers = to_answer(error)
-    return Response(json.dumps(body), status, headers, "application/json")
+    return Response(to_json(body), status, headers, "application/json")
