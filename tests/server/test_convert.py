@@ -10,7 +10,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.descriptor import FieldDescriptor
 
 from superpose_proto.v1.inference_pb2 import GenerateOptions
-from superpose_server.door.grpc.convert import params_from_wire
+from superpose_server.door.contract.convert import params_from_wire
 from superpose_server.engine.sampling import SamplingParams
 from superpose_server.errors import InvalidArgument
 

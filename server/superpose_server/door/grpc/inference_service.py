@@ -10,7 +10,7 @@ from typing import Any
 from superpose_adapters.scoring import Loss
 from superpose_proto.v1 import inference_pb2 as pb
 from superpose_proto.v1 import inference_pb2_grpc
-from superpose_server.door.grpc.convert import (
+from superpose_server.door.contract.convert import (
     FINISH_REASONS,
     generate_from_wire,
     mix_to_wire,

@@ -6,7 +6,7 @@ from typing import Any
 
 from superpose_proto.v1 import adapter_pb2 as pb
 from superpose_proto.v1 import adapter_pb2_grpc
-from superpose_server.door.grpc.convert import adapter_to_wire
+from superpose_server.door.contract.convert import adapter_to_wire
 from superpose_server.runtime import Runtime
 
 

@@ -11,7 +11,7 @@ from superpose_proto.v1 import mix_pb2 as pb
 from superpose_proto.v1 import mix_pb2_grpc
 from superpose_server.control.default_mix import MixState
 from superpose_server.control.watch import watch
-from superpose_server.door.grpc.convert import (
+from superpose_server.door.contract.convert import (
     mix_from_wire,
     mix_to_wire,
     named_mix_to_wire,

@@ -8,7 +8,7 @@ from typing import Any
 
 from superpose_proto.v1 import server_pb2 as pb
 from superpose_proto.v1 import server_pb2_grpc
-from superpose_server.door.grpc.convert import mix_to_wire
+from superpose_server.door.contract.convert import mix_to_wire
 from superpose_server.runtime import Runtime
 
 
