@@ -21,7 +21,7 @@ from superpose_server.starting import start_or_die
 from superpose_server.state_folder import check_state_folder
 
 # Of the extra `http`, by the names that they are imported by.
-_HTTP_PACKAGES = ("starlette", "uvicorn", "h11", "python_multipart")
+_HTTP_PACKAGES = ("starlette", "uvicorn", "httptools", "python_multipart")
 _log = logging.getLogger(__name__)
 
 

@@ -6,6 +6,7 @@ import argparse
 import ipaddress
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -21,6 +22,8 @@ PUSH_MARGIN_MIB = 16
 MOST_ADAPTER_MIB = 2047 - PUSH_MARGIN_MIB
 
 _LOOPBACK_NAMES = {"localhost"}
+_HOST_NAME = re.compile(r"[a-z0-9_.-]+")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 _ON = {"1", "true", "yes", "on"}
 _OFF = {"", "0", "false", "no", "off"}
 
@@ -68,6 +71,20 @@ class ServerConfig:
     http_listen: str = field(
         default="none",
         metadata=_help("address of the HTTP server (OpenAI's API); none: there is none"),
+    )
+    http_host: tuple[str, ...] = field(
+        default=(),
+        metadata=_help(
+            "a name, without port, that clients may call the HTTP server by, beside localhost and "
+            "its addresses; may be repeated"
+        ),
+    )
+    cors_origin: tuple[str, ...] = field(
+        default=(),
+        metadata=_help(
+            "a site such as https://chat.example whose pages may use the HTTP server; may be "
+            "repeated"
+        ),
     )
     metrics_listen: str = field(
         default="127.0.0.1:9464", metadata=_help("address of the Prometheus metrics")
@@ -164,6 +181,18 @@ class ServerConfig:
             raise ValueError(f"--cache-mib is {self.cache_mib}: use at least 1")
         if not (math.isfinite(self.grace) and self.grace >= 0):
             raise ValueError(f"--grace is {self.grace:g}: use 0 or more seconds")
+        for name in self.http_host:
+            if not _HOST_NAME.fullmatch(name) and _address(name) is None:
+                raise ValueError(
+                    f"--http-host is {name!r}: use a name or an address in lower case, without "
+                    "http:// and without a port"
+                )
+        for origin in self.cors_origin:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"--cors-origin is {origin!r}: use SCHEME://HOST or SCHEME://HOST:PORT in "
+                    "lower case, as a browser sends it; there is no word for every site"
+                )
         for flag, address in self.addresses.items():
             host, _ = split_address(flag, address)
             if not self.insecure and not _is_loopback(host):
@@ -204,12 +233,15 @@ def join_address(host: str, port: int) -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    if host in _LOOPBACK_NAMES:
-        return True
+    address = _address(host)
+    return host in _LOOPBACK_NAMES or (address is not None and address.is_loopback)
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host)
     except ValueError:
-        return False
+        return None
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> ServerConfig:
@@ -221,15 +253,22 @@ def parse_config(arguments: Sequence[str] | None = None) -> ServerConfig:
         prog="superpose-server",
         description="Serve a base model plus any weighted sum of LoRA adapters over gRPC and HTTP.",
         epilog="Each option can also be set by an environment variable: --max-batch by "
-        "SUPERPOSE_MAX_BATCH, and so on. A flag beats the environment.",
+        "SUPERPOSE_MAX_BATCH, and so on; one that may be repeated by a list with commas. A flag "
+        "beats the environment.",
     )
     types = get_type_hints(ServerConfig)
     for option in fields(ServerConfig):
         if types[option.name] is bool:
             _add_switch(parser, option)
+        elif get_origin(types[option.name]) is tuple:
+            _add_repeated(parser, option)
         else:
             _add_option(parser, option, types[option.name])
     values = vars(parser.parse_args(arguments))
+    for option in fields(ServerConfig):
+        if get_origin(types[option.name]) is tuple:
+            given = values[option.name]
+            values[option.name] = _listed(option.name) if given is None else tuple(given)
     for name, kind in types.items():
         # argparse checks the choices of flags, but not those of defaults.
         if get_origin(kind) is Literal and values[name] not in get_args(kind):
@@ -241,6 +280,17 @@ def parse_config(arguments: Sequence[str] | None = None) -> ServerConfig:
         return ServerConfig(**values)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _add_repeated(parser: argparse.ArgumentParser, option: Field[Any]) -> None:
+    # Without a default, which argparse would add flags to rather than let them replace it.
+    parser.add_argument(_flag(option.name), action="append", help=option.metadata["help"])
+
+
+def _listed(name: str) -> tuple[str, ...]:
+    """Return what a variable lists, between commas."""
+    items = os.environ.get(_variable(name), "").split(",")
+    return tuple(filter(None, map(str.strip, items)))
 
 
 def _add_option(parser: argparse.ArgumentParser, option: Field[Any], kind: Any) -> None:

@@ -103,6 +103,14 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--base", "mini", "--listen", "example.org:50051"], "--insecure"),
         (["--base", "mini", "--listen", "[::]:50051"], "--insecure"),
         (["--base", "mini", "--metrics-listen", "10.0.0.1:9464"], "--metrics-listen"),
+        (["--base", "mini", "--http-host", "box:8080"], "--http-host is 'box:8080'"),
+        (["--base", "mini", "--http-host", "abc:80"], "without a port"),
+        (["--base", "mini", "--http-host", "http://box"], "without http://"),
+        (["--base", "mini", "--http-host", "Box"], "lower case"),
+        (["--base", "mini", "--cors-origin", "*"], "there is no word for every site"),
+        (["--base", "mini", "--cors-origin", "null"], "--cors-origin is 'null'"),
+        (["--base", "mini", "--cors-origin", "https://chat.example/"], "SCHEME://HOST"),
+        (["--base", "mini", "--cors-origin", "chat.example"], "SCHEME://HOST"),
     ],
 )
 def test_a_bad_command_line_ends_with_one_line(
@@ -146,6 +154,19 @@ def test_loopback_addresses_need_no_leave(address: str) -> None:
 def test_insecure_allows_any_address() -> None:
     config = parse_config(["--base", "mini", "--listen", "0.0.0.0:1", "--insecure"])
     assert config.listen == "0.0.0.0:1"
+
+
+def test_what_may_be_repeated_is_kept_in_order_and_flags_replace_the_environment(
+    environment: pytest.MonkeyPatch,
+) -> None:
+    environment.setenv("SUPERPOSE_HTTP_HOST", "box, 10.0.0.7,fd00::1")
+    environment.setenv("SUPERPOSE_CORS_ORIGIN", "http://a.example")
+    config = parse_config(
+        ["--base=mini", "--cors-origin=https://b.example:8443", "--cors-origin=http://[::1]:3000"]
+    )
+    assert config.http_host == ("box", "10.0.0.7", "fd00::1")
+    assert config.cors_origin == ("https://b.example:8443", "http://[::1]:3000")
+    assert ServerConfig("mini").cors_origin == ()
 
 
 def test_addresses_are_split_at_the_last_colon() -> None:

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from superpose_server.config import ServerConfig, split_address
 from superpose_server.door.http.body import read_body
 from superpose_server.door.http.calls import Calls
 from superpose_server.door.http.chat import ChatCompletions
@@ -20,6 +21,7 @@ from superpose_server.door.http.completions import Completions
 from superpose_server.door.http.endpoint import Endpoint
 from superpose_server.door.http.models import Models
 from superpose_server.door.http.score import ScoreTexts
+from superpose_server.door.http.site import SiteGuard
 from superpose_server.door.http.status import HttpError
 from superpose_server.engine.token_bytes import TokenBytes
 from superpose_server.errors import NotFound
@@ -42,12 +44,23 @@ def make_app(runtime: Runtime, inference: Inference) -> ASGIApp:
     """Return what answers every call."""
     app = Starlette(
         routes=_routes(endpoints(runtime, inference)),
-        middleware=[Middleware(Calls, failed=runtime.metrics.request_failed)],
+        middleware=[
+            Middleware(Calls, failed=runtime.metrics.request_failed),
+            Middleware(SiteGuard, hosts=_hosts(runtime.config), origins=runtime.config.cors_origin),
+            # Who may do what, once there is access control, is asked here and nowhere else: from
+            # here on a request comes from where it may, and nothing of it has been read or done.
+        ],
         exception_handlers={HTTPException: _refuse},
     )
     # A client that follows a redirect may send a body a second time, or not at all.
     app.router.redirect_slashes = False
     return app
+
+
+def _hosts(config: ServerConfig) -> tuple[str, ...]:
+    """Return the names that the server goes by, beside localhost."""
+    listening, _ = split_address("http-listen", config.http_listen)
+    return (listening, *config.http_host)
 
 
 def _routes(served: Sequence[Endpoint]) -> list[Route]:

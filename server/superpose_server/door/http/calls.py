@@ -19,7 +19,10 @@ _log = logging.getLogger(__name__)
 
 
 class Calls:
-    """Gives every call its id (`request.state.request_id`) and answers those that raised."""
+    """Gives every call its id (`request.state.request_id`) and answers those that raised.
+
+    Any answer, of an error too, has the header fields that were added to `request.state.headers`.
+    """
 
     def __init__(self, app: ASGIApp, failed: Callable[[str], None]) -> None:
         """Wrap `app`, and call `failed` with the reason of each error."""
@@ -29,13 +32,14 @@ class Calls:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one call."""
         request_id = str(uuid.uuid4())
+        headers: list[tuple[bytes, bytes]] = scope["state"].setdefault("headers", [])
         started = ended = False
 
-        async def send_with_id(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal started, ended
             if not started:
                 started = True
-                message["headers"].append((b"x-request-id", request_id.encode()))
+                message["headers"] += [(b"x-request-id", request_id.encode()), *headers]
             else:
                 ended = not message.get("more_body", False)
             await send(message)
@@ -43,13 +47,13 @@ class Calls:
         try:
             request_id = _sent_id(scope) or request_id
             scope["state"]["request_id"] = request_id
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
             return  # Within its body: nobody is left to be told.
         except Exception as error:
             self._note(scope, error)
             if not started:
-                await error_response(error)(scope, receive, send_with_id)
+                await error_response(error)(scope, receive, send_with_headers)
             elif not ended:
                 raise  # The connection is closed, so that nobody takes the answer for whole.
 

@@ -11,6 +11,7 @@ import uvicorn
 from superpose_server.config import join_address, split_address
 from superpose_server.door.door import CLOSING_SECONDS
 from superpose_server.door.http.app import make_app
+from superpose_server.door.http.protocol import BoundedProtocol
 from superpose_server.errors import StartupError
 from superpose_server.inference.inference import Inference
 from superpose_server.runtime import Runtime
@@ -30,7 +31,7 @@ class HttpDoor:
         self._server = uvicorn.Server(
             uvicorn.Config(
                 make_app(runtime, inference),
-                http="h11",
+                http=BoundedProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
