@@ -19,7 +19,8 @@ def read_object(text: bytes) -> dict[str, Any]:
     """Return the object that `text` is.
 
     Raises:
-        StrictJsonError: It is not JSON, no object, names something twice, or holds NaN or Infinity.
+        StrictJsonError: It is not JSON, no object, names something twice, or holds NaN, Infinity or
+            half a character.
     """
     try:
         value = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
@@ -30,6 +31,8 @@ def read_object(text: bytes) -> dict[str, Any]:
         raise StrictJsonError(f"is not JSON ({type(error).__name__})") from error
     if not isinstance(value, dict):
         raise StrictJsonError("is not a JSON object")
+    if b"\\u" in text:
+        _check_characters(value)
     return value
 
 
@@ -37,6 +40,14 @@ def shorten(value: Any) -> str:
     """Return `value` for a message, as JSON: one line, at most 80 characters."""
     text = json.dumps(value, default=list)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_characters(value: Any) -> None:
+    """Refuse half of a pair of escapes, of which no text in UTF-8 can be made."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise StrictJsonError("holds half a character: escape both halves, or none") from error
 
 
 def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -23,7 +23,10 @@ MOST_ADAPTER_MIB = 2047 - PUSH_MARGIN_MIB
 
 _LOOPBACK_NAMES = {"localhost"}
 _HOST_NAME = re.compile(r"[a-z0-9_.-]+")
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+_ORIGIN = re.compile(
+    r"(?!http://.*:80$|https://.*:443$)"
+    r"[a-z][a-z0-9+.-]*://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?"
+)
 _ON = {"1", "true", "yes", "on"}
 _OFF = {"", "0", "false", "no", "off"}
 
@@ -191,7 +194,8 @@ class ServerConfig:
             if not _ORIGIN.fullmatch(origin):
                 raise ValueError(
                     f"--cors-origin is {origin!r}: use SCHEME://HOST or SCHEME://HOST:PORT in "
-                    "lower case, as a browser sends it; there is no word for every site"
+                    "lower case, as a browser sends it: without a port that is the scheme's own; "
+                    "there is no word for every site"
                 )
         for flag, address in self.addresses.items():
             host, _ = split_address(flag, address)

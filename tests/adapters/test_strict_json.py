@@ -39,11 +39,17 @@ def test_an_object_is_read_as_it_is(value: dict[str, object]) -> None:
         (b'{"b": [{"a": 1, "\\u0061": 2}]}', 'names "a" twice'),
         (b'{"a": NaN}', "holds NaN: use finite numbers"),
         (b'{"a": [-Infinity]}', "holds -Infinity: use finite numbers"),
+        (b'{"a": ["\\ud800"]}', "holds half a character"),
+        (b'{"\\uDC00 \\uD800": 1}', "holds half a character"),
     ],
 )
 def test_what_does_not_mean_one_thing_is_refused(text: bytes, message: str) -> None:
     with pytest.raises(StrictJsonError, match=re.escape(message)):
         read_object(text)
+
+
+def test_characters_may_be_escaped_in_two_halves() -> None:
+    assert read_object(b'{"\\ud83d\\ude00": "\\u00e9"}') == {"\U0001f600": "\u00e9"}
 
 
 def test_a_long_name_makes_a_short_line() -> None:

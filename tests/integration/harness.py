@@ -427,6 +427,13 @@ class ServerProcess:
             self.process.stdout.close()
 
 
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for what the server does by itself and tells nobody."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+
+
 @contextlib.contextmanager
 def held(recorder: Recorder) -> Iterator[threading.Event]:
     """Hold the engine in its next step, until the event is set or the block is left."""

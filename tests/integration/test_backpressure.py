@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import pytest
-from tests.integration.harness import PATIENCE, PROMPT, Served, Step
+from tests.integration.harness import PATIENCE, PROMPT, Served, Step, wait_until
 
 from superpose_proto.v1 import inference_pb2 as pb
 from superpose_proto.v1.inference_pb2_grpc import InferenceServiceStub
@@ -39,13 +38,6 @@ def begin(channel: grpc.Channel, tokens: int = TOKENS, timeout: float = PATIENCE
     """Begin a stream that is read by nobody until it is iterated over."""
     request = pb.GenerateStreamRequest(prompt=PROMPT, options=options(tokens))
     return InferenceServiceStub(channel).GenerateStream(request, timeout=timeout)
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for what the server does by itself and tells nobody."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"never: {what}"
 
 
 def wait_until_idle(served: Served) -> None:

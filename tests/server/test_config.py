@@ -111,6 +111,8 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--base", "mini", "--cors-origin", "null"], "--cors-origin is 'null'"),
         (["--base", "mini", "--cors-origin", "https://chat.example/"], "SCHEME://HOST"),
         (["--base", "mini", "--cors-origin", "chat.example"], "SCHEME://HOST"),
+        (["--base", "mini", "--cors-origin", "https://chat.example:443"], "the scheme's own"),
+        (["--base", "mini", "--http-listen", "0.0.0.0:8080"], "--insecure"),
     ],
 )
 def test_a_bad_command_line_ends_with_one_line(

@@ -223,12 +223,28 @@ def test_what_does_not_arrive_is_not_waited_for(listening: Listening, begin: byt
 
 
 @pytest.mark.usefixtures("hasty")
-def test_a_sender_that_drips_gains_no_time(listening: Listening) -> None:
+def test_a_sender_that_drips_gains_no_time(
+    listening: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "SLOWEST_BYTES", 1 << 40)  # To which anything is a drip.
     with listening.connect() as connection:
-        connection.sendall(POST + b"Content-Length: 1000000\r\n\r\n")
+        connection.sendall(POST + b"Content-Length: 1000000000\r\n\r\n")
         with pytest.raises(ConnectionError):  # noqa: PT012  # whenever it is told
-            while True:
+            for _ in range(1_000_000_000):
                 connection.sendall(b"x")
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_sender_that_keeps_pace_gets_the_time_for_it(
+    listening: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "SLOWEST_BYTES", 1)
+    with listening.connect() as connection:
+        connection.sendall(POST + b"Content-Length: 6\r\n\r\n12345")
+        # Others that began later are ended meanwhile.
+        assert refusal(exchange(listening, b"")) == (408, "REQUEST_TOO_SLOW")
+        connection.sendall(b"6")
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.usefixtures("hasty")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from superpose_adapters.mix import BoundMix, Mix
-from superpose_adapters.scoring import Scope
+from superpose_adapters.scoring import Loss, Scope
 from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2
 from superpose_server.control.default_mix import MixState
 from superpose_server.control.named_mixes import NamedMix
@@ -25,6 +26,7 @@ from superpose_server.inference.request import (
     ScoreItem,
     ScoreRequest,
 )
+from superpose_server.inference.result import Scores
 
 FINISH_REASONS = {
     None: inference_pb2.FINISH_REASON_UNSPECIFIED,
@@ -164,6 +166,28 @@ def _item_from_wire(item: inference_pb2.ScoreItem) -> ScoreItem:
     if item.HasField("token_ids"):
         return item.token_ids.ids  # As it is: it may hold millions, most of them to be refused.
     return item.text
+
+
+def scores_to_wire(scores: Scores, *, logprobs: bool) -> inference_pb2.ScoreResponse:
+    """Return scores for a response, those of single tokens only if they are asked for."""
+    return inference_pb2.ScoreResponse(
+        items=[
+            inference_pb2.ItemScore(
+                tokens=item.loss.tokens,
+                logprob=-item.loss.nats,
+                perplexity=_perplexity(item.loss),
+                logprobs=item.logprobs if logprobs else (),
+            )
+            for item in scores.items
+        ],
+        tokens=scores.loss.tokens,
+        perplexity=_perplexity(scores.loss),
+        mix=mix_to_wire(scores.mix),
+    )
+
+
+def _perplexity(loss: Loss) -> float:
+    return loss.perplexity if loss.tokens else math.nan
 
 
 def top_logprobs_to_wire(chunk: Chunk) -> list[inference_pb2.TopLogprobs]:

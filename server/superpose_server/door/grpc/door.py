@@ -16,12 +16,12 @@ from superpose_proto.v1 import (
     server_pb2_grpc,
 )
 from superpose_server.config import PUSH_MARGIN_MIB, join_address, split_address
-from superpose_server.door.door import CLOSING_SECONDS
 from superpose_server.door.contract.adapter_service import AdapterService
-from superpose_server.door.grpc.inference_service import InferenceService
 from superpose_server.door.contract.mix_service import MixService
-from superpose_server.door.grpc.reflection import serve_reflection
 from superpose_server.door.contract.server_service import ServerService
+from superpose_server.door.door import CLOSING_SECONDS
+from superpose_server.door.grpc.inference_service import InferenceService
+from superpose_server.door.grpc.reflection import serve_reflection
 from superpose_server.door.grpc.status import ErrorInterceptor
 from superpose_server.errors import StartupError
 from superpose_server.inference.inference import Inference

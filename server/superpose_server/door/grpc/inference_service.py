@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncIterator
 from typing import Any
 
-from superpose_adapters.scoring import Loss
 from superpose_proto.v1 import inference_pb2 as pb
 from superpose_proto.v1 import inference_pb2_grpc
 from superpose_server.door.contract.convert import (
@@ -15,6 +13,7 @@ from superpose_server.door.contract.convert import (
     generate_from_wire,
     mix_to_wire,
     score_from_wire,
+    scores_to_wire,
     top_logprobs_to_wire,
 )
 from superpose_server.inference.generation import Generation
@@ -76,24 +75,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Return log-probabilities and perplexities of given texts."""
         # Beside the event loop, since a request may hold millions of token ids.
         scores = await self._inference.score(await asyncio.to_thread(score_from_wire, request))
-        return pb.ScoreResponse(
-            items=[
-                pb.ItemScore(
-                    tokens=item.loss.tokens,
-                    logprob=-item.loss.nats,
-                    perplexity=_perplexity(item.loss),
-                    logprobs=item.logprobs if request.logprobs else (),
-                )
-                for item in scores.items
-            ],
-            tokens=scores.loss.tokens,
-            perplexity=_perplexity(scores.loss),
-            mix=mix_to_wire(scores.mix),
-        )
-
-
-def _perplexity(loss: Loss) -> float:
-    return loss.perplexity if loss.tokens else math.nan
+        return scores_to_wire(scores, logprobs=request.logprobs)
 
 
 def _usage(generation: Generation) -> pb.Usage:

@@ -14,17 +14,23 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from superpose_server.config import ServerConfig, split_address
+from superpose_server.door.http.adapters import Adapters
 from superpose_server.door.http.body import read_body
 from superpose_server.door.http.calls import Calls
 from superpose_server.door.http.chat import ChatCompletions
 from superpose_server.door.http.completions import Completions
 from superpose_server.door.http.endpoint import Endpoint
+from superpose_server.door.http.fields import Asked, Form
+from superpose_server.door.http.mixes import Mixes
 from superpose_server.door.http.models import Models
+from superpose_server.door.http.openapi import Document
 from superpose_server.door.http.score import ScoreTexts
+from superpose_server.door.http.server_info import ServerInfo
 from superpose_server.door.http.site import SiteGuard
 from superpose_server.door.http.status import HttpError
+from superpose_server.door.http.upload import Upload, read_upload
 from superpose_server.engine.token_bytes import TokenBytes
-from superpose_server.errors import NotFound
+from superpose_server.errors import InvalidArgument, NotFound
 from superpose_server.inference.inference import Inference
 from superpose_server.runtime import Runtime
 
@@ -32,12 +38,16 @@ from superpose_server.runtime import Runtime
 def endpoints(runtime: Runtime, inference: Inference) -> tuple[Endpoint, ...]:
     """Return everything that is served."""
     token_bytes = TokenBytes(runtime.tokenizer)
-    return (
+    served = (
         *Models(runtime, inference).endpoints(),
         *Completions(runtime, inference, token_bytes).endpoints(),
         *ChatCompletions(inference, token_bytes).endpoints(),
         *ScoreTexts(inference).endpoints(),
+        *Mixes(runtime, inference).endpoints(),
+        *Adapters(runtime).endpoints(),
+        *ServerInfo(runtime).endpoints(),
     )
+    return Document(served).endpoints
 
 
 def make_app(runtime: Runtime, inference: Inference) -> ASGIApp:
@@ -60,7 +70,7 @@ def make_app(runtime: Runtime, inference: Inference) -> ASGIApp:
 def _hosts(config: ServerConfig) -> tuple[str, ...]:
     """Return the names that the server goes by, beside localhost."""
     listening, _ = split_address("http-listen", config.http_listen)
-    return (listening, *config.http_host)
+    return (listening.lower(), *config.http_host)
 
 
 def _routes(served: Sequence[Endpoint]) -> list[Route]:
@@ -77,10 +87,34 @@ def _route(path: str, served: Iterable[Endpoint]) -> Route:
 
     async def answer(request: Request) -> Response:
         endpoint = by_method["GET" if request.method == "HEAD" else request.method]
-        asked = {} if endpoint.form is None else await read_body(request, endpoint.form)
-        return await endpoint.answer(request, asked)
+        return await endpoint.answer(request, await _read(request, endpoint))
 
     return Route(path, answer, methods=list(by_method))
+
+
+async def _read(request: Request, endpoint: Endpoint) -> Asked:
+    """Return what a call asks for, in its query and its body.
+
+    Raises:
+        InvalidArgument: It asks for something that the endpoint does not know.
+    """
+    if "if-match" in request.headers and not endpoint.if_match:
+        raise InvalidArgument(
+            f"if-match means nothing to {endpoint.method} {endpoint.path}: leave it out",
+            "IF_MATCH_NOT_SUPPORTED",
+            field="if-match",
+        )
+    given = request.query_params.multi_items()
+    query = endpoint.query.read(dict(given))
+    if len(request.query_params) < len(given):
+        raise InvalidArgument("the query names something twice: name it once", "FIELD_TWICE")
+    match endpoint.form:
+        case None:
+            return query
+        case Form():
+            return {**query, **await read_body(request, endpoint.form)}
+        case Upload():
+            return {**query, **await read_upload(request, endpoint.form)}
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

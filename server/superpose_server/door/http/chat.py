@@ -23,6 +23,7 @@ from superpose_server.door.http.fields import (
 )
 from superpose_server.door.http.logprobs import ChatLogprobs
 from superpose_server.door.http.mix import MIX, MODEL, requested_mix
+from superpose_server.door.http.replies import CHAT, CHAT_EVENT
 from superpose_server.door.http.sampling import (
     GENERATION,
     http_names,
@@ -97,8 +98,17 @@ class ChatCompletions:
 
     def endpoints(self) -> tuple[Endpoint, ...]:
         """Return what is served."""
-        path = "/v1/chat/completions"
-        return (Endpoint("POST", path, self.complete, "Answer in a conversation.", form=FORM),)
+        return (
+            Endpoint(
+                "POST",
+                "/v1/chat/completions",
+                self.complete,
+                "Answer in a conversation.",
+                form=FORM,
+                reply=CHAT,
+                events=CHAT_EVENT,
+            ),
+        )
 
     async def complete(self, request: Request, asked: Asked) -> Response:
         """Answer with one choice.

@@ -26,6 +26,7 @@ from superpose_server.door.http.fields import (
 )
 from superpose_server.door.http.logprobs import TextLogprobs
 from superpose_server.door.http.mix import MIX, MODEL, requested_mix
+from superpose_server.door.http.replies import COMPLETION, COMPLETION_EVENT
 from superpose_server.door.http.sampling import (
     GENERATION,
     http_names,
@@ -108,7 +109,17 @@ class Completions:
 
     def endpoints(self) -> tuple[Endpoint, ...]:
         """Return what is served."""
-        return (Endpoint("POST", "/v1/completions", self.complete, "Go on with texts.", form=FORM),)
+        return (
+            Endpoint(
+                "POST",
+                "/v1/completions",
+                self.complete,
+                "Go on with texts.",
+                form=FORM,
+                reply=COMPLETION,
+                events=COMPLETION_EVENT,
+            ),
+        )
 
     async def complete(self, request: Request, asked: Asked) -> Response:
         """Answer with a choice a prompt.

@@ -20,9 +20,10 @@ _HEADERS = {
 }
 
 
-def event(data: str) -> bytes:
-    """Return an event that holds `data`, one line."""
-    return f"data: {data}\n\n".encode()
+def event(data: str, id: int | None = None) -> bytes:
+    """Return an event that holds `data`, one line; `id` is what a client saw last."""
+    head = "" if id is None else f"id: {id}\n"
+    return f"{head}data: {data}\n\n".encode()
 
 
 class EventStream(Response):

@@ -86,6 +86,17 @@ def integer(least: int, most: int) -> Plain:
     )
 
 
+class _Switch:
+    schema: Mapping[str, Any] = {"type": "boolean"}
+
+    def read(self, value: Any, at: str) -> bool:
+        if value not in ("true", "false"):
+            refuse(value, at, "true or false")
+        return bool(value == "true")
+
+
+SWITCH: Kind = _Switch()
+"""A truth value as a query writes it, which knows only texts."""
 COUNT = integer(0, 2**32 - 1)
 TOKEN_IDS = Plain(
     "a list of token ids",

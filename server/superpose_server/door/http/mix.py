@@ -7,7 +7,6 @@ from typing import Any
 
 from superpose_adapters.mix import Mix
 from superpose_adapters.mix_syntax import mix_from_json, parse_mix
-from superpose_server.control.default_mix import MixState
 from superpose_server.door.http.fields import TEXT, Asked, Field
 from superpose_server.errors import InvalidArgument
 
@@ -71,19 +70,3 @@ def requested_mix(asked: Asked) -> Mix | None:
         )
     mix: Mix = asked["mix"]
     return mix
-
-
-def write_mix(state: MixState) -> dict[str, Any]:
-    """Return a bound mix, entries in ascending order of domain; names as in gRPC's `MixState`."""
-    return {
-        "generation": state.generation,
-        "digest": state.mix.digest,
-        "entries": [
-            {
-                "domain": entry.domain,
-                "weight": entry.weight,
-                "adapter_digest": entry.adapter.digest,
-            }
-            for entry in sorted(state.mix.entries, key=lambda entry: entry.domain)
-        ],
-    }

@@ -12,8 +12,9 @@ from starlette.responses import Response
 from superpose_server.control.default_mix import MixState
 from superpose_server.door.http.endpoint import Endpoint
 from superpose_server.door.http.fields import Asked
-from superpose_server.door.http.json_text import to_json
+from superpose_server.door.http.json_text import json_answer
 from superpose_server.door.http.mix import DEFAULT, model_mix
+from superpose_server.door.http.replies import MODEL, MODELS
 from superpose_server.inference.inference import Inference
 from superpose_server.runtime import Runtime
 
@@ -30,14 +31,14 @@ class Models:
     def endpoints(self) -> tuple[Endpoint, ...]:
         """Return what is served."""
         return (
-            Endpoint("GET", "/v1/models", self.list, "The mixes that have names."),
-            Endpoint("GET", "/v1/models/{model:path}", self.get, "What one model is."),
+            Endpoint("GET", "/v1/models", self.list, "The mixes that have names.", reply=MODELS),
+            Endpoint("GET", "/v1/models/{model:path}", self.get, "What one model is.", reply=MODEL),
         )
 
     async def list(self, request: Request, asked: Asked) -> Response:
         """Return the default mix, the base, every domain and every named mix."""
         names = [DEFAULT, "base", *(each.domain for each in self._runtime.registry.all())]
-        return _answer({"object": "list", "data": [self._model(name) for name in names]})
+        return json_answer({"object": "list", "data": [self._model(name) for name in names]})
 
     async def get(self, request: Request, asked: Asked) -> Response:
         """Return one model; any mix is one.
@@ -46,7 +47,7 @@ class Models:
             InvalidArgument: The name is no mix.
             NotFound: It names a domain that is not loaded.
         """
-        return _answer(self._model(request.path_params["model"]))
+        return json_answer(self._model(request.path_params["model"]))
 
     def _model(self, name: str) -> dict[str, Any]:
         bound = self._inference.resolve(model_mix(name))
@@ -59,10 +60,6 @@ class Models:
             "mix": _weights(bound),
             "mix_digest": bound.mix.digest,
         }
-
-
-def _answer(value: Any) -> Response:
-    return Response(to_json(value), media_type="application/json")
 
 
 def _weights(bound: MixState) -> Mapping[str, float]:

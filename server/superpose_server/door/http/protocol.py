@@ -66,9 +66,9 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._timer is None:
             self._wait()
-        self._arrived += len(data)
         self._unread += len(data)
         super().data_received(data)
+        self._arrived += len(data)  # Behind what began with it.
         if self._unread > MOST_HEAD_BYTES:
             # Nothing has come of all this: a field, a trailer, or a chunk's extension, without end.
             self._refuse(_too_large())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import get_args
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from superpose_adapters.scoring import Loss, Scope
+from superpose_adapters.scoring import Scope
+from superpose_proto.v1.inference_pb2 import ScoreResponse
+from superpose_server.door.contract.convert import scores_to_wire
 from superpose_server.door.http.connection import while_connected
 from superpose_server.door.http.endpoint import Endpoint
 from superpose_server.door.http.fields import (
@@ -21,13 +23,13 @@ from superpose_server.door.http.fields import (
     ListOf,
     OneOf,
 )
-from superpose_server.door.http.json_text import to_json
-from superpose_server.door.http.mix import MIX, MODEL, requested_mix, write_mix
+from superpose_server.door.http.json_text import json_answer
+from superpose_server.door.http.message import plain, schema
+from superpose_server.door.http.mix import MIX, MODEL, requested_mix
 from superpose_server.door.http.texts import mix_headers
 from superpose_server.errors import InvalidArgument
 from superpose_server.inference.inference import Inference
 from superpose_server.inference.request import QuestionAnswer, ScoreItem, ScoreRequest
-from superpose_server.inference.result import Scores
 
 _ITEM = Form(
     "ScoreItem",
@@ -66,7 +68,16 @@ class ScoreTexts:
 
     def endpoints(self) -> tuple[Endpoint, ...]:
         """Return what is served."""
-        return (Endpoint("POST", "/v1/score", self.score, "Score given texts.", form=FORM),)
+        return (
+            Endpoint(
+                "POST",
+                "/v1/score",
+                self.score,
+                "Score given texts.",
+                form=FORM,
+                reply=schema(ScoreResponse.DESCRIPTOR),
+            ),
+        )
 
     async def score(self, request: Request, asked: Asked) -> Response:
         """Answer with a score an item, and that of all of them.
@@ -82,8 +93,8 @@ class ScoreTexts:
             asked.get("scope", "all"),
         )
         scores = await while_connected(request.receive, self._inference.score(wanted))
-        written = to_json(_scores(scores, logprobs=asked.get("logprobs", False)))
-        return Response(written, headers=mix_headers(scores.mix), media_type="application/json")
+        message = scores_to_wire(scores, logprobs=asked.get("logprobs", False))
+        return json_answer(plain(message), headers=mix_headers(scores.mix))
 
 
 def _item(item: Asked, at: str) -> ScoreItem:
@@ -99,25 +110,3 @@ def _item(item: Asked, at: str) -> ScoreItem:
         return QuestionAnswer(value["question"], value["answer"])
     found: ScoreItem = value
     return found
-
-
-def _scores(scores: Scores, *, logprobs: bool) -> dict[str, Any]:
-    return {
-        "items": [
-            {
-                "tokens": item.loss.tokens,
-                "logprob": -item.loss.nats,
-                "perplexity": _perplexity(item.loss),
-                **({"logprobs": item.logprobs} if logprobs else {}),
-            }
-            for item in scores.items
-        ],
-        "tokens": scores.loss.tokens,
-        "perplexity": _perplexity(scores.loss),
-        "mix": write_mix(scores.mix),
-    }
-
-
-def _perplexity(loss: Loss) -> float | None:
-    """Return null for what gRPC sends as NaN, which JSON does not have."""
-    return loss.perplexity if loss.tokens else None

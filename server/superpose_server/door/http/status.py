@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from superpose_server.door.http.json_text import to_json
+from superpose_server.door.http.json_text import json_answer
 from superpose_server.errors import (
     AlreadyExists,
     DataLoss,
@@ -37,6 +37,24 @@ _STATUSES: dict[type[ServerError], int] = {
 }
 # OpenAI's clients repeat these by themselves, which helps nobody: the answer would be the same.
 _FINAL = {409, 500}
+# JSON Schema of the body.
+ERROR: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"enum": ["invalid_request_error", "rate_limit_error", "server_error"]},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+                "metadata": {"type": "object", "additionalProperties": {"type": "string"}},
+            },
+            "required": ["message", "type", "param", "code"],
+        }
+    },
+    "required": ["error"],
+}
 
 
 class HttpError(ServerError):
@@ -98,4 +116,4 @@ def _kind(status: int) -> str:
 def error_response(error: Exception) -> Response:
     """Return the answer of a call that raised."""
     status, body, headers = to_answer(error)
-    return Response(to_json(body), status, headers, "application/json")
+    return json_answer(body, status, headers)
