@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from http.client import HTTPConnection
+from typing import Any
 
 import pytest
 from starlette.requests import ClientDisconnect, Request
@@ -74,6 +75,18 @@ class Listening:
     def client(self) -> HTTPConnection:
         host, port = self.address
         return HTTPConnection(host, port, timeout=PATIENCE)
+
+    def shut_down(self, arrived: int) -> None:
+        """Do to the one connection what uvicorn does at its end, once so much has arrived."""
+
+        async def shut_down() -> None:
+            connections: set[Any] = self.state.connections
+            while sum(each._arrived for each in connections) < arrived or not connections:
+                await asyncio.sleep(0)
+            (connection,) = connections
+            connection.shutdown()
+
+        asyncio.run_coroutine_threadsafe(shut_down(), self._loop).result(PATIENCE)
 
     def close(self) -> None:
         async def end() -> None:
@@ -325,6 +338,32 @@ def test_one_connection_too_many_is_told_so(
     for connection in held:
         connection.close()
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (b"", None),
+        (GET, None),
+        (GET.replace(b"/", b"/endless", 1), None),
+        (b"GET / HT", "SHUTTING_DOWN"),
+        (POST + b"Content-Length: 10\r\n\r\n12345", "SHUTTING_DOWN"),
+    ],
+)
+def test_at_the_end_of_the_server_every_connection_is_ended(
+    listening: Listening, sent: bytes, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "LAST_SECONDS", 0.05)
+    with listening.connect() as connection:
+        connection.sendall(sent)
+        if sent.endswith(b"\r\n\r\n"):
+            assert connection.recv(1, socket.MSG_PEEK)  # It has an answer, or the first of it.
+        listening.shut_down(len(sent))
+        answer = read_to_end(connection)
+        if reason is None:
+            assert b" 503 " not in answer
+        else:
+            assert refusal(answer) == (503, reason)
 
 
 def test_idle_keep_alive_connections_are_closed(listening: Listening) -> None:

@@ -8,12 +8,14 @@ The bound on bodies is that of their readers, who know what they read; see `body
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from superpose_server.door.door import CLOSING_SECONDS
+from superpose_server.door.http.json_text import to_json
 from superpose_server.door.http.status import HttpError, to_answer
+from superpose_server.errors import ServerError, ShuttingDown
 
 MOST_CONNECTIONS = 512
 MOST_FIELDS = 100  # header fields of a request
@@ -26,6 +28,8 @@ SLOWEST_BYTES = 1 << 14
 MOST_DISCARDED = 1 << 26
 # The same of what is still sent when a connection is ended.
 LINGER_SECONDS = 2.0
+# What answers get at the server's end.
+LAST_SECONDS = CLOSING_SECONDS - 0.5
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -83,6 +87,15 @@ class BoundedProtocol(HttpToolsProtocol):
                 "REQUEST_MALFORMED",
             )
         )
+
+    def shutdown(self) -> None:
+        """End what is idle, and what has not arrived; leave the rest its last moment."""
+        # Before uvicorn cancels what is left, as if it were a fault: who does not read is no fault.
+        self.loop.call_later(LAST_SECONDS, self.transport.abort)
+        if self._timer is not None and self._arrived:
+            self._refuse(ShuttingDown())
+        else:
+            super().shutdown()
 
     # What the parser has read.
 
@@ -167,7 +180,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     # The end.
 
-    def _refuse(self, error: HttpError) -> None:
+    def _refuse(self, error: ServerError) -> None:
         """Answer with an error where an answer is due, and end the connection."""
         if self._refused or self.transport.is_closing():
             return
@@ -177,7 +190,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
             return
         status, told, _ = to_answer(error)
-        body = json.dumps(told).encode()
+        body = to_json(told).encode()
         self.transport.write(
             STATUS_LINE[status]
             + b"content-type: application/json\r\nconnection: close\r\n"
