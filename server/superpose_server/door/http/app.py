@@ -89,7 +89,11 @@ def _route(path: str, served: Iterable[Endpoint]) -> Route:
         endpoint = by_method["GET" if request.method == "HEAD" else request.method]
         return await endpoint.answer(request, await _read(request, endpoint))
 
-    return Route(path, answer, methods=list(by_method))
+    route = Route(path, answer, methods=list(by_method))
+    if "GET" in by_method and by_method["GET"].reply is None:
+        assert route.methods is not None
+        route.methods.discard("HEAD")  # Of a stream, which has no end to answer at.
+    return route
 
 
 async def _read(request: Request, endpoint: Endpoint) -> Asked:
@@ -124,7 +128,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
         ServerError: Always; see `Calls`.
     """
     assert isinstance(error, HTTPException)
-    path = request.url.path[:200]
+    path = request.scope["path"][:200]  # Its URL is made of a Host that may be none.
     if error.status_code == 404:
         raise NotFound(
             f"there is nothing at {path}: /openapi.json lists what is served", "PATH_NOT_FOUND"
