@@ -267,6 +267,7 @@ def test_after_a_request_the_time_is_the_servers_own(listening: Listening) -> No
         stream.sendall(GET.replace(b"/", b"/endless", 1))
         while b"begun" not in stream.recv(1 << 16):
             pass
+        stream.sendall(b"\r\n")  # As old clients do behind a body.
         # Another connection that is ended for its slowness began later than this one.
         refusal(exchange(listening, b"GET"))
         stream.setblocking(False)

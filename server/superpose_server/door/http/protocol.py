@@ -68,8 +68,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """See `asyncio.Protocol`."""
         if self._refused:  # Lingers.
             return
-        if self._timer is None:
-            self._wait()
+        if self._timer is None and not self._runs():
+            self._wait()  # Even empty lines, which begin no request.
         self._unread += len(data)
         super().data_received(data)
         self._arrived += len(data)  # Behind what began with it.
@@ -207,10 +207,13 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _answer_is_due(self) -> bool:
         """Return whether the client reads next what is sent next, as the answer to this."""
-        running = self.cycle is not None and not self.cycle.response_complete
         if self._in_head:
-            return not running
-        return running and not self.cycle.response_started and not self.pipeline
+            return not self._runs()
+        return self._runs() and not self.cycle.response_started and not self.pipeline
+
+    def _runs(self) -> bool:
+        """Return whether a request is still to be answered, or to be answered to its end."""
+        return self.cycle is not None and not self.cycle.response_complete
 
 
 def _too_large() -> HttpError:
