@@ -24,7 +24,8 @@ class ServerProcess:
     """`superpose-server` as a user runs it.
 
     Attributes:
-        address: HOST:PORT that it serves on.
+        address: HOST:PORT that it serves gRPC on.
+        http_address: The same for HTTP.
         process: The process.
     """
 
@@ -38,7 +39,8 @@ class ServerProcess:
         self._log = Path(self._folder.name) / "log"
         command = [
             *(sys.executable, "-m", "superpose_server", f"--base={base}"),
-            *("--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0"),
+            *("--listen=127.0.0.1:0", "--http-listen=127.0.0.1:0"),
+            "--metrics-listen=127.0.0.1:0",
             f"--state-dir={Path(self._folder.name) / 'state'}",
             *(() if adapter_dir is None else (f"--adapter-dir={adapter_dir}",)),
             *flags,
@@ -57,7 +59,8 @@ class ServerProcess:
             log_end = self.log_end()
             self.close()
             raise ServerFailed(f"the server did not start:\n{log_end}")
-        self.address = dict(word.partition("=")[::2] for word in ready.split()[1:])["address"]
+        words = dict(word.partition("=")[::2] for word in ready.split()[1:])
+        self.address, self.http_address = words["address"], words["http"]
 
     def log_end(self) -> str:
         """Return the last lines of its log."""

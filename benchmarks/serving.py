@@ -9,6 +9,7 @@ All contestants run the same prompts, one batch of streams after the other, in t
     mixed: every row another mix of three out of 24 domains, the merged mix resident.
     merged, top_p and the like: the same, but its tokens are drawn (`benchmarks/sampling.py`).
     merged over gRPC: a server in its own process, streams through the client library.
+    merged over HTTP: the same server, streams of `/v1/completions`.
 Peers (`benchmarks/peers`) run the base in processes of their own.
 """
 
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.httptarget import HttpTarget
 from benchmarks.inprocess import Local
 from benchmarks.options import Options, make_parser, numbers, read_options
 from benchmarks.peers.peer import Settings
@@ -52,9 +54,9 @@ MERGED_DOMAINS = 3
 MOST_PEER_ROWS = 32
 
 BARE, PLAIN, BASE, MERGED, MIXED = "bare", "bare transformers", "base", "merged", "mixed"
-WIRE = "merged over gRPC"
+GRPC, HTTP = "merged over gRPC", "merged over HTTP"
 SAMPLED = {name: f"{MERGED}, {name}" for name in SAMPLINGS if name != GREEDY}
-OURS = (BARE, PLAIN, BASE, MERGED, *SAMPLED.values(), MIXED, WIRE)
+OURS = (BARE, PLAIN, BASE, MERGED, *SAMPLED.values(), MIXED, GRPC, HTTP)
 GENERATE = "transformers generate {dtype}"
 
 
@@ -77,14 +79,18 @@ class Figures:
         self.token.append(sum(spans) / len(spans))
 
 
-class Wire:
-    """Streams through the client library, from an event loop of its own."""
+class Wires:
+    """Streams through gRPC and through HTTP, from an event loop of its own."""
 
     def __init__(self, server: ServerProcess) -> None:
         """Connect."""
         self._loop = asyncio.new_event_loop()
         self._client = self._loop.run_until_complete(self._connect(server.address))
-        self._target = ServerTarget(self._client)
+        self._grpc = ServerTarget(self._client)
+        self._targets: dict[str, ServerTarget | HttpTarget] = {
+            GRPC: self._grpc,
+            HTTP: HttpTarget(server.http_address),
+        }
 
     @staticmethod
     async def _connect(address: str) -> AsyncClient:
@@ -92,13 +98,14 @@ class Wire:
 
     def set(self, mix: Weights) -> None:
         """Make `mix` the default."""
-        self._loop.run_until_complete(self._target.change(mix))
+        self._loop.run_until_complete(self._grpc.change(mix))
 
-    def run(self, requests: Sequence[Streamed]) -> None:
+    def run(self, wire: str, requests: Sequence[Streamed]) -> None:
         """Run all requests at once."""
+        target = self._targets[wire]
 
         async def everything() -> None:
-            await asyncio.gather(*(self._target.stream(request) for request in requests))
+            await asyncio.gather(*(target.stream(request) for request in requests))
 
         self._loop.run_until_complete(everything())
 
@@ -134,22 +141,22 @@ class Serving:
         self._local = stack.enter_context(
             Local(options, self.base, self.folder, max_batch=most, max_length=self._length)
         )
-        self._wire: Wire | None = None
+        self._wires: Wires | None = None
         self._peers: dict[str, PeerProcess] = {}
         self.figures: dict[tuple[str, int], Figures] = {}
         self.absent: list[str] = []
 
     def load(self, tell: Tell, only: Sequence[str], *, wire: bool, peers: bool) -> None:
         """Start every contestant, or those of `only`; a peer that cannot run is noted as absent."""
-        if wire and (not only or WIRE in only):
+        if wire and (not only or {GRPC, HTTP} & {*only}):
             tell("loading: server")
             flags = [f"--max-batch={self._most}", f"--max-length={self._length}"]
             server = self._stack.enter_context(
                 ServerProcess(self.base, self.folder, [*flags, *self._options.server_flags()])
             )
-            self._wire = Wire(server)
-            self._stack.callback(self._wire.close)
-            self._wire.set(self._resident)
+            self._wires = Wires(server)
+            self._stack.callback(self._wires.close)
+            self._wires.set(self._resident)
         bare = [replace(variant, dtype=self._options.dtype) for variant in BARE_VARIANTS]
         for variant in [*bare, *(VARIANTS if peers else ())]:
             if only and variant.name not in only:
@@ -196,8 +203,9 @@ class Serving:
             found[name] = self._in_process(
                 name, texts, [resident] * rows, resident, SAMPLINGS[sampling]
             )
-        if self._wire is not None:
-            found[WIRE] = self._over_wire(self._wire, texts)
+        if self._wires is not None:
+            for name in (GRPC, HTTP):
+                found[name] = self._over_wire(self._wires, name, texts)
         for name, peer in self._peers.items():
             if rows <= peer.settings.rows:
                 found[name] = self._peer(peer, texts)
@@ -231,12 +239,12 @@ class Serving:
 
         return measure
 
-    def _over_wire(self, wire: Wire, texts: list[list[int]]) -> Measure:
+    def _over_wire(self, wires: Wires, name: str, texts: list[list[int]]) -> Measure:
         def measure() -> float:
             began = time.perf_counter()
             requests = [Streamed(text, None, self._new_tokens) for text in texts]
-            wire.run(requests)
-            return self._note(WIRE, requests, began)
+            wires.run(name, requests)
+            return self._note(name, requests, began)
 
         return measure
 
@@ -349,7 +357,8 @@ def _ratios(results: dict[int, Rounds], options: Options) -> Table:
             for name in SAMPLED.values()
         ),
         ("mixed / merged", lambda r: (MIXED, MERGED)),
-        ("over gRPC / in process", lambda r: (WIRE, MERGED)),
+        ("over gRPC / in process", lambda r: (GRPC, MERGED)),
+        ("over HTTP / over gRPC", lambda r: (HTTP, GRPC)),
     ]
     lines: list[list[Cell]] = []
     for title, choose in pairs:

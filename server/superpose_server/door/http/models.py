@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from superpose_server.door.http.fields import Asked
 from superpose_server.door.http.json_text import json_answer
 from superpose_server.door.http.mix import DEFAULT, model_mix
 from superpose_server.door.http.replies import MODEL, MODELS
+from superpose_server.errors import NotFound
 from superpose_server.inference.inference import Inference
 from superpose_server.runtime import Runtime
 
@@ -36,9 +38,19 @@ class Models:
         )
 
     async def list(self, request: Request, asked: Asked) -> Response:
-        """Return the default mix, the base, every domain and every named mix."""
-        names = [DEFAULT, "base", *(each.domain for each in self._runtime.registry.all())]
-        return json_answer({"object": "list", "data": [self._model(name) for name in names]})
+        """Return the default mix, the base, and every domain and named mix that can be had now."""
+        registry = self._runtime.registry
+        names = [
+            *(DEFAULT, "base"),
+            *(registered.domain for registered in registry.all()),
+            *(named.name for named in registry.named_mixes.all()),
+        ]
+        models = []
+        for name in names:
+            # A named mix may hold a domain that is not loaded, and comes back with it.
+            with contextlib.suppress(NotFound):
+                models.append(self._model(name))
+        return json_answer({"object": "list", "data": models})
 
     async def get(self, request: Request, asked: Asked) -> Response:
         """Return one model; any mix is one.
