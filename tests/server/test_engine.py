@@ -469,12 +469,12 @@ def poison(mix: BoundMix, factor: str) -> None:
 def test_output_that_is_not_finite_fails_only_its_row(bench: Bench, factor: str) -> None:
     good = bench.mix((random_adapter(bench.layout, 1), 1.0))
     bad = bench.mix((random_adapter(bench.layout, 2), 1.0))
+    poison(bad, factor)
     _, before = bench.submit(PROMPTS[0], good)
-    _, during = bench.submit(PROMPTS[1], bad)
+    row, during = bench.submit(PROMPTS[1], good)
     _, beside = bench.submit(PROMPTS[2], good)
     bench.engine.step()
-    poison(bad, factor)
-    bench.engine.runner.forget()
+    row.mix = bad  # In the midst of its text, as no request can.
     bench.run()
     assert isinstance(during.error, FailedPrecondition)
     assert during.error.reason == "OUTPUT_NOT_FINITE"
@@ -508,14 +508,16 @@ def test_a_broken_row_that_is_not_the_last_leaves_no_nan_behind(
 ) -> None:
     bench = Bench(bases["gpt2"], slots=3, kernels=kernels)
     bad = bench.mix((random_adapter(bench.layout, 2), 1.0))
+    poison(bad, "a")
     _, wide = bench.submit(PROMPTS[2] * 4, bench.mix(), params(max_new_tokens=20))
     # The row in the middle leaves in the step in which the last one, moved into its place, breaks.
-    middle = bad if neighbour == "broken too" else bench.mix()
-    bench.submit(PROMPTS[2] * 4, middle, params(max_new_tokens=2))
-    _, last = bench.submit(PROMPTS[2] * 4, bad)
+    middle, _ = bench.submit(PROMPTS[2] * 4, bench.mix(), params(max_new_tokens=2))
+    end, last = bench.submit(PROMPTS[2] * 4, bench.mix())
     bench.engine.step()
-    poison(bad, "a")
-    bench.engine.runner.forget()
+    # In the midst of their texts, as no request can.
+    end.mix = bad
+    if neighbour == "broken too":
+        middle.mix = bad
     bench.engine.step()
     assert isinstance(last.error, FailedPrecondition)
     shorts = [bench.submit(PROMPTS[1], bench.mix())[1] for _ in range(2)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from superpose_adapters.adapter import Adapter, Factors
 from superpose_adapters.layout import ModuleLayout
@@ -21,9 +23,10 @@ from superpose_adapters.mix import BoundEntry, BoundMix
 from superpose_server.model import packed as packed_module
 from superpose_server.model.batch import Batch, Span
 from superpose_server.model.kernels.build import load_kernels
-from superpose_server.model.packed import PANEL, TERM_FIELDS, PackedLinear, pack
+from superpose_server.model.packed import PANEL, TERM_FIELDS, PackedEmbedding, PackedLinear, pack
 from superpose_server.weights.corrections import Corrections
 from superpose_server.weights.kernel_correction import KernelCorrection
+from superpose_server.weights.kernel_factors import KernelFactors
 from superpose_server.weights.parameter_format import PackedFormat
 
 pytestmark = pytest.mark.skipif(
@@ -222,6 +225,7 @@ class Layer:
     def exact(
         self, x: Tensor, counts: list[int], mixes: list[BoundMix], resident: BoundMix
     ) -> Tensor:
+        """The same in float64, from factors in the dtype of the parameter."""
         rows = []
         tokens = iter(x.double())
         for count, asked in zip(counts, mixes, strict=True):
@@ -229,7 +233,8 @@ class Layer:
             for sign, of in ((1.0, asked), (-1.0, resident)):
                 for entry in of.entries:
                     f = entry.adapter.modules["m"]
-                    delta = f.scaling * (f.b.double() @ f.a.double())
+                    a, b = (factor.to(self.weight.dtype).double() for factor in (f.a, f.b))
+                    delta = f.scaling * (b @ a)
                     weight += sign * entry.weight * delta.T
             rows += [next(tokens) @ weight + self.bias.double() for _ in range(count)]
         return torch.stack(rows)
@@ -321,14 +326,16 @@ class Term:
         gates = torch.ones(gate_rows, len(adapters), dtype=torch.float64)
         self.terms = torch.zeros(1, TERM_FIELDS, dtype=torch.int64)
         heads = frozenset({"m"} if head else ())
-        self.correction = KernelCorrection(adapters, gates, self.terms, ["m"], heads)
+        factors = KernelFactors(torch.float32)
+        self.correction = KernelCorrection(adapters, gates, factors, self.terms, ["m"], heads)
         self.packed = pack(randn(INPUTS, OUT, seed=90), transposed=True)
 
     def run(self, tokens: Sequence[int], logits: Sequence[int], rows: int) -> Tensor:
         """The product of so many rows while tokens and logits are of these rows of the batch."""
         with ExitStack() as until:
             self.correction.attach(torch.tensor(tokens), torch.tensor(logits), until)
-            return linear(randn(rows, INPUTS), self.packed, None, OUT, self.terms[0])
+            x = randn(rows, INPUTS).to(self.packed)
+            return linear(x, self.packed, None, OUT, self.terms[0])
 
 
 @pytest.mark.parametrize("head", [False, True])
@@ -361,20 +368,45 @@ def test_a_correction_for_a_module_of_another_size_is_refused(inputs: int, out: 
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "dtype"),
+    ("a", "b", "what"),
     [
-        ((4, INPUTS + 1), (OUT, 4), torch.float32),
-        ((4, INPUTS), (OUT + 1, 4), torch.float32),
-        ((4, INPUTS), (OUT, 3), torch.float32),
-        ((4, INPUTS), (OUT, 4), torch.bfloat16),
+        ((4, INPUTS + 1), (OUT, 4), "factors of m are for modules of different sizes"),
+        ((4, INPUTS), (OUT + 1, 4), "factors of m are for modules of different sizes"),
+        ((4, INPUTS), (OUT, 3), "factors of m have ranks 4 and 3"),
     ],
 )
 def test_factors_that_do_not_fit_each_other_are_refused(
-    a: tuple[int, int], b: tuple[int, int], dtype: torch.dtype
+    a: tuple[int, int], b: tuple[int, int], what: str
 ) -> None:
-    other = Adapter("f" * 64, {"m": Factors(torch.ones(a), torch.ones(b).to(dtype), 1.0)})
-    with pytest.raises(ValueError, match=r"factors of m are .*: float32 \(4, 45\) and \(50, 4\)"):
+    other = Adapter("f" * 64, {"m": Factors(torch.ones(a), torch.ones(b), 1.0)})
+    with pytest.raises(ValueError, match=what):
         Term([adapter(1, rank=2), other])
+
+
+def test_factors_in_another_dtype_than_the_parameter_are_refused() -> None:
+    term = Term([adapter(1, rank=4)])
+    term.packed = pack(randn(INPUTS, OUT, seed=90).bfloat16(), transposed=True)
+    with pytest.raises(RuntimeError, match="factors of 4 bytes a number meet 2"):
+        term.run([0], [0], 1)
+
+
+def test_ranks_that_fill_no_panel_are_refused() -> None:
+    domain, gates, rows = torch.tensor([0, 0, 3]), torch.ones(1), torch.tensor([0])
+    of_rows = (gates.data_ptr(), 1, rows.data_ptr(), 1)
+    term = torch.tensor((1, domain.data_ptr(), 2, INPUTS, OUT, *of_rows))
+    packed = pack(randn(INPUTS, OUT, seed=90).bfloat16(), transposed=True)
+    with pytest.raises(RuntimeError, match="3 ranks fill no panel"):
+        linear(randn(1, INPUTS).bfloat16(), packed, None, OUT, term)
+
+
+def test_factors_are_kept_as_long_as_their_adapter() -> None:
+    factors, one = KernelFactors(torch.bfloat16), adapter(1, rank=4)
+    (first,), (again,) = factors.of([one], "m"), factors.of([one], "m")
+    assert first is again
+    kept = weakref.ref(first)
+    del first, again, one
+    gc.collect()
+    assert kept() is None
 
 
 def test_a_term_without_domains_is_none_whatever_else_it_says() -> None:
@@ -391,6 +423,25 @@ def test_a_term_without_domains_is_none_whatever_else_it_says() -> None:
 def test_what_is_no_term_is_refused(term: Tensor) -> None:
     with pytest.raises(RuntimeError, match=f"a term has {TERM_FIELDS} fields"):
         linear(randn(3, INPUTS), pack(randn(INPUTS, OUT), transposed=True), None, OUT, term)
+
+
+# Embeddings
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ids", [[3], [[0, 15, 16], [49, 49, 31]], list(range(50)), []])
+def test_an_embedding_reads_the_rows_of_a_packed_head(dtype: torch.dtype, ids: list[Any]) -> None:
+    rows = randn(OUT, INPUTS).to(dtype)  # as a head has them, (out, in)
+    embedding = PackedEmbedding(nn.Parameter(pack(rows, transposed=False)), INPUTS)
+    wanted = torch.tensor(ids, dtype=torch.int64)
+    assert torch.equal(embedding(wanted), nn.functional.embedding(wanted, rows))
+
+
+@pytest.mark.parametrize("bad", [-1, 64, 1 << 40])
+def test_a_row_that_is_not_there_is_refused(bad: int) -> None:
+    packed = pack(randn(OUT, INPUTS), transposed=False)  # four panels of 16 rows
+    with pytest.raises(IndexError, match=f"embed: row {bad} of 64"):
+        torch.ops.superpose.embed(torch.tensor([0, bad]), packed, INPUTS)
 
 
 # Attention

@@ -20,6 +20,7 @@ from superpose_adapters.mix import BoundMix
 from superpose_server.model.batch import Batch
 from superpose_server.weights.dense_correction import DenseCorrection, FactorStack
 from superpose_server.weights.kernel_correction import KernelCorrection
+from superpose_server.weights.kernel_factors import KernelFactors
 
 
 class Correction(Protocol):
@@ -62,6 +63,7 @@ class Corrections:
         self._modules = modules
         self._device = device
         self._terms = terms
+        self._factors = KernelFactors(_dtype_of(modules))
         self._pool = pool
         # The factors of the last batch that the pool had no room for, and whose they are.
         self._stack: FactorStack | None = None
@@ -123,7 +125,9 @@ class Corrections:
             dtype=torch.float64,
         )
         if self._terms is not None:
-            return KernelCorrection(adapters, table, self._terms, list(self._modules), self._heads)
+            return KernelCorrection(
+                adapters, table, self._factors, self._terms, list(self._modules), self._heads
+            )
         stack = self._place(tuple(adapters))
         return self.dense(stack, stack.spread(adapters, table))
 
@@ -153,3 +157,7 @@ class Corrections:
         if self._stack is None or adapters != self._stacked:
             self._stacked, self._stack = adapters, FactorStack.of(adapters, self._device)
         return self._stack
+
+
+def _dtype_of(modules: Mapping[str, nn.Module]) -> torch.dtype:
+    return next(p.dtype for module in modules.values() for p in module.parameters())

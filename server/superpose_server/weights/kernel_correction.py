@@ -1,4 +1,4 @@
-"""Corrections of packed modules: the CPU kernels read factors where the adapters keep them."""
+"""Corrections of packed modules: the CPU kernels read factors by address."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from superpose_adapters.adapter import Adapter, Factors
+from superpose_adapters.adapter import Adapter
 from superpose_server.model.packed import TERM_FIELDS
+from superpose_server.weights.kernel_factors import KernelFactors
 
 # The last two fields of a term, which each pass sets: where the row of each token lies, and the
 # number of tokens. See `Term` in kernels/corrections.h.
@@ -28,6 +29,7 @@ class KernelCorrection:
         self,
         adapters: Sequence[Adapter],
         gates: Tensor,
+        factors: KernelFactors,
         terms: Tensor,
         modules: Sequence[str],
         heads: frozenset[str] = frozenset(),
@@ -37,12 +39,13 @@ class KernelCorrection:
         Args:
             adapters: Those that any row needs, in the order of summation.
             gates: float64 (rows, adapters).
+            factors: Theirs, in the dtype of the modules.
             terms: What the packed modules read, int64 (modules, TERM_FIELDS); all zeros: nothing.
             modules: Their names.
             heads: Those that see only the tokens whose logits are wanted.
 
         Raises:
-            ValueError: Factors of one module are not of one size, or not float32.
+            ValueError: Factors of one module are not of one size.
         """
         self._terms = terms
         self._own = torch.zeros(len(modules), TERM_FIELDS, dtype=torch.int64)
@@ -52,16 +55,19 @@ class KernelCorrection:
         for i, name in enumerate(modules):
             columns = [c for c, adapter in enumerate(adapters) if name in adapter.modules]
             if columns:
-                factors = [adapters[c].modules[name] for c in columns]
-                inputs, outputs = _size_of(name, factors)
-                scaling = torch.tensor([f.scaling for f in factors], dtype=torch.float64)
+                pairs = factors.of([adapters[c] for c in columns], name)
+                scaling = torch.tensor(
+                    [adapters[c].modules[name].scaling for c in columns], dtype=torch.float64
+                )
                 scaled = (gates[:, columns] * scaling).float().contiguous()
-                pairs = [(f.a.contiguous(), f.b.T.contiguous()) for f in factors]
-                table = torch.tensor([(a.data_ptr(), b.data_ptr(), len(a)) for a, b in pairs])
-                of_factors = (len(table), table.data_ptr(), inputs, outputs)
+                table = torch.tensor([(p.a.data_ptr(), p.b.data_ptr(), len(p.a)) for p in pairs])
+                one = pairs[0]
+                of_factors = (len(table), table.data_ptr(), one.a.element_size())
+                of_module = (one.a.shape[1], one.out_features)
                 of_gates = (scaled.data_ptr(), len(scaled))
-                self._own[i, : _ROWS.start] = torch.tensor(of_factors + of_gates)
-                self._kept += [scaled, table, *(tensor for pair in pairs for tensor in pair)]
+                fields = of_factors + of_module + of_gates
+                self._own[i, : _ROWS.start] = torch.tensor(fields)
+                self._kept += (scaled, table, *(factor for p in pairs for factor in (p.a, p.b)))
 
     def attach(self, tokens: Tensor, logits: Tensor, until: ExitStack) -> None:
         """See `Correction`."""
@@ -71,19 +77,3 @@ class KernelCorrection:
         until.callback(self._terms.zero_)
         # The rows too must outlive the pass.
         until.callback(lambda *kept: None, self, tokens, logits)
-
-
-def _size_of(name: str, factors: Sequence[Factors]) -> tuple[int, int]:
-    """Return the number of input and output features that all of `factors` are for.
-
-    That the module has them too is checked by the kernel.
-    """
-    inputs, outputs = factors[0].a.shape[1], factors[0].b.shape[0]
-    for f in factors:
-        fit = f.a.shape == (f.rank, inputs) and f.b.shape == (outputs, f.rank)
-        if not fit or f.a.dtype != torch.float32 or f.b.dtype != torch.float32:
-            raise ValueError(
-                f"factors of {name} are {tuple(f.a.shape)} and {tuple(f.b.shape)}, {f.a.dtype} and "
-                f"{f.b.dtype}: float32 ({f.rank}, {inputs}) and ({outputs}, {f.rank}) expected"
-            )
-    return inputs, outputs

@@ -123,6 +123,9 @@ def _describe() -> None:
     ) -> Tensor:
         return x.new_empty((*x.shape[:-1], out_features))
 
+    def embed(ids: Tensor, packed: Tensor, in_features: int) -> Tensor:
+        return packed.new_empty((*ids.shape, in_features))
+
     def attend(
         query: Tensor, keys: Tensor, values: Tensor, *others: object, **more: object
     ) -> Tensor:
@@ -130,6 +133,7 @@ def _describe() -> None:
         return query.new_empty((1, tokens, heads, values.shape[-1]))
 
     torch.library.register_fake("superpose::linear", linear)
+    torch.library.register_fake("superpose::embed", embed)
     torch.library.register_fake("superpose::attend", attend)
 
 

@@ -6,6 +6,7 @@
 
 #include <vector>
 
+#include "panels.h"
 #include "storage.h"
 
 namespace {
@@ -14,7 +15,8 @@ namespace {
 // compiled graph must take any number of adapters without being compiled anew.
 struct Term {
   int64_t domains;         // 0: no correction, whatever the rest says.
-  const int64_t* factors;  // (domains, 3): address of A (r, in), of B (r, out), and r.
+  const int64_t* factors;  // (domains, 3): addresses of A (r, in) and of B in panels, and r.
+  int64_t width;           // Bytes of a number there.
   int64_t in;
   int64_t out;
   const float* gates;   // (gate_rows, domains), scaling included.
@@ -23,11 +25,11 @@ struct Term {
   int64_t tokens;
 };
 
-constexpr int64_t kTermFields = 8;
+constexpr int64_t kTermFields = 9;
 
 // Read a term for a product of x (tokens, in) to (tokens, out). An address does not tell how much
 // lies there, so what does not fit is refused here: beyond the tables `correct` would read anything.
-Term read_term(const Tensor& header, int64_t tokens, int64_t in, int64_t out) {
+Term read_term(const Tensor& header, int64_t tokens, int64_t in, int64_t out, int64_t width) {
   TORCH_CHECK(header.scalar_type() == at::kLong && header.is_contiguous() &&
                   header.numel() == kTermFields,
               "linear: a term has ", kTermFields, " fields");
@@ -36,15 +38,20 @@ Term read_term(const Tensor& header, int64_t tokens, int64_t in, int64_t out) {
                      reinterpret_cast<const int64_t*>(field[1]),
                      field[2],
                      field[3],
-                     reinterpret_cast<const float*>(field[4]),
-                     field[5],
-                     reinterpret_cast<const int64_t*>(field[6]),
-                     field[7]};
+                     field[4],
+                     reinterpret_cast<const float*>(field[5]),
+                     field[6],
+                     reinterpret_cast<const int64_t*>(field[7]),
+                     field[8]};
   if (!term.domains) return term;
   TORCH_CHECK(term.tokens == tokens, "linear: a correction of ", term.tokens, " tokens meets ",
               tokens);
   TORCH_CHECK(term.in == in && term.out == out, "linear: a correction of ", term.in,
               " features to ", term.out, " meets ", in, " to ", out);
+  TORCH_CHECK(term.width == width, "linear: factors of ", term.width, " bytes a number meet ", width);
+  for (int64_t d = 0; d < term.domains; d++)
+    TORCH_CHECK(term.factors[3 * d + 2] * width % 4 == 0, "linear: ", term.factors[3 * d + 2],
+                " ranks fill no panel");
   for (int64_t t = 0; t < tokens; t++)
     TORCH_CHECK(0 <= term.rows[t] && term.rows[t] < term.gate_rows, "linear: a correction of ",
                 term.gate_rows, " rows meets row ", term.rows[t]);
@@ -98,46 +105,51 @@ int64_t find_shares(const Term& term, Shares& shares) {
 
 // Multiplications below which one thread does all: another takes longer to wake up.
 constexpr int64_t kAlone = 1 << 16;
-// Rows of A, and tokens, whose products are summed at once.
-constexpr int kRanks = 4, kTokens = 4;
+// Rows of A, and tokens, whose products are summed at once: as many as there are registers for.
+constexpr int kRanks = 4, kTokens = kLanes == 16 ? 4 : 2;
+// Vectors of a result that are summed at once, and the panels that they fill.
+constexpr int kSums = 8, kPanels = kSums / kVectors;
 
 // Products of `Ranks` rows of A with `Tokens` rows of x. Each is summed in one order, whatever is
 // summed beside it.
 template <int Ranks, int Tokens, class T>
-void dots(const float* a, const T* const* x, int64_t in, float (&result)[kTokens][kRanks]) {
+void dots(const T* a, const T* const* x, int64_t in, float (&result)[kTokens][kRanks]) {
   floats total[Tokens][Ranks] = {};
   int64_t k = 0;
-  for (; k + kLanes <= in; k += kLanes) {
-    floats rows[Ranks];
-    for (int r = 0; r < Ranks; r++) rows[r] = load(a + r * in + k);
+  for (; k + 2 * kLanes <= in; k += 2 * kLanes) {
+    floats rows[Ranks][2];
+    for (int r = 0; r < Ranks; r++) load_two(a + r * in + k, rows[r]);
     for (int t = 0; t < Tokens; t++) {
-      const floats xt = load(x[t] + k);
-      for (int r = 0; r < Ranks; r++) total[t][r] += xt * rows[r];
+      floats xt[2];
+      load_two(x[t] + k, xt);
+      for (int r = 0; r < Ranks; r++) total[t][r] += xt[0] * rows[r][0];
+      for (int r = 0; r < Ranks; r++) total[t][r] += xt[1] * rows[r][1];
     }
   }
   for (int t = 0; t < Tokens; t++)
     for (int r = 0; r < Ranks; r++) {
       float one = sum(total[t][r]);
-      for (int64_t rest = k; rest < in; rest++) one += as_float(x[t][rest]) * a[r * in + rest];
+      for (int64_t rest = k; rest < in; rest++)
+        one += as_float(x[t][rest]) * as_float(a[r * in + rest]);
       result[t][r] = one;
     }
 }
 
-template <int Ranks, class T>
-void dots_of(int tokens, const float* a, const T* const* x, int64_t in,
+// The same for numbers of each that are known when it runs.
+template <int Ranks = kRanks, int Tokens = kTokens, class T>
+void dots_of(int ranks, int tokens, const T* a, const T* const* x, int64_t in,
              float (&result)[kTokens][kRanks]) {
-  switch (tokens) {
-    case 1: return dots<Ranks, 1>(a, x, in, result);
-    case 2: return dots<Ranks, 2>(a, x, in, result);
-    case 3: return dots<Ranks, 3>(a, x, in, result);
-    default: return dots<Ranks, 4>(a, x, in, result);
-  }
+  if constexpr (Ranks > 1)
+    if (ranks < Ranks) return dots_of<Ranks - 1, Tokens>(ranks, tokens, a, x, in, result);
+  if constexpr (Tokens > 1)
+    if (tokens < Tokens) return dots_of<Ranks, Tokens - 1>(ranks, tokens, a, x, in, result);
+  dots<Ranks, Tokens>(a, x, in, result);
 }
 
 // The low-dimensional numbers of one domain: its factor is read once for all of its tokens.
 template <class T>
 void project(const T* x, int64_t in, const Term& term, Shares& shares, int64_t domain) {
-  const float* a = reinterpret_cast<const float*>(term.factors[3 * domain]);
+  const T* a = reinterpret_cast<const T*>(term.factors[3 * domain]);
   const int64_t rank = term.factors[3 * domain + 2];
   const int64_t end = shares.domain_first[domain + 1];
   for (int64_t r = 0; r < rank; r += kRanks)
@@ -147,12 +159,7 @@ void project(const T* x, int64_t in, const Term& term, Shares& shares, int64_t d
       const T* rows[kTokens];
       for (int t = 0; t < tokens; t++) rows[t] = x + shares.owner[shares.tokens[i + t]] * in;
       float result[kTokens][kRanks];
-      switch (ranks) {
-        case 1: dots_of<1>(tokens, a + r * in, rows, in, result); break;
-        case 2: dots_of<2>(tokens, a + r * in, rows, in, result); break;
-        case 3: dots_of<3>(tokens, a + r * in, rows, in, result); break;
-        default: dots_of<4>(tokens, a + r * in, rows, in, result);
-      }
+      dots_of(ranks, tokens, a + r * in, rows, in, result);
       for (int t = 0; t < tokens; t++) {
         const Share& share = shares.of_tokens[shares.tokens[i + t]];
         for (int q = 0; q < ranks; q++) shares.low[share.at + r + q] = result[t][q] * share.gate;
@@ -160,43 +167,43 @@ void project(const T* x, int64_t in, const Term& term, Shares& shares, int64_t d
     }
 }
 
-// Add `Vectors` vectors of the terms of all tokens to y, from column j on.
-template <int Vectors, class T>
-void add_columns(T* y, int64_t out, const Term& term, const Shares& shares, int64_t j) {
-  for (int64_t t = 0; t < term.tokens; t++) {
-    if (shares.first[t] == shares.first[t + 1]) continue;  // As resident: its bits stay.
-    T* yt = y + t * out + j;
-    floats total[Vectors];
-    for (int v = 0; v < Vectors; v++) total[v] = load(yt + v * kLanes);
-    for (int64_t i = shares.first[t]; i < shares.first[t + 1]; i++) {
-      const Share& share = shares.of_tokens[i];
-      const float* b = reinterpret_cast<const float*>(term.factors[3 * share.domain + 1]) + j;
-      const int64_t rank = term.factors[3 * share.domain + 2];
-      const float* scale = shares.low.data() + share.at;
-      for (int64_t r = 0; r < rank; r++)
-        for (int v = 0; v < Vectors; v++) total[v] += scale[r] * load(b + r * out + v * kLanes);
-    }
-    for (int v = 0; v < Vectors; v++) store(yt + v * kLanes, total[v]);
+// Add the terms of one token to `Panels` panels of its row of y, from panel p of B on.
+template <int Panels, class T>
+void add_panels(T* y, int64_t p, const Term& term, const Shares& shares, int64_t token) {
+  floats total[Panels][kVectors];
+  for (int q = 0; q < Panels; q++)
+    for (int v = 0; v < kVectors; v++) total[q][v] = load(y + q * kPanel + v * kLanes);
+  for (int64_t i = shares.first[token]; i < shares.first[token + 1]; i++) {
+    const Share& share = shares.of_tokens[i];
+    const int64_t rank = term.factors[3 * share.domain + 2];
+    const T* b = reinterpret_cast<const T*>(term.factors[3 * share.domain + 1]) + p * rank * kPanel;
+    const float* scale = shares.low.data() + share.at;
+    for (int64_t r = 0; r < rank; r += kSide<T>)
+      for (int q = 0; q < Panels; q++) {
+        floats row[kSide<T>][kVectors];
+        load_features(b + (q * rank + r) * kPanel, row);
+        for (int side = 0; side < kSide<T>; side++)
+          for (int v = 0; v < kVectors; v++) total[q][v] += scale[r + side] * row[side][v];
+      }
   }
+  for (int q = 0; q < Panels; q++)
+    for (int v = 0; v < kVectors; v++) store(y + q * kPanel + v * kLanes, total[q][v]);
 }
 
-// The columns that fill no vector.
-template <class T>
-void add_rest(T* y, int64_t out, const Term& term, const Shares& shares, int64_t j) {
+// Add the terms of all tokens to columns 16p.. of y, as many as `Panels` panels have.
+template <int Panels, class T>
+void add_columns(T* y, int64_t out, const Term& term, const Shares& shares, int64_t p) {
+  const int64_t columns = std::min<int64_t>(Panels * kPanel, out - p * kPanel);
   for (int64_t t = 0; t < term.tokens; t++) {
-    if (shares.first[t] == shares.first[t + 1]) continue;
-    for (int64_t column = j; column < out; column++) {
-      floats total{};
-      total[0] = as_float(y[t * out + column]);
-      for (int64_t i = shares.first[t]; i < shares.first[t + 1]; i++) {
-        const Share& share = shares.of_tokens[i];
-        const float* b = reinterpret_cast<const float*>(term.factors[3 * share.domain + 1]);
-        for (int64_t r = 0; r < term.factors[3 * share.domain + 2]; r++)
-          total[0] += shares.low[share.at + r] * b[r * out + column];
-      }
-      T last[kLanes];
-      store(last, total);
-      y[t * out + column] = last[0];
+    if (shares.first[t] == shares.first[t + 1]) continue;  // As resident: its bits stay.
+    T* yt = y + t * out + p * kPanel;
+    if (columns == Panels * kPanel) {
+      add_panels<Panels>(yt, p, term, shares, t);
+    } else {
+      T filled[Panels * kPanel] = {};
+      std::copy_n(yt, columns, filled);
+      add_panels<Panels>(filled, p, term, shares, t);
+      std::copy_n(filled, columns, yt);
     }
   }
 }
@@ -215,17 +222,15 @@ void correct(T* y, const T* x, int64_t in, int64_t out, const Term& term) {
   at::parallel_for(0, term.domains, alone ? term.domains : 1, [&](int64_t begin, int64_t end) {
     for (int64_t d = begin; d < end; d++) project(x, in, term, shares, d);
   });
-  constexpr int kTile = 4;
-  const int64_t tiles = out / (kTile * kLanes) + 1;  // The last one is what is left.
+  const int64_t panels = (out + kPanel - 1) / kPanel, tiles = (panels + kPanels - 1) / kPanels;
   at::parallel_for(0, tiles, alone ? tiles : 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; tile++) {
-      int64_t j = tile * kTile * kLanes;
-      if (tile + 1 < tiles) {
-        add_columns<kTile>(y, out, term, shares, j);
+      int64_t p = tile * kPanels;
+      if (p + kPanels <= panels) {
+        add_columns<kPanels>(y, out, term, shares, p);
         continue;
       }
-      for (; j + kLanes <= out; j += kLanes) add_columns<1>(y, out, term, shares, j);
-      if (j < out) add_rest(y, out, term, shares, j);
+      for (; p < panels; p++) add_columns<1>(y, out, term, shares, p);
     }
   });
 }

@@ -66,7 +66,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
               "linear: shapes do not fit");
   const Tensor input = x.contiguous();
   const int64_t rows = depth ? input.numel() / depth : 0;
-  const Term term = read_term(header, rows, depth, out_features);
+  const Term term = read_term(header, rows, depth, out_features, packed.element_size());
   auto shape = x.sizes().vec();
   shape.back() = out_features;
   Tensor result = at::empty(shape, x.options());
