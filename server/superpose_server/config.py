@@ -139,6 +139,13 @@ class ServerConfig:
             f"kept waiting; without it {PREFILL_TOKENS_CPU} on a CPU, {PREFILL_TOKENS_GPU} on a GPU"
         ),
     )
+    threads: int | None = field(
+        default=None,
+        metadata=_help(
+            "processor threads that compute, for a server that shall leave cores to others; "
+            "without it as many as torch finds cores"
+        ),
+    )
     cache_mib: int | None = field(
         default=None,
         metadata=_help(
@@ -180,6 +187,11 @@ class ServerConfig:
             )
         if self.prefill_tokens is not None and self.prefill_tokens < 1:
             raise ValueError(f"--prefill-tokens is {self.prefill_tokens}: use at least 1")
+        processors = os.cpu_count() or 1
+        if self.threads is not None and not 1 <= self.threads <= processors:
+            raise ValueError(
+                f"--threads is {self.threads}: use 1 to {processors}, which this machine has"
+            )
         if self.cache_mib is not None and self.cache_mib < 1:
             raise ValueError(f"--cache-mib is {self.cache_mib}: use at least 1")
         if not (math.isfinite(self.grace) and self.grace >= 0):

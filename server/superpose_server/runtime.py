@@ -95,7 +95,7 @@ class Runtime:
         # Torch keeps workers for every thread that computes, and with more workers than cores they
         # go to sleep between products (OpenMP's rule): 4 ms a step of GPT-2 Small on 2 cores. So
         # what loads is a thread that ends, its workers too, and the operator has none.
-        threads = torch.get_num_threads()
+        threads = config.threads or torch.get_num_threads()
         with ThreadPoolExecutor(1, "load", compute_with, (threads,)) as loader:
             loader.submit(self._load, observer or EngineObserver()).result()
 

@@ -91,6 +91,8 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--base", "mini", "--compile", "always"], "--compile"),
         (["--base", "mini", "--residency", "never"], "--residency"),
         (["--base", "mini", "--prefill-tokens", "0"], "--prefill-tokens is 0: use at least 1"),
+        (["--base", "mini", "--threads", "0"], "--threads is 0: use 1 to "),
+        (["--base", "mini", "--threads", "100000"], "--threads is 100000: use 1 to "),
         (["--base", "mini", "--cache-mib", "0"], "--cache-mib is 0: use at least 1"),
         (["--base", "mini", "--max-rank", "0"], "--max-rank is 0: use at least 1"),
         (["--base", "mini", "--max-adapter-mib", "0"], "--max-adapter-mib is 0: use 1 to 2031"),

@@ -38,14 +38,20 @@ def three_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize(("threads", "expected"), [(None, 3), (1, 1)])
 @pytest.mark.parametrize("compile", ["off", "auto"])  # auto: the fold is the kernels' own.
 def test_the_operators_number_of_threads_does_not_become_the_engines(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compile: Literal["off", "auto"]
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compile: Literal["off", "auto"],
+    threads: int | None,
+    expected: int,
 ) -> None:
     # Passes need no graph here, which would take most of a minute on a machine that has none yet.
     monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
     seen = Threads()
-    config = ServerConfig(base=str(base), state_dir=tmp_path, compile=compile)
+    config = ServerConfig(base=str(base), state_dir=tmp_path, compile=compile, threads=threads)
     runtime = Runtime(config, observer=seen)
     try:
         digest = runtime.model.base_digest
@@ -57,7 +63,7 @@ def test_the_operators_number_of_threads_does_not_become_the_engines(
     finally:
         runtime.close()
     assert counts == 1
-    assert seen.counts == [3]
+    assert seen.counts == [expected]
 
 
 @pytest.mark.usefixtures("three_threads")
