@@ -25,7 +25,7 @@ COPY proto proto
 COPY adapters adapters
 COPY server server
 COPY client client
-RUN pip install --no-cache-dir --constraint constraints.txt ".[server]"
+RUN pip install --no-cache-dir --constraint constraints.txt ".[server,http]"
 
 # The kernels are compiled for the machine that runs them, at the first start.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*

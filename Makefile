@@ -7,7 +7,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test check lint types imports stubs pytest proto format clean
+.PHONY: help setup demo test check lint types imports stubs pytest clients proto format clean
 
 help:
 	@echo "make demo    serve the bundled model, mix its three domains, verify the weights (1 minute)"
@@ -15,6 +15,7 @@ help:
 	@echo "make check   what continuous integration runs: make test, and what needs more than it does"
 	@echo "make setup   only the set-up of both, in .venv"
 	@echo "make pytest  only the tests, for example: make pytest ARGS='tests/server -k fold'"
+	@echo "make clients other people's clients against the HTTP door, in .venv-clients"
 	@echo "make proto   generate the stubs anew after a change of a .proto file"
 	@echo "make format  format the code"
 	@echo "make clean   remove .venv and caches"
@@ -35,7 +36,7 @@ test: lint types imports stubs pytest
 
 # Checks that need more than .venv holds, such as clients of others, a browser or a cluster, are
 # targets of their own, each with its dependency group and environment, and are added here.
-check: test
+check: test clients
 
 lint: setup
 	$(BIN)/ruff check .
@@ -55,6 +56,18 @@ stubs: setup
 pytest: setup
 	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadscope $(ARGS)
 
+# OpenAI's client and EleutherAI's harness, whose own dependencies are many.
+clients: .venv-clients/.ready
+	.venv-clients/bin/python -m pytest tests/clients $(ARGS)
+
+.venv-clients/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	.venv-clients/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv-clients/bin/python -m pip install --quiet --constraint constraints.txt --group clients \
+		--editable ".[server,http]"
+	touch $@
+
 proto: setup
 	$(BIN)/python proto/generate.py
 
@@ -63,4 +76,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-clients .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -7,8 +7,10 @@ removes everything and verifies that the weights are the base again, bit for bit
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -30,8 +33,8 @@ DOMAINS = ("math", "medicine", "finance")
 # Tokens of a row that are scored: few, so that the demo is quick.
 MAX_LENGTH = 64
 SERVER = (
-    "superpose-server --base mini --listen 127.0.0.1:0 --metrics-listen 127.0.0.1:0 "
-    "--compile off --dtype float32 --log-level warning"
+    "superpose-server --base mini --listen 127.0.0.1:0 --http-listen 127.0.0.1:0 "
+    "--metrics-listen 127.0.0.1:0 --compile off --dtype float32 --log-level warning"
 )
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
@@ -42,8 +45,8 @@ def heading(text: str) -> None:
 
 
 @contextmanager
-def running_server() -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Start the server in a state folder of its own; yield it and its address."""
+def running_server() -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """Start the server in a state folder of its own; yield it and its addresses."""
     with tempfile.TemporaryDirectory(prefix="superpose-demo-") as folder:
         console.print(f"[green]$ {SERVER}[/green]")
         process = subprocess.Popen(
@@ -58,7 +61,7 @@ def running_server() -> Iterator[tuple[subprocess.Popen[str], str]]:
                 sys.exit("demo: the server did not start; its message is above")
             console.print(ready, soft_wrap=True)
             fields = dict(part.split("=", 1) for part in ready.split()[1:])
-            yield process, fields["address"]
+            yield process, fields["address"], fields["http"]
         finally:
             if process.poll() is None:
                 process.kill()
@@ -71,6 +74,22 @@ def adapterctl(command: str) -> None:
     sys.stdout.flush()
     if subprocess.run(["adapterctl", *shlex.split(command)]).returncode != 0:
         sys.exit(f"demo: adapterctl {command} failed; its message is above")
+
+
+def curl(address: str, path: str, fields: dict[str, Any]) -> None:
+    """Show a call over HTTP, and make it if there is curl."""
+    command = [
+        *("curl", "-s", f"http://{address}{path}", "-H", "Content-Type: application/json"),
+        *("-d", json.dumps(fields)),
+    ]
+    console.print(f"[green]$ {shlex.join(command)}[/green]", soft_wrap=True)
+    sys.stdout.flush()
+    if shutil.which("curl") is None:
+        console.print("(curl is not installed)")
+    elif subprocess.run(command).returncode != 0:
+        sys.exit("demo: curl failed; its message is above")
+    else:
+        console.print()
 
 
 def perplexities(client: Client, mix: str | None = None) -> dict[str, float]:
@@ -104,7 +123,7 @@ def matrix(measured: dict[str, dict[str, float]]) -> Table:
 def main() -> None:
     started = time.monotonic()
     heading("1. A server with a base model and three domains")
-    with running_server() as (process, address), Client(address) as client:
+    with running_server() as (process, address, http), Client(address) as client:
         os.environ["SUPERPOSE_SERVER"] = address
         adapterctl("status")
         adapterctl("list")
@@ -131,6 +150,17 @@ def main() -> None:
         prompt = shlex.quote(f"Question: {question}\nAnswer:")
         for mix in ("medicine", "math=1,medicine=0.5"):
             adapterctl(f"generate {prompt} --mix {mix} --max-new-tokens 40")
+
+        curl(
+            http,
+            "/v1/completions",
+            {
+                "model": "math=1,medicine=0.5",
+                "prompt": f"Question: {question}\nAnswer:",
+                "max_tokens": 40,
+                "temperature": 0,
+            },
+        )
 
         heading("4. How the domains interfere")
         adapterctl("analyze math,medicine,finance")
