@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tests.integration.harness import (
     ServerProcess,
     start,
 )
+from tests.integration.http_client import JSON, Http
 
 from superpose_client import Client, HealthStatus, UnavailableError
 from superpose_server.errors import StartupError
@@ -67,6 +70,23 @@ def test_sigterm_lets_running_streams_end_and_refuses_new_work(
     assert status == 0
     assert "Traceback" not in errors
     assert process.process.stdout is not None
+
+
+def test_sigterm_lets_running_streams_over_http_end(gpt2: Family, tmp_path: Path) -> None:
+    fields = {"prompt": PROMPT, "max_tokens": 900, "ignore_eos": True, "stream": True}
+    flags = ("--http-listen=127.0.0.1:0", "--grace=60")
+    with ServerProcess(gpt2.base, tmp_path / "state", *flags) as process:
+        with closing(Http(process.ready["http"]).connect()) as connection:
+            connection.request("POST", "/v1/completions", json.dumps(fields), JSON)
+            stream = connection.getresponse()
+            first = stream.readline()
+            process.terminate()
+            rest = stream.read()
+        status, errors = process.wait()
+    assert (status, "Traceback" in errors) == (0, False)
+    assert first.startswith(b"data: {")
+    assert b'"finish_reason":"length"' in rest
+    assert rest.endswith(b"data: [DONE]\n\n")
 
 
 def test_what_outlasts_the_grace_period_is_aborted(gpt2: Family, tmp_path: Path) -> None:

@@ -399,9 +399,23 @@ def test_a_port_that_is_taken_is_refused_before_torch_is_imported(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        for flag in ("listen", "metrics_listen"):
+        for flag in ("listen", "metrics_listen", "http_listen"):
             with pytest.raises(StartupError, match=r"in use\): choose a free port, or 0 for any"):
                 command._check(config_of(gpt2.base, tmp_path, **{flag: address}))
+
+
+def test_without_its_packages_the_http_door_is_refused_before_torch_is_imported(
+    gpt2: Family, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    absent = {"uvicorn", "starlette"}
+    real = command.find_spec
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name in absent else real(name))
+    with pytest.raises(StartupError) as caught:
+        command._check(config_of(gpt2.base, tmp_path, http_listen="127.0.0.1:0"))
+    assert str(caught.value) == (
+        "--http-listen 127.0.0.1:0 needs starlette and uvicorn: pip install 'superpose[http]'"
+    )
+    command._check(config_of(gpt2.base, tmp_path))
 
 
 # A base that fails its check.
