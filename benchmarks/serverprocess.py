@@ -25,7 +25,7 @@ class ServerProcess:
 
     Attributes:
         address: HOST:PORT that it serves gRPC on.
-        http_address: The same for HTTP.
+        http_address: The same for HTTP, if a flag asks for it.
         process: The process.
     """
 
@@ -39,8 +39,7 @@ class ServerProcess:
         self._log = Path(self._folder.name) / "log"
         command = [
             *(sys.executable, "-m", "superpose_server", f"--base={base}"),
-            *("--listen=127.0.0.1:0", "--http-listen=127.0.0.1:0"),
-            "--metrics-listen=127.0.0.1:0",
+            *("--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0"),
             f"--state-dir={Path(self._folder.name) / 'state'}",
             *(() if adapter_dir is None else (f"--adapter-dir={adapter_dir}",)),
             *flags,
@@ -60,7 +59,7 @@ class ServerProcess:
             self.close()
             raise ServerFailed(f"the server did not start:\n{log_end}")
         words = dict(word.partition("=")[::2] for word in ready.split()[1:])
-        self.address, self.http_address = words["address"], words["http"]
+        self.address, self.http_address = words["address"], words.get("http", "")
 
     def log_end(self) -> str:
         """Return the last lines of its log."""

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -80,17 +81,20 @@ class Figures:
 
 
 class Wires:
-    """Streams through gRPC and through HTTP, from an event loop of its own."""
+    """Streams through gRPC and through HTTP, from an event loop of its own.
+
+    Attributes:
+        targets: The server, by the name of the wire.
+    """
 
     def __init__(self, server: ServerProcess) -> None:
         """Connect."""
         self._loop = asyncio.new_event_loop()
         self._client = self._loop.run_until_complete(self._connect(server.address))
         self._grpc = ServerTarget(self._client)
-        self._targets: dict[str, ServerTarget | HttpTarget] = {
-            GRPC: self._grpc,
-            HTTP: HttpTarget(server.http_address),
-        }
+        self.targets: dict[str, ServerTarget | HttpTarget] = {GRPC: self._grpc}
+        if server.http_address:
+            self.targets[HTTP] = HttpTarget(server.http_address)
 
     @staticmethod
     async def _connect(address: str) -> AsyncClient:
@@ -102,7 +106,7 @@ class Wires:
 
     def run(self, wire: str, requests: Sequence[Streamed]) -> None:
         """Run all requests at once."""
-        target = self._targets[wire]
+        target = self.targets[wire]
 
         async def everything() -> None:
             await asyncio.gather(*(target.stream(request) for request in requests))
@@ -151,6 +155,10 @@ class Serving:
         if wire and (not only or {GRPC, HTTP} & {*only}):
             tell("loading: server")
             flags = [f"--max-batch={self._most}", f"--max-length={self._length}"]
+            if find_spec("uvicorn") is None:
+                self.absent.append(f"{HTTP}: the extra `http` is not installed")
+            else:
+                flags.append("--http-listen=127.0.0.1:0")
             server = self._stack.enter_context(
                 ServerProcess(self.base, self.folder, [*flags, *self._options.server_flags()])
             )
@@ -204,7 +212,7 @@ class Serving:
                 name, texts, [resident] * rows, resident, SAMPLINGS[sampling]
             )
         if self._wires is not None:
-            for name in (GRPC, HTTP):
+            for name in self._wires.targets:
                 found[name] = self._over_wire(self._wires, name, texts)
         for name, peer in self._peers.items():
             if rows <= peer.settings.rows:
@@ -422,7 +430,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="how tokens are chosen, one or more of " + ",".join(SAMPLINGS),
     )
     parser.add_argument("--no-peers", action="store_true", help="leave all peers out")
-    parser.add_argument("--no-grpc", action="store_true", help="leave the server process out")
+    parser.add_argument(
+        "--no-grpc", action="store_true", help="leave the server process out, and HTTP with it"
+    )
     parsed = parser.parse_args(arguments)
     options = read_options(parsed)
     with progress("serving", options.seconds) as tell:

@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -408,8 +409,10 @@ def test_without_its_packages_the_http_door_is_refused_before_torch_is_imported(
     gpt2: Family, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     absent = {"uvicorn", "starlette"}
-    real = command.find_spec
-    monkeypatch.setattr(command, "find_spec", lambda name: None if name in absent else real(name))
+    monkeypatch.setattr(
+        "superpose_server.command.find_spec",
+        lambda name: None if name in absent else find_spec(name),
+    )
     with pytest.raises(StartupError) as caught:
         command._check(config_of(gpt2.base, tmp_path, http_listen="127.0.0.1:0"))
     assert str(caught.value) == (
