@@ -128,6 +128,25 @@ def test_other_conditions_are_refused(served: Served, http: Http, value: str) ->
     assert served.client.mix() == before
 
 
+def test_two_conditions_are_refused(served: Served, http: Http) -> None:
+    """The second would be passed over, and it is the one that fails."""
+    before = served.client.mix()
+    with closing(http.connect()) as connection:
+        connection.putrequest("PUT", "/v1/mix")
+        for name, value in (
+            ("Content-Type", "application/json"),
+            ("Content-Length", "17"),
+            ("If-Match", "*"),
+            ("If-Match", f'"{before.generation - 1}"'),
+        ):
+            connection.putheader(name, value)
+        connection.endheaders(b'{"mix": {"b": 1}}')
+        answer = connection.getresponse()
+        assert answer.status == 400
+        assert json.loads(answer.read())["error"]["code"] == "HEADER_REPEATED"
+    assert served.client.mix() == before
+
+
 def test_a_condition_is_refused_where_it_means_nothing(http: Http) -> None:
     answer = http.ask("DELETE", "/v1/adapters/b", headers={"If-Match": '"1"'})
     assert answer.outcome == (400, "IF_MATCH_NOT_SUPPORTED")
@@ -371,6 +390,12 @@ def test_uploads_that_are_no_adapter_are_refused(served: Served, http: Http, gpt
             "/v1/adapters/new",
             body=whole,
             headers={"Content-Type": "multipart/form-data"},
+        ),
+        "names in a charset that cannot be read": http.ask(
+            "PUT",
+            "/v1/adapters/new",
+            body=whole,
+            headers={"Content-Type": "multipart/form-data; boundary=cut; charset=undefined"},
         ),
         "a bad switch": push(http, "/v1/adapters/new?replace=1", config, tensors),
         "a switch twice": push(

@@ -89,6 +89,15 @@ def test_what_a_form_of_a_page_can_send_is_no_request(
     assert answer.outcome == (415, "MEDIA_TYPE_NOT_SUPPORTED")
 
 
+@pytest.mark.parametrize("name", ["Content-Encoding", "Transfer-Encoding"])
+def test_a_body_in_a_coding_that_is_not_read_is_told_of(http: Http, name: str) -> None:
+    """Whatever is in it: a server that passes the field over would read another body than meant."""
+    coding = "gzip" if name == "Content-Encoding" else "gzip, chunked"
+    body = b"0\r\n\r\n" if name == "Transfer-Encoding" else b'{"mix": {"b": 1}}'
+    answer = http.ask("PUT", "/v1/mix", body=body, headers={**JSON, name: coding})
+    assert answer.outcome == (415, "CODING_NOT_SUPPORTED")
+
+
 def test_pages_of_other_sites_get_no_leave(http: Http) -> None:
     wanted = {"Access-Control-Request-Method": "PUT", "Origin": "http://evil.example"}
     answer = http.ask("OPTIONS", "/v1/mix", headers=wanted)

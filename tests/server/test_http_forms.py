@@ -86,6 +86,9 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("completions", {"prompt": [1, "a"]}, "prompt"),
     ("completions", {"prompt": [[1, True]]}, "prompt[0]"),
     ("completions", {"prompt": [[1.0]]}, "prompt[0]"),
+    ("completions", {"prompt": [1, 2**70]}, "prompt"),
+    ("completions", {"prompt": [-1]}, "prompt"),
+    ("completions", {"stop_token_ids": [2**32]}, "stop_token_ids"),
     ("completions", {"temperature": "1"}, "temperature"),
     ("completions", {"temperature": True}, "temperature"),
     ("completions", {"temperature": 10**400}, "temperature"),
@@ -101,6 +104,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("completions", {"echo": 1}, "echo"),
     ("completions", {"logit_bias": {"a": 1}}, "logit_bias"),
     ("completions", {"logit_bias": {"1": "x"}}, "logit_bias.1"),
+    ("completions", {"logit_bias": {"5": 1, "05": -1}}, "logit_bias"),
     ("completions", {"logit_bias": [1]}, "logit_bias"),
     ("completions", {"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
     ("completions", {"stream_options": []}, "stream_options"),
@@ -112,6 +116,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"logprobs": 1}, "logprobs"),
     ("score", {"items": [5]}, "items[0]"),
     ("score", {"items": [{"token_ids": ["a"]}]}, "items[0].token_ids"),
+    ("score", {"items": [{"token_ids": [2**64]}]}, "items[0].token_ids"),
     ("score", {"scope": "some"}, "scope"),
 ]
 

@@ -149,7 +149,6 @@ MALFORMED = {
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "a target that is not ASCII": b"GET /\xff HTTP/1.1\r\nHost: a\r\n\r\n",
-    "a tunnel": b"CONNECT evil.example:443 HTTP/1.1\r\nHost: a\r\n\r\n",
     "lines that end in LF": b"GET / HTTP/1.1\nHost: a\n\n",
     "a field with NUL": b"GET / HTTP/1.1\r\nA: b\x00c\r\n\r\n",
     "a field with a space in its name": b"GET / HTTP/1.1\r\nHost : a\r\n\r\n",
@@ -164,6 +163,20 @@ MALFORMED = {
 @pytest.mark.parametrize("name", MALFORMED)
 def test_what_is_no_http_gets_one_answer_and_the_end(listening: Listening, name: str) -> None:
     assert refusal(exchange(listening, MALFORMED[name])) == (400, "REQUEST_MALFORMED")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *(b"GET http://evil.example/", b"GET http://localhost/", b"POST evil.example:80"),
+        *(b"CONNECT evil.example:443", b"OPTIONS *"),
+    ],
+)
+def test_only_host_says_which_host_is_meant(listening: Listening, target: bytes) -> None:
+    answer = exchange(listening, target + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert refusal(answer)[0] == 400
+    if b":80" not in target:  # Which is no target at all.
+        assert refusal(answer)[1] == "TARGET_NOT_A_PATH"
 
 
 TOO_LARGE = {

@@ -139,6 +139,11 @@ def test_a_second_origin_hides_nothing() -> None:
     assert ask(("Host", "localhost:8000"), own, foreign) == (400, "HEADER_REPEATED")
 
 
+def test_two_ids_of_a_request_are_refused() -> None:
+    twice = ("X-Request-Id", "a"), ("X-Request-Id", "b")
+    assert ask(("Host", "localhost"), *twice) == (400, "HEADER_REPEATED")
+
+
 def test_http_1_0_is_refused_for_it_needs_no_host() -> None:
     assert ask(("Host", "localhost"), version="1.0") == (505, "HTTP_VERSION_NOT_SUPPORTED")
 

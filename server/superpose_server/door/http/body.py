@@ -13,11 +13,14 @@ from starlette.requests import Request
 
 from superpose_adapters.strict_json import StrictJsonError, read_object
 from superpose_server.door.http.fields import Asked, Form
+from superpose_server.door.http.header import header
 from superpose_server.door.http.status import HttpError
 from superpose_server.errors import InvalidArgument
 
 # Of JSON: more than the longest text that is taken, and little enough to be read in an instant.
 MOST_JSON_BYTES = 8 << 20
+# Fields that say how a body is wrapped, and how it may be.
+_CODINGS = {"content-encoding": "identity", "transfer-encoding": "chunked"}
 # From this many bytes on, a body is read beside the event loop.
 _LONG_BODY = 1 << 16
 
@@ -37,12 +40,20 @@ async def read_body(request: Request, form: Form) -> Asked:
 
 
 def check_media_type(request: Request, wanted: str) -> None:
-    """Refuse a body that is said to be something else, or nothing.
+    """Refuse a body that is said to be something else, or nothing, or to be compressed.
 
     Raises:
-        HttpError: Its media type is not `wanted`.
+        HttpError: Its media type is not `wanted`, or it is in a coding that is not read.
     """
-    given = request.headers.get("content-type", "")
+    for name, plain in _CODINGS.items():
+        coding = header(request.scope, name) or plain
+        if coding.lower() != plain:
+            raise HttpError(
+                415,
+                f"{name} is {coding[:80]!r}: send the body as it is",
+                "CODING_NOT_SUPPORTED",
+            )
+    given = header(request.scope, "content-type") or ""
     if given.partition(";")[0].strip().lower() != wanted:
         raise HttpError(
             415,

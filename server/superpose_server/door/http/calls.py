@@ -10,11 +10,12 @@ from collections.abc import Callable
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from superpose_server.door.http.header import header
 from superpose_server.door.http.status import error_response, to_answer
 from superpose_server.errors import InvalidArgument, ServerError
 
 # What may stand in a header and in a log, and no longer than gRPC's request_id may be.
-_REQUEST_ID = re.compile(rb"[ -~]{1,256}")
+_REQUEST_ID = re.compile(r"[ -~]{1,256}")
 _log = logging.getLogger(__name__)
 
 
@@ -70,12 +71,12 @@ class Calls:
 
 
 def _sent_id(scope: Scope) -> str:
-    sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    sent = header(scope, "x-request-id") or ""
     if sent and not _REQUEST_ID.fullmatch(sent):
         raise InvalidArgument(
-            f"x-request-id has {len(sent)} bytes, or some that are no ASCII text: send 1 to 256 "
+            f"x-request-id has {len(sent)} characters, or some that are not ASCII: send 1 to 256 "
             "characters, or none",
             "BAD_REQUEST_ID",
             field="x-request-id",
         )
-    return sent.decode()
+    return sent

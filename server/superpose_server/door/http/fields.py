@@ -99,9 +99,9 @@ SWITCH: Kind = _Switch()
 """A truth value as a query writes it, which knows only texts."""
 COUNT = integer(0, 2**32 - 1)
 TOKEN_IDS = Plain(
-    "a list of token ids",
-    {"type": "array", "items": {"type": "integer", "minimum": 0}},
-    lambda value: isinstance(value, list) and all(map(_is_integer, value)),
+    "a list of token ids, integers from 0 to 4294967295",  # As wide as gRPC's.
+    {"type": "array", "items": COUNT.schema},
+    lambda value: isinstance(value, list) and all(map(COUNT.accepts, value)),
 )
 
 

@@ -20,6 +20,7 @@ from superpose_server.door.contract.mix_service import MixService
 from superpose_server.door.http.endpoint import Endpoint
 from superpose_server.door.http.event_stream import EventStream, event
 from superpose_server.door.http.fields import NUMBER, TEXT, Asked, Field, Form
+from superpose_server.door.http.header import header
 from superpose_server.door.http.json_text import json_answer, to_json
 from superpose_server.door.http.message import plain, schema
 from superpose_server.door.http.mix import MIX
@@ -196,9 +197,10 @@ def expected_generation(request: Request) -> int | None:
 
     Raises:
         InvalidArgument: `If-Match` is no `ETag` of the default mix.
+        HttpError: It is there several times.
     """
-    given = request.headers.get("if-match", "*").strip()
-    if given == "*":
+    given = header(request.scope, "if-match")
+    if given is None or given == "*":
         return None  # Any state will do, and there always is one.
     match = _ETAG.fullmatch(given)
     if match is None:

@@ -118,8 +118,16 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Hand the request over."""
+        """Hand the request over, if its target is a path."""
         self._unread = 0
+        if not self.url.startswith(b"/"):
+            self._fault = HttpError(
+                400,
+                "the request's target is no path, and might name another host than Host does: "
+                "send a path",
+                "TARGET_NOT_A_PATH",
+            )
+            raise self._fault  # As in `_count`.
         super().on_headers_complete()
         self._in_head = False
         if self.parser.should_upgrade():

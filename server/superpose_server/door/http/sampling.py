@@ -29,6 +29,8 @@ from superpose_server.door.http.fields import (
 from superpose_server.engine.sampling import SamplingParams
 from superpose_server.errors import InvalidArgument
 
+_ID = re.compile("(0|[1-9][0-9]{0,9})")  # 05 would be 5 under another name.
+
 
 @dataclass(frozen=True)
 class _Biases:
@@ -36,12 +38,12 @@ class _Biases:
 
     schema = {  # noqa: RUF012  # never changed
         "type": "object",
-        "propertyNames": {"pattern": "^[0-9]+$"},
+        "propertyNames": {"pattern": f"^{_ID.pattern}$"},
         "additionalProperties": {"type": "number"},
     }
 
     def read(self, value: Any, at: str) -> Mapping[int, float]:
-        if not isinstance(value, dict) or not all(re.fullmatch("[0-9]{1,10}", id) for id in value):
+        if not isinstance(value, dict) or not all(map(_ID.fullmatch, value)):
             refuse(value, at, 'an object of token ids and numbers, such as {"42": -100}')
         return {int(id): NUMBER.read(bias, f"{at}.{id}") for id, bias in value.items()}
 

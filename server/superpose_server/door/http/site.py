@@ -15,6 +15,7 @@ from collections.abc import Collection
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from superpose_server.door.http.header import header
 from superpose_server.door.http.status import HttpError
 
 # Told to anybody, because probes come by address; they tell no more than that a server is here.
@@ -69,7 +70,7 @@ class SiteGuard:
                 "proxy_http_version 1.1)",
                 "HTTP_VERSION_NOT_SUPPORTED",
             )
-        host = _only(scope, b"host") or ""
+        host = (header(scope, "host") or "").lower()
         if not self._is_own(host, scope):
             raise HttpError(
                 421,
@@ -77,11 +78,12 @@ class SiteGuard:
                 "that it listens on, or start it with --http-host NAME",
                 "HOST_NOT_ALLOWED",
             )
-        origin = _only(scope, b"origin")
+        origin = header(scope, "origin")
         if self._origins:
             scope["state"]["headers"].append((b"vary", b"origin"))
         if origin is None:
             return None
+        origin = origin.lower()
         if origin in self._origins:
             scope["state"]["headers"] += [
                 (b"access-control-allow-origin", origin.encode()),
@@ -110,20 +112,6 @@ class SiteGuard:
             return False
         connected_to = scope["server"]
         return address.is_loopback or (connected_to is not None and name == connected_to[0])
-
-
-def _only(scope: Scope, name: bytes) -> str | None:
-    """Return the value of a header field in lower case, or None.
-
-    Raises:
-        HttpError: There are several, of which a proxy may have checked another one.
-    """
-    values = [value for key, value in scope["headers"] if key == name]
-    if len(values) > 1:
-        raise HttpError(
-            400, f"{name.decode()} is sent {len(values)} times: send it once", "HEADER_REPEATED"
-        )
-    return values[0].decode("latin-1").lower() if values else None
 
 
 def _preflight(scope: Scope) -> Response:

@@ -80,9 +80,9 @@ async def read_upload(request: Request, upload: Upload) -> Asked:
     )
     try:
         parts = await parser.parse()
-    except MultiPartException as error:
+    except (MultiPartException, UnicodeError) as error:  # Of names, in a charset of its own.
         raise InvalidArgument(
-            f"the body is no {MEDIA_TYPE} of at most {len(upload.files)} parts ({error.message})",
+            f"the body is no {MEDIA_TYPE} of at most {len(upload.files)} parts ({error})",
             "REQUEST_UNREADABLE",
         ) from error
     try:
