@@ -192,6 +192,22 @@ def test_streams_of_several_prompts_are_the_whole_answers(http: Http, echo: bool
         assert event["system_fingerprint"] == whole.json["system_fingerprint"]
 
 
+def test_a_stream_may_tell_its_usage_all_along(http: Http) -> None:
+    """As vLLM's does, and guidellm asks it to."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    fields = {"max_tokens": 9, "stream": True, "stream_options": options, **GREEDY}
+    *events, last = complete(http, PROMPT, **fields).events
+    made = 0
+    for event in events:
+        (choice,) = event["choices"]
+        made += len(choice["token_ids"])
+        assert event["usage"]["completion_tokens"] == made
+    assert last["usage"] == events[-1]["usage"]
+    assert made == 9
+    del options["include_usage"]
+    assert all("usage" not in event for event in complete(http, PROMPT, **fields).events)
+
+
 def likeliest(model: torch.nn.Module, ids: list[int], count: int) -> list[list[int]]:
     """Return the likeliest tokens in the place of each but the first, by transformers."""
     with torch.inference_mode():

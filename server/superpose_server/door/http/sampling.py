@@ -52,6 +52,7 @@ _STREAM_OPTIONS = Form(
     "StreamOptions",
     (
         Field("include_usage", FLAG, "Send the usage in an event of its own, the last one."),
+        Field("continuous_usage_stats", FLAG, "With include_usage: in every event, as it is then."),
         *ignored("include_obfuscation"),
     ),
 )

@@ -121,7 +121,12 @@ class Answer:
         envelope = to_json(self._envelope(self.kind_of_part))
         head = f'data: {envelope[:-1]},"choices":[{{"index":{index},'.encode()
         tail = b'],"usage":null}\n\n' if wants_usage(self.asked) else b"]}\n\n"
+        always = wants_usage(self.asked) and self.asked["stream_options"].get(
+            "continuous_usage_stats", False
+        )
         async for chunk in row.chunks():
+            if always:
+                tail = f'],"usage":{to_json(self._usage())}}}\n\n'.encode()
             yield head + to_json(row.choice.part(chunk))[1:].encode() + tail
 
     def _last(self) -> bytes:
