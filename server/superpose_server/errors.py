@@ -84,7 +84,7 @@ class GenerationMismatch(ServerError):
     def __init__(self, expected: int, generation: int, digest: str) -> None:
         """Name what was expected and what is there, so that a caller can tell what landed."""
         super().__init__(
-            f"expected_generation is {expected} but the default mix is at generation {generation}: "
+            f"generation {expected} was expected, but the default mix is at {generation}: "
             "read it again and decide anew",
             "GENERATION_MISMATCH",
             metadata={"generation": str(generation), "digest": digest},

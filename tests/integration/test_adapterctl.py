@@ -102,7 +102,7 @@ def test_add_set_mix_and_remove(mini: Served) -> None:
     assert shown["resident"] == state
     late = adapterctl(mini, "set", "base", "--expected-generation", str(generation))
     assert late.exit_code == 1
-    assert late.stderr.startswith(f"adapterctl: expected_generation is {generation} but")
+    assert late.stderr.startswith(f"adapterctl: generation {generation} was expected, but")
     assert weights(output(mini, "set", "base")) == {}
 
 

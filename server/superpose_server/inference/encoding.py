@@ -153,7 +153,7 @@ class Encoder:
             text = self._item(item, field, length)
             if request.scope == "answer" and text.answer_start is None:
                 raise InvalidArgument(
-                    f"{field} has no answer: scope ANSWER takes question_answer items",
+                    f"{field} has no answer: the scope of answers takes question_answer items",
                     "BAD_SCOPE",
                     field=field,
                 )
