@@ -101,6 +101,15 @@ def test_a_row_leaves_at_the_next_step_after_its_client(
     assert steps_after == []
 
 
+def test_a_client_that_goes_while_its_prompt_is_scored_lets_its_row_go(
+    served: Served, http: Http
+) -> None:
+    with held(served.recorder):
+        with closing(begin(http, echo=True, logprobs=1)):
+            row = served.recorder.submitted.get(timeout=PATIENCE)
+        wait_until(lambda: row.cancelled, "the server knows that the client is gone")
+
+
 def narrow(connection: Any, buffer: int) -> None:
     connection.setsockopt(socket.SOL_SOCKET, buffer, 1)
 
