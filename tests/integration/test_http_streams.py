@@ -169,6 +169,26 @@ def test_an_error_comes_behind_the_text_that_was_made_before_it(
         assert tuple(tokens(found)) == served.greedy(tokens=50)
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_text_that_fails_ends_the_others_of_its_request(
+    served: Served, http: Http, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError
+
+    def gate(step: Step) -> None:
+        if len(step.rows) == 2:
+            monkeypatch.setattr(step.rows[0], "append", broken)
+
+    served.recorder.gate = gate
+    with closing(begin(http, prompt=["a", "b"], stream=stream)) as connection:
+        assert b'"INTERNAL"' in connection.getresponse().read()
+    served.recorder.wait_for(lambda: len(served.recorder.ends) == 2)
+    failed, other = (end.reason for end in served.recorder.ends)
+    assert isinstance(failed, Exception)
+    assert other is FinishReason.ABORTED
+
+
 def test_when_all_places_are_taken_a_client_is_told_when_to_come_again(
     served: Served, http: Http
 ) -> None:
@@ -206,9 +226,10 @@ def test_what_runs_ends_whole_and_what_is_new_is_refused_while_the_server_ends(
 
 
 def test_a_text_that_the_server_ends_early_says_so(served: Served, http: Http) -> None:
-    both_run, let_go = threading.Event(), threading.Event()
+    both_sent, both_run, let_go = threading.Event(), threading.Event(), threading.Event()
 
     def gate(step: Step) -> None:
+        assert both_sent.wait(PATIENCE)  # Else the first may have ended before the second begins.
         if len(step.rows) == 2:
             both_run.set()
             assert let_go.wait(PATIENCE)
@@ -216,6 +237,9 @@ def test_a_text_that_the_server_ends_early_says_so(served: Served, http: Http) -
     served.recorder.gate = gate
     with ThreadPoolExecutor(3) as pool:
         running = [pool.submit(complete, http, stream=each) for each in (True, False)]
+        for _ in running:
+            served.recorder.submitted.get(timeout=PATIENCE)
+        both_sent.set()
         assert both_run.wait(PATIENCE)
         ending = pool.submit(served.stop)
         wait_until(served.runtime.ending.is_set, "the server ends")
