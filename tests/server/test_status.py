@@ -24,7 +24,9 @@ ERRORS: list[tuple[ServerError, grpc.StatusCode]] = [
 
 
 def test_every_kind_of_error_is_checked_here() -> None:
-    assert {type(error) for error, _ in ERRORS} == set(ServerError.__subclasses__())
+    # The HTTP door has one of its own, once another test has imported it.
+    kinds = {kind for kind in ServerError.__subclasses__() if kind.__module__ == errors.__name__}
+    assert {type(error) for error, _ in ERRORS} == kinds
 
 
 @pytest.mark.parametrize(
