@@ -4,16 +4,12 @@ Exit status 0; 1 with one line on standard error; 2 for wrong usage, bad MIX syn
 after Ctrl-C. gRPC and rich are imported by the commands that need them, not by `--help`.
 """
 
-import dataclasses
 import inspect
 import io
-import json
 import math
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import (
@@ -21,7 +17,6 @@ from typing import (
     Annotated,
     Any,
     Concatenate,
-    NoReturn,
     ParamSpec,
     TypedDict,
     Unpack,
@@ -30,10 +25,10 @@ from typing import (
 import typer
 
 from superpose_client.keywords import spelled_out
+from superpose_client.one_line_errors import one_line_errors
+from superpose_client.session import Session, Shown
 
 if TYPE_CHECKING:
-    from superpose_client.client import Client
-    from superpose_client.errors import CallError
     from superpose_client.results import (
         AdapterInfo,
         Analysis,
@@ -53,9 +48,6 @@ DEFAULT_SERVER = "127.0.0.1:50051"
 
 _UINT32 = 2**32 - 1
 _UINT64 = 2**64 - 1
-
-# What would move the cursor or recolour a terminal; a language model can emit anything.
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 app = typer.Typer(
     name="adapterctl",
@@ -101,6 +93,10 @@ TimeoutOption = Annotated[
     ),
 ]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The domain.")]
+PromptArgument = Annotated[
+    str,
+    typer.Argument(metavar="PROMPT", help="- reads standard input, without its last newline."),
+]
 MixOption = Annotated[
     str | None, typer.Option("--mix", metavar="MIX", help="[default: the default mix]")
 ]
@@ -120,43 +116,6 @@ class Scope(StrEnum):
 
     ALL = "all"
     ANSWER = "answer"
-
-
-@dataclasses.dataclass(frozen=True)
-class Session:
-    """What a command works with. `timeout` is None where the user gave none."""
-
-    client: "Client"
-    json: bool
-    timeout: float | None
-
-    def show(self, result: object) -> None:
-        """Print a result."""
-        shown = result if isinstance(result, Shown) else Shown(result, json=result)
-        if self.json:
-            _print_json(shown.json)
-        elif isinstance(shown.screen, str):
-            typer.echo(shown.screen)
-        else:
-            from superpose_client.screens import screen, show
-
-            show(screen(shown.screen))
-        sys.stdout.flush()
-        if shown.fault is not None:
-            _fail(shown.fault)
-
-
-@dataclasses.dataclass(frozen=True)
-class Shown:
-    """What a command shows where that is more than its result.
-
-    `screen` is for people, a result or a line; `json` is for --json. A `fault` ends the command
-    with status 1 after that.
-    """
-
-    screen: Any
-    json: Any
-    fault: str | None = None
 
 
 def _print_version(wanted: bool) -> None:
@@ -210,11 +169,11 @@ def command(
             server = server or DEFAULT_SERVER
             timeout = default_timeout if timeout is None else timeout
             call: Callable[..., Any] = function
-            with _one_line_errors(server, changes):
+            with one_line_errors(server, changes):
                 from superpose_client.client import Client
 
                 with Client(server, timeout=timeout) as client:
-                    session = Session(client, as_json or default_json, timeout)
+                    session = Session(client, server, as_json or default_json, timeout)
                     result = call(session, **arguments)
                 if result is not None:
                     session.show(result)
@@ -372,8 +331,8 @@ def _verify(session: Session) -> Shown:
     return Shown(result, json=result, fault=fault)
 
 
-class GenerateFlags(TypedDict):
-    """`GenerateOptions` as flags; each goes out under its own name."""
+class TextFlags(TypedDict):
+    """The `GenerateOptions` that a text depends on as flags; each goes out under its own name."""
 
     max_new_tokens: Annotated[
         int | None,
@@ -404,17 +363,6 @@ class GenerateFlags(TypedDict):
     ignore_eos: Annotated[
         bool | None, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")
     ]
-    logprobs: Annotated[
-        bool | None, typer.Option("--logprobs", help="Show the log-probability of each token.")
-    ]
-    top_logprobs: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            callback=_within(_UINT32),
-            help="Show those of the N likeliest tokens in each place, at most 20. [default: 0]",
-        ),
-    ]
     repetition_penalty: Annotated[
         float | None,
         typer.Option(metavar="R", help="On tokens of prompt and answer. [default: 1, off]"),
@@ -428,13 +376,26 @@ class GenerateFlags(TypedDict):
     ]
 
 
+class GenerateFlags(TextFlags):
+    """All of them."""
+
+    logprobs: Annotated[
+        bool | None, typer.Option("--logprobs", help="Show the log-probability of each token.")
+    ]
+    top_logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            callback=_within(_UINT32),
+            help="Show those of the N likeliest tokens in each place, at most 20. [default: 0]",
+        ),
+    ]
+
+
 @command("generate")
 def _generate(
     session: Session,
-    prompt: Annotated[
-        str,
-        typer.Argument(metavar="PROMPT", help="- reads standard input, without its last newline."),
-    ],
+    prompt: PromptArgument,
     mix: MixOption = None,
     logit_bias: Annotated[
         list[str] | None,
@@ -452,29 +413,15 @@ def _generate(
     **options: Unpack[GenerateFlags],
 ) -> None:
     """Generate the text that follows PROMPT. Greedy unless --temperature is given."""
-    if options["temperature"] is None:
-        options["temperature"] = 0.0
-    if prompt == "-":
-        prompt = sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
+    _be_greedy_unless_told(options)
+    text = _read_prompt(prompt)
     bias = _read_biases(logit_bias) if logit_bias else None
     arriving: Iterable[Generation | GenerationChunk]
     if stream if stream is not None else not session.json:
-        arriving = session.client.stream(prompt, mix=mix, logit_bias=bias, **options)
+        arriving = session.client.stream(text, mix=mix, logit_bias=bias, **options)
     else:
-        arriving = [session.client.generate(prompt, mix=mix, logit_bias=bias, **options)]
-    chunks: list[Generation | GenerationChunk] = []
-    try:
-        for chunk in arriving:
-            chunks.append(chunk)
-            _print_chunk(session, chunk)
-    finally:
-        # An error message too shall begin a line of its own.
-        if chunks and not session.json:
-            sys.stdout.write("\n")
-    if not session.json:
-        _print_generation_end(chunks)
-    if chunks and chunks[-1].finish_reason == "FINISH_REASON_ABORTED":
-        _fail("the server ended the text before its end")
+        arriving = [session.client.generate(text, mix=mix, logit_bias=bias, **options)]
+    session.print_text(arriving)
 
 
 @command("score")
@@ -529,6 +476,18 @@ def _health(session: Session) -> Shown:
     return Shown(str(status), json={"status": status}, fault=fault)
 
 
+def _be_greedy_unless_told(options: TextFlags) -> None:
+    if options["temperature"] is None:
+        options["temperature"] = 0.0
+
+
+def _read_prompt(prompt: str) -> str:
+    """Return a PROMPT, or what it stands for."""
+    if prompt == "-":
+        return sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
+    return prompt
+
+
 def _read_biases(pairs: Iterable[str]) -> dict[int, float]:
     """Read ID=BIAS pairs; of an id that is named twice the last counts."""
     biases = {}
@@ -543,102 +502,6 @@ def _read_biases(pairs: Iterable[str]) -> dict[int, float]:
         if not 0 <= int(token) <= _UINT32:
             raise typer.BadParameter(f"no token has the id {token}", param_hint="--logit-bias")
     return biases
-
-
-def _print_chunk(session: Session, chunk: "Generation | GenerationChunk") -> None:
-    if session.json:
-        _print_json(chunk)
-    else:
-        text = _CONTROL_CHARACTERS.sub("", chunk.text) if sys.stdout.isatty() else chunk.text
-        sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def _print_generation_end(chunks: "list[Generation | GenerationChunk]") -> None:
-    """Print what is not text: on a terminal the mix, if asked for the log-probabilities."""
-    from superpose_client.screens import generation_line, logprob_table, show
-
-    token_ids = [token for chunk in chunks for token in chunk.token_ids]
-    logprobs = [logprob for chunk in chunks for logprob in chunk.logprobs]
-    tops = [top for chunk in chunks for top in chunk.top_logprobs]
-    if logprobs or tops:
-        show(logprob_table(token_ids, logprobs, tops))
-    last = chunks[-1] if chunks else None
-    # Not in a pipe, whose reader wants the text.
-    if sys.stdout.isatty() and last is not None and last.usage and last.mix:
-        show(generation_line(last.usage, last.finish_reason, last.mix))
-
-
-def _print_json(result: Any) -> None:
-    print(json.dumps(_plain(result), allow_nan=False))
-
-
-def _plain(value: Any) -> Any:
-    """Return what json writes, with the fields of the proto and none left out."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    # JSON has no such numbers; protobuf writes them as these words.
-    if isinstance(value, float) and math.isnan(value):
-        return "NaN"
-    if isinstance(value, float) and math.isinf(value):
-        return "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def _fail(message: str, status: int = 1) -> NoReturn:
-    """Exit with one line on standard error."""
-    line = _CONTROL_CHARACTERS.sub("", " ".join(message.split()))
-    typer.echo(f"adapterctl: {line}", err=True)
-    raise typer.Exit(status)
-
-
-@contextmanager
-def _one_line_errors(server: str, changes: bool) -> Iterator[None]:
-    """Turn what a command may run into, and no fault of its own, into a line and a status."""
-    from superpose_client.errors import CallError, MixSyntaxError, SuperposeError
-
-    try:
-        yield
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    except BrokenPipeError:
-        # The reader has what it wanted. What is left in the buffer must not be flushed at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(1) from None
-    except MixSyntaxError as error:
-        _fail(error.message, 2)
-    except CallError as error:
-        _fail(_describe(error, server, changes))
-    except UnicodeError:
-        _fail("the text is not valid UTF-8")
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}")
-    except SuperposeError as error:
-        _fail(error.message)
-
-
-def _describe(error: "CallError", server: str, changes: bool) -> str:
-    """Return the message of a failed call, with what its details tell beyond it."""
-    from superpose_client import errors
-
-    text = error.message
-    # Without a reason it is gRPC that speaks, not the server.
-    if isinstance(error, errors.UnavailableError) and not error.reason:
-        text = f"cannot reach a server at {server}; is superpose-server running? ({text})"
-    elif isinstance(error, errors.DeadlineExceededError) and not error.reason:
-        text = f"no answer from {server} in time; see --timeout ({text})"
-        if changes:
-            text += ". The change may still take place; look before you repeat it"
-    for violation in error.field_violations:
-        if violation.description not in text:
-            text += f"; {violation.field}: {violation.description}"
-    return text
 
 
 def main() -> None:

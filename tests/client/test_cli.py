@@ -8,13 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from rich.console import Console
+from tests.client.adapterctl import Ctl, one_line, printed, run_process
 from tests.client.fake_server import (
     DEFAULT,
     GENERATION,
@@ -29,7 +29,7 @@ from tests.client.fake_server import (
     verification,
     weights_of,
 )
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from superpose_client import results, screens
 from superpose_client.call import DEFAULT_TARGET
@@ -37,7 +37,6 @@ from superpose_client.cli import app
 from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2
 
 Code = grpc.StatusCode
-Ctl = Callable[..., Result]
 
 COMMANDS = [
     "status",
@@ -61,45 +60,11 @@ COMMANDS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FORCE_COLOR", "COLUMNS", "SUPERPOSE_SERVER", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def ctl(server: FakeServer) -> Ctl:
-    """Runs adapterctl against the fake server."""
-
-    def run(*arguments: str, stdin: str | bytes | None = None) -> Result:
-        result = CliRunner().invoke(app, ["--server", server.address, *arguments], input=stdin)
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        assert "\x1b" not in result.stdout + result.stderr
-        return result
-
-    return run
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "adapter_config.json").write_bytes(b'{"r": 4}')
     (tmp_path / "adapter_model.safetensors").write_bytes(b"tensors")
     return tmp_path
-
-
-def printed(result: Result) -> Any:
-    """The one JSON object that a command printed."""
-    assert result.exit_code == 0, result.stderr
-    (line,) = result.stdout.splitlines()
-    return json.loads(line, parse_constant=lambda word: pytest.fail(f"not JSON: {word}"))
-
-
-def one_line(result: Result, status: int = 1) -> str:
-    """The one line with which a command failed."""
-    assert result.exit_code == status, result.stdout + result.stderr
-    assert re.fullmatch(r"adapterctl: [^\n]+\n", result.stderr), result.stderr
-    return result.stderr.removeprefix("adapterctl: ").rstrip("\n")
 
 
 MIX = {
@@ -899,24 +864,6 @@ def test_a_table_that_is_too_wide_is_shown_row_after_row() -> None:
     assert "parameters     11,059,200,000" in [
         line.rstrip() for line in file.getvalue().split("\n")
     ]
-
-
-def run_process(
-    server: FakeServer, *arguments: str, shell: Sequence[str] = (), **options: Any
-) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [
-            *(*shell, sys.executable, "-m", "superpose_client.cli"),
-            *("--server", server.address, *arguments),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        # A job that a shell put in the background ignores SIGINT, and hands that down.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        **options,
-    )
 
 
 def test_a_process_flushes_each_change_and_ends_at_ctrl_c(server: FakeServer) -> None:

@@ -1,0 +1,66 @@
+"""How `adapterctl` fails: one line on standard error, and an exit status."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+
+from superpose_client.control_characters import without_control_characters
+
+if TYPE_CHECKING:
+    from superpose_client.errors import CallError
+
+
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Exit with one line on standard error."""
+    line = without_control_characters(" ".join(message.split()))
+    typer.echo(f"adapterctl: {line}", err=True)
+    raise typer.Exit(status)
+
+
+@contextmanager
+def one_line_errors(server: str, changes: bool) -> Iterator[None]:
+    """Turn what a command may run into, and no fault of its own, into a line and a status."""
+    from superpose_client.errors import CallError, MixSyntaxError, SuperposeError
+
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        # The reader has what it wanted. What is left in the buffer must not be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except MixSyntaxError as error:
+        fail(error.message, 2)
+    except CallError as error:
+        fail(_describe(error, server, changes))
+    except UnicodeError:
+        fail("the text is not valid UTF-8")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        fail(f"{where}{error.strerror or error}")
+    except SuperposeError as error:
+        fail(error.message)
+
+
+def _describe(error: "CallError", server: str, changes: bool) -> str:
+    """Return the message of a failed call, with what its details tell beyond it."""
+    from superpose_client import errors
+
+    text = error.message
+    # Without a reason it is gRPC that speaks, not the server.
+    if isinstance(error, errors.UnavailableError) and not error.reason:
+        text = f"cannot reach a server at {server}; is superpose-server running? ({text})"
+    elif isinstance(error, errors.DeadlineExceededError) and not error.reason:
+        text = f"no answer from {server} in time; see --timeout ({text})"
+        if changes:
+            text += ". The change may still take place; look before you repeat it"
+    for violation in error.field_violations:
+        if violation.description not in text:
+            text += f"; {violation.field}: {violation.description}"
+    return text
