@@ -55,7 +55,6 @@ app = typer.Typer(
     "\n\nMIX is written math=1,medicine=0.5; a domain without a weight has weight 1, and a named "
     "mix may stand for a domain; base is the base model alone, default the default mix.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     # Help in plain text, because rich takes as long to load as all the rest together.
     rich_markup_mode=None,
@@ -422,6 +421,39 @@ def _generate(
     else:
         arriving = [session.client.generate(text, mix=mix, logit_bias=bias, **options)]
     session.print_text(arriving)
+
+
+@command("compare")
+def _compare(
+    session: Session,
+    prompt: PromptArgument,
+    mix: Annotated[
+        list[str], typer.Option("--mix", metavar="MIX", help="Of one text; two or more.")
+    ],
+    **options: Unpack[TextFlags],
+) -> None:
+    """Generate texts under several mixes, side by side.
+
+    All with one seed, so that only the mix differs. Greedy unless --temperature is given.
+    """
+    from superpose_client.compare import compare
+
+    if len(mix) < 2:
+        raise typer.BadParameter("give two or more, each with --mix", param_hint="--mix")
+    _be_greedy_unless_told(options)
+    compare(session, _read_prompt(prompt), mix, **options)
+
+
+@command("chat")
+def _chat(session: Session, mix: MixOption = None, **options: Unpack[GenerateFlags]) -> None:
+    """Talk with the base under a mix, line by line. Greedy unless --temperature is given.
+
+    /help shows what else a line can do. A base without a chat template goes on with the text.
+    """
+    from superpose_client.chat import Chat
+
+    _be_greedy_unless_told(options)
+    Chat(session, mix, **options).run()
 
 
 @command("score")

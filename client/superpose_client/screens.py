@@ -288,6 +288,11 @@ def generation_line(usage: Usage, finish: str, mix: MixState) -> Text:
     )
 
 
+def seed_line(seed: int) -> Text:
+    """Return what stands below texts that were drawn: the seed that draws them again."""
+    return Text(f"[seed {seed}]", style="dim")
+
+
 def logprob_table(
     token_ids: Sequence[int], logprobs: Sequence[float], tops: Sequence[TopLogprobs]
 ) -> Rows:

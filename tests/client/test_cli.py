@@ -55,6 +55,8 @@ COMMANDS = [
     "analyze",
     "verify",
     "generate",
+    "compare",
+    "chat",
     "score",
     "health",
 ]

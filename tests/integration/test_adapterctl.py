@@ -17,6 +17,8 @@ from typer.testing import CliRunner, Result
 from superpose_adapters.bundled import MINI_DOMAINS, held_out, mini_adapters
 from superpose_client.cli import app
 
+SENTENCE = "Two and two are four."
+PROMPT = "Question: What is glaucoma ?\nAnswer:"
 STATE = {"generation", "digest", "entries"}
 
 
@@ -32,13 +34,14 @@ def base_mix(mini: Served) -> None:
     mini.client.set("base")
 
 
-def adapterctl(served: Served, *arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments, env={"SUPERPOSE_SERVER": served.address})
+def adapterctl(served: Served, *arguments: str, stdin: str | None = None) -> Result:
+    environment = {"SUPERPOSE_SERVER": served.address}
+    return CliRunner().invoke(app, arguments, input=stdin, env=environment)
 
 
-def output(served: Served, *arguments: str) -> Any:
+def output(served: Served, *arguments: str, stdin: str | None = None) -> Any:
     """Run a command with --json and return the one object that it prints."""
-    result = adapterctl(served, *arguments, "--json")
+    result = adapterctl(served, *arguments, "--json", stdin=stdin)
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.count("\n") == 1
     return json.loads(result.stdout)
@@ -167,6 +170,62 @@ def test_generate(mini: Served) -> None:
     assert plain.stdout == whole["text"] + "\n"
 
 
+def test_compare_makes_the_texts_of_each_mix_alone(mini: Served) -> None:
+    mixes = ("base", "medicine", "math=1,medicine=0.5")
+    drawn = ("--temperature", "0.8", "--seed", "11", "--max-new-tokens", "8", "--ignore-eos")
+    asked = [argument for mix in mixes for argument in ("--mix", mix)]
+    compared = output(mini, "compare", PROMPT, *asked, *drawn)
+    assert compared["seed"] == 11
+    for mix, made in zip(mixes, compared["texts"], strict=True):
+        alone = output(mini, "generate", PROMPT, "--mix", mix, *drawn)
+        assert made["token_ids"] == alone["token_ids"]
+        assert made["text"] == alone["text"]
+        assert made["mix"] == alone["mix"]
+        assert made.keys() == alone.keys()
+    assert len({made["text"] for made in compared["texts"]}) == 3
+    plain = adapterctl(mini, "compare", PROMPT, *asked, *drawn).stdout
+    parts = [f"==> {m} <==\n{t['text']}" for m, t in zip(mixes, compared["texts"], strict=True)]
+    assert plain == "\n\n".join(parts) + "\n"
+
+
+def test_chat_goes_on_with_a_text_under_the_mix_of_the_moment(mini: Served) -> None:
+    lines = f"Question: What is glaucoma ?\n/mix medicine\nAnswer:\n/score {SENTENCE}\n"
+    options = ("--max-new-tokens", "4", "--ignore-eos")
+    chatted = adapterctl(mini, "chat", *options, "--json", stdin=lines)
+    assert chatted.exit_code == 0
+    assert "no chat template" in chatted.stderr
+    first, _, second, scores = (json.loads(line) for line in chatted.stdout.splitlines())
+    asked = "Question: What is glaucoma ?"
+    for mix, made in (("base", first), ("medicine", second)):
+        alone = output(mini, "generate", asked, "--mix", mix, *options)
+        assert made["token_ids"] == alone["token_ids"]
+        assert made["mix"] == alone["mix"]
+        asked += alone["text"] + "\nAnswer:"
+    for mix, score in zip(("medicine", "base"), scores["scores"], strict=True):
+        assert score == output(mini, "score", "-", "--mix", mix, stdin=SENTENCE)
+
+
+def test_chat_puts_the_conversation_into_the_template_of_the_base(
+    mini: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = mini.runtime.tokenizer.inner
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    mini.recorder.forget()
+    chatted = adapterctl(
+        mini, "chat", "--max-new-tokens", "4", "--ignore-eos", "--json", stdin="What ?\nAnd ?\n"
+    )
+    assert (chatted.exit_code, chatted.stderr) == (0, "")
+    answers = [json.loads(line)["text"] for line in chatted.stdout.splitlines()]
+    first, second = (list(mini.recorder.submitted.get().prompt) for _ in range(2))
+    assert first == tokenizer.encode("user: What ?\nassistant:")
+    turns = f"user: What ?\nassistant: {answers[0]}\nuser: And ?\nassistant:"
+    assert second == tokenizer.encode(turns)
+
+
 @pytest.mark.parametrize("domain", MINI_DOMAINS)
 def test_an_adapter_lowers_the_perplexity_of_its_domain_by_a_fifth(
     mini: Served, domain: str
@@ -200,6 +259,11 @@ def test_every_command_has_a_screen_for_people(mini: Served, tmp_path: Path) -> 
         (("analyze", "math,medicine"), "interference"),
         (("verify",), "ok"),
         (("generate", "Question: What", "--max-new-tokens", "2"), "\n"),
+        (
+            ("compare", "Question: What", "--mix=base", "--mix=math", "--max-new-tokens=2"),
+            "==> math <==",
+        ),
+        (("chat",), ""),
         (("score", str(texts)), "perplexity"),
         (("health",), "SERVING"),
         (("push", "sums", str(mini_adapters()["math"])), "sums"),
