@@ -209,6 +209,7 @@ def test_when_all_places_are_taken_a_client_is_told_when_to_come_again(
 def test_what_runs_ends_whole_and_what_is_new_is_refused_while_the_server_ends(
     served: Served, http: Http
 ) -> None:
+    assert http.document  # Answers are held against it, and the last ones come at the very end.
     with ThreadPoolExecutor(3) as pool, held(served.recorder) as let_go:
         running = [pool.submit(complete, http, max_tokens=9, stream=each) for each in (True, False)]
         for _ in running:
@@ -226,6 +227,7 @@ def test_what_runs_ends_whole_and_what_is_new_is_refused_while_the_server_ends(
 
 
 def test_a_text_that_the_server_ends_early_says_so(served: Served, http: Http) -> None:
+    assert http.document  # As above.
     both_sent, both_run, let_go = threading.Event(), threading.Event(), threading.Event()
 
     def gate(step: Step) -> None:
