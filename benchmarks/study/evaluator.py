@@ -110,7 +110,7 @@ class Local:
         slices = score_slices(
             self._runner,
             [ScoreRow(row.ids, row.first_scored(scope)) for row in rows],
-            mix,
+            [mix] * len(rows),
             self._slice_tokens,
         )
         while True:

@@ -4,7 +4,7 @@ A function here is the method of its name in `Client` and in `AsyncClient`; `set
 named for that. What such a method returns, or streams, is what the Call is of.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from typing import Any, Unpack
 
@@ -75,21 +75,25 @@ def score(
     max_length: int | None = None,
     scope: Scope = "all",
     logprobs: bool = False,
+    mixes: Sequence[MixLike] | None = None,
     progress: Callable[[int], None] | None = None,
     timeout: float | None = None,
 ) -> Calls[ScoreResult]:
     """Return log-probabilities and perplexity of texts or (question, answer) pairs.
 
-    Any number of texts: they go out 256 at a time, each request with its own timeout and all
-    under the mix of the first; `progress` is told how many are scored. The scope "answer",
+    With `mixes` in place of `mix` they are scored under each of several, which share the server's
+    passes; then the result has a block for each in its `mixes`. Any number of texts: they go out
+    256 at a time, or as many as make 2048 rows with the mixes, each request with its own timeout
+    and all under the mix of the first; `progress` is told how many are scored. The scope "answer",
     for pairs only, leaves the question's tokens out of the sums. A text without a scored token
     counts for nothing, and has 0 tokens and a perplexity of NaN.
 
     Raises:
         InvalidArgumentError: A text cannot be scored; it is named as texts[i].
+        ValueError: No mixes, or the default mix among them: write it out.
         MixChangedError: An adapter of the mix was replaced in between.
     """
-    batches = ScoreBatches(texts, mix, max_length, scope, logprobs)
+    batches = ScoreBatches(texts, mix, max_length, scope, logprobs, mixes)
     for request in batches:
         try:
             done = yield Call("Inference.Score", request, batches.add, timeout, WORK)

@@ -14,10 +14,11 @@ from superpose_client.errors import (
     MixChangedError,
 )
 from superpose_client.mix import MixLike, parse_mix
-from superpose_client.results import MixState, ScoreResult
+from superpose_client.results import ItemScore, MixScore, MixState, ScoreResult
 from superpose_proto.v1 import inference_pb2, mix_pb2
 
 MAX_SCORE_ITEMS = 256
+MAX_SCORE_ROWS = 2048
 # Bytes of tensors that any server takes, or refuses in words of its own. More may be cut off by its
 # limit on messages, so it is asked before.
 TAKEN_UNASKED = 16 * 2**20
@@ -180,7 +181,7 @@ def _options(options: GenerateOptions) -> inference_pb2.GenerateOptions:
 
 
 class ScoreBatches:
-    """One score as requests that the server takes, all under the same mix.
+    """One score as requests that the server takes, all under the same mix, or the same mixes.
 
     Iterate over the requests, `add` each response before the next request is taken, then ask for
     the `result`. The entries that the first response names are sent with all later requests: a
@@ -194,6 +195,7 @@ class ScoreBatches:
         max_length: int | None,
         scope: Scope,
         logprobs: bool,
+        mixes: Sequence[MixLike] | None = None,
     ) -> None:
         """Convert the texts; nothing is sent."""
         if scope not in ("all", "answer"):
@@ -206,27 +208,36 @@ class ScoreBatches:
             if scope == "answer"
             else inference_pb2.SCORE_SCOPE_ALL,
             logprobs=logprobs,
+            mixes=() if mixes is None else _mixes(mixes),
         )
+        rows_a_text = max(1, len(self._template.mixes))
+        self._batch = max(1, min(MAX_SCORE_ITEMS, MAX_SCORE_ROWS // rows_a_text))
         self._parts: list[ScoreResult] = []
 
     def __iter__(self) -> Iterator[inference_pb2.ScoreRequest]:
         """Yield the requests; one without items if there are none, for the server to refuse."""
-        for start in range(0, max(len(self._items), 1), MAX_SCORE_ITEMS):
+        for start in range(0, max(len(self._items), 1), self._batch):
             request = inference_pb2.ScoreRequest()
             request.CopyFrom(self._template)
-            request.items.extend(self._items[start : start + MAX_SCORE_ITEMS])
+            request.items.extend(self._items[start : start + self._batch])
             yield request
 
     def add(self, response: inference_pb2.ScoreResponse) -> int:
         """Take the response to the last request; return how many texts are scored so far."""
         part = ScoreResult.from_proto(response)
         if not self._parts:
-            self._template.mix.CopyFrom(cast(mix_pb2.Mix, mix(part.mix.weights)))
-        elif part.mix.digest != self._parts[0].mix.digest:
-            raise MixChangedError(
-                f"an adapter changed during the score: the mix had digest "
-                f"{_short(self._parts[0].mix)} at first and {_short(part.mix)} later; score again"
-            )
+            if part.mixes:
+                del self._template.mixes[:]
+                self._template.mixes.extend(_mixes([each.mix.weights for each in part.mixes]))
+            else:
+                self._template.mix.CopyFrom(cast(mix_pb2.Mix, mix(part.mix.weights)))
+        else:
+            for before, now in zip(_blocks(self._parts[0]), _blocks(part), strict=True):
+                if now.mix.digest != before.mix.digest:
+                    raise MixChangedError(
+                        f"an adapter changed during the score: the mix had digest "
+                        f"{_short(before.mix)} at first and {_short(now.mix)} later; score again"
+                    )
         self._parts.append(part)
         return sum(len(part.items) for part in self._parts)
 
@@ -249,14 +260,45 @@ class ScoreBatches:
         return made
 
     def result(self) -> ScoreResult:
-        """Return the joint result, with the mix of the first response."""
-        first = self._parts[0]
+        """Return the joint result, with the mix, or the mixes, of the first response."""
         if len(self._parts) == 1:
-            return first
-        items = tuple(item for part in self._parts for item in part.items)
-        tokens = sum(part.tokens for part in self._parts)
-        loss = -math.fsum(item.logprob for item in items) / tokens if tokens else math.nan
-        return ScoreResult(items, tokens, _exp(loss), first.mix)
+            return self._parts[0]
+        joint = [_joint(blocks) for blocks in zip(*map(_blocks, self._parts), strict=True)]
+        several = tuple(MixScore(*each) for each in joint) if self._parts[0].mixes else ()
+        return ScoreResult(*joint[0], several)
+
+
+def _blocks(part: ScoreResult) -> "tuple[ScoreResult | MixScore, ...]":
+    return part.mixes or (part,)
+
+
+def _joint(
+    blocks: "Sequence[ScoreResult | MixScore]",
+) -> tuple[tuple[ItemScore, ...], int, float, MixState]:
+    """Return the fields of a block that has the texts of all `blocks`, which have one mix."""
+    items = tuple(item for block in blocks for item in block.items)
+    tokens = sum(block.tokens for block in blocks)
+    loss = -math.fsum(item.logprob for item in items) / tokens if tokens else math.nan
+    return items, tokens, _exp(loss), blocks[0].mix
+
+
+def _mixes(values: Sequence[MixLike]) -> list[mix_pb2.Mix]:
+    """Return several mixes.
+
+    Raises:
+        ValueError: There are none, or one is the default mix, which a list cannot leave out.
+    """
+    if isinstance(values, str) or not values:
+        raise ValueError(f"mixes={values!r}: give a list of at least one mix")
+    messages = []
+    for index, value in enumerate(values):
+        message = mix(value)
+        if message is None:
+            raise ValueError(
+                f"mixes[{index}] is the default mix: write it out, as mix().weights has it"
+            )
+        messages.append(message)
+    return messages
 
 
 def _score_item(text: ScoreText) -> inference_pb2.ScoreItem:

@@ -146,13 +146,28 @@ class ItemScore(FromMessage, message=inference_pb2.ItemScore):
 
 
 @dataclass(frozen=True)
-class ScoreResult(FromMessage, message=inference_pb2.ScoreResponse):
-    """Scores in the order of the texts, with the token-weighted perplexity over all of them."""
+class MixScore(FromMessage, message=inference_pb2.MixScore):
+    """What all texts score under one of several mixes."""
 
     items: tuple[ItemScore, ...]
     tokens: int
     perplexity: float
     mix: MixState
+
+
+@dataclass(frozen=True)
+class ScoreResult(FromMessage, message=inference_pb2.ScoreResponse):
+    """Scores in the order of the texts, with the token-weighted perplexity over all of them.
+
+    Of several `mixes`, where they were asked for, each has a block; the other fields are those of
+    the first.
+    """
+
+    items: tuple[ItemScore, ...]
+    tokens: int
+    perplexity: float
+    mix: MixState
+    mixes: tuple[MixScore, ...]
 
 
 @dataclass(frozen=True)
@@ -258,6 +273,7 @@ class Limits(FromMessage, message=server_pb2.Limits):
     max_adapter_bytes: int
     max_domains_in_mix: int
     max_score_items: int
+    max_score_rows: int
 
 
 @dataclass(frozen=True)

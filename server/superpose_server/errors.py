@@ -70,12 +70,18 @@ class FailedPrecondition(ServerError):
 class OutputNotFinite(FailedPrecondition):
     """A model's logits under a mix are no numbers that can be chosen from."""
 
-    def __init__(self) -> None:
-        """Say so."""
+    def __init__(self, mix: str = "this mix", *, row: int | None = None) -> None:
+        """Say so of `mix`.
+
+        Args:
+            mix: What the request calls it.
+            row: Where several rows were run at once, which of them showed it.
+        """
         super().__init__(
-            "the model's output is not finite under this mix: use smaller weights",
+            f"the model's output is not finite under {mix}: use smaller weights",
             "OUTPUT_NOT_FINITE",
         )
+        self.row = row
 
 
 class GenerationMismatch(ServerError):

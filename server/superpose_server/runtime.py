@@ -57,6 +57,7 @@ class Limits:
 
     max_domains_in_mix: int = 64
     max_score_items: int = 256
+    max_score_rows: int = 2048
 
 
 class Runtime:

@@ -130,18 +130,25 @@ def adapter(domain: str = "math", weight: float = 1.0, **fields: Any) -> adapter
 
 
 def score_response(request: inference_pb2.ScoreRequest) -> inference_pb2.ScoreResponse:
-    """One token a character of a text, at a loss of the length of the text in units of 1/1000."""
+    """One token a character of a text, at a loss of the length of the text in units of 1/1000.
+
+    Under the second of several mixes twice, under the third three times that, and so on.
+    """
+    states = [state(weights_of(mix)) for mix in request.mixes] or [state_for(request)]
     items = []
     for item in request.items:
         tokens = len(item.text or item.question_answer.answer)
         logprob = -tokens * tokens / 1000
         items.append(inference_pb2.ItemScore(tokens=tokens, logprob=logprob, perplexity=2.0))
-    return inference_pb2.ScoreResponse(
-        items=items,
-        tokens=sum(item.tokens for item in items),
-        perplexity=2.0,
-        mix=state_for(request),
+    tokens = sum(item.tokens for item in items)
+    response = inference_pb2.ScoreResponse(
+        items=items, tokens=tokens, perplexity=2.0, mix=states[0]
     )
+    for times, each in enumerate(states if request.mixes else [], start=1):
+        block = response.mixes.add(items=items, tokens=tokens, perplexity=2.0**times, mix=each)
+        for scored in block.items:
+            scored.logprob *= times
+    return response
 
 
 def chunks(
@@ -228,6 +235,7 @@ def default_answers() -> dict[str, Answer]:
                 max_adapter_bytes=2**28,
                 max_domains_in_mix=16,
                 max_score_items=256,
+                max_score_rows=2048,
             ),
             running=3,
             waiting=1,

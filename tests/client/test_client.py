@@ -279,6 +279,59 @@ def test_a_long_score_of_the_base_stays_on_the_base(caller: Caller, server: Fake
     assert [weights_of(request.mix) for request in server.requests] == [{}, {}]
 
 
+def test_a_score_under_several_mixes(caller: Caller, server: FakeServer) -> None:
+    mixes = ["base", {"math": 0.5}, "math,medicine=2"]
+    weights: list[dict[str, float]] = [{}, {"math": 0.5}, {"math": 1, "medicine": 2}]
+    result = caller.score(["text", "a"], mixes=mixes)
+    assert not server.request.HasField("mix")
+    assert [weights_of(mix) for mix in server.request.mixes] == weights
+    assert [block.mix.weights for block in result.mixes] == weights
+    assert [block.perplexity for block in result.mixes] == [2, 4, 8]
+    assert [[item.logprob for item in block.items] for block in result.mixes] == [
+        pytest.approx([-0.016 * times, -0.001 * times]) for times in (1, 2, 3)
+    ]
+    assert (result.items, result.mix) == (result.mixes[0].items, result.mixes[0].mix)
+    assert caller.score(["text"]).mixes == ()
+
+
+def test_a_long_score_under_several_mixes_is_split_by_rows(
+    caller: Caller, server: FakeServer
+) -> None:
+    texts = ["a" * (1 + index % 7) for index in range(250)]
+    result = caller.score(texts, mixes=[{"math": 0.25 * i} for i in range(20)])
+    assert [len(request.items) for request in server.requests] == [102, 102, 46]
+    assert all(len(request.mixes) == 20 for request in server.requests)
+    loss = sum(len(text) ** 2 / 1000 for text in texts) / sum(map(len, texts))
+    for times, block in enumerate(result.mixes, start=1):
+        assert len(block.items) == 250
+        assert block.perplexity == pytest.approx(math.exp(times * loss), rel=1e-12)
+        assert block.mix.weights == {"math": 0.25 * (times - 1)}
+    assert result.perplexity == result.mixes[0].perplexity
+
+
+def test_an_adapter_that_changes_in_one_of_several_mixes_is_noticed(
+    caller: Caller, server: FakeServer
+) -> None:
+    def changing(request: inference_pb2.ScoreRequest) -> inference_pb2.ScoreResponse:
+        response = score_response(request)
+        if len(server.requests) == 2:
+            response.mixes[1].mix.digest = "f" * 64
+        return response
+
+    server.answers["Score"] = changing
+    with pytest.raises(errors.MixChangedError, match="ffffffffffff"):
+        caller.score(["a"] * 300, mixes=["base", "math"])
+
+
+@pytest.mark.parametrize("mixes", [[], "math", ["math", "default"], [None]])
+def test_mixes_that_mean_nothing_are_refused(
+    caller: Caller, server: FakeServer, mixes: Any
+) -> None:
+    with pytest.raises(ValueError, match="mixes"):
+        caller.score(["text"], mixes=mixes)
+    assert server.requests == []
+
+
 def test_an_adapter_that_changes_within_a_score_is_noticed(
     caller: Caller, server: FakeServer
 ) -> None:

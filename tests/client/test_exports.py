@@ -15,6 +15,7 @@ PUBLIC_MODULES = ["async_client", "client", "errors", "mix", "requests", "result
 # Public in their modules for the other modules' sake.
 INTERNAL = {
     "MAX_SCORE_ITEMS",
+    "MAX_SCORE_ROWS",
     "P",
     "R",
     "ScoreBatches",

@@ -54,7 +54,7 @@ def small(
         loop,
         gpt2.base,
         tmp_path_factory.mktemp("bad") / "state",
-        limits=Limits(max_domains_in_mix=2, max_score_items=256),
+        limits=Limits(max_domains_in_mix=2, max_score_items=256, max_score_rows=512),
         max_rank=16,
         max_adapter_mib=MAX_MIB,
     )
@@ -344,6 +344,31 @@ SCORES = {
         "BAD_ITEM_COUNT",
         "items has 257 texts",
         "items",
+    ),
+    "too many rows": Case(
+        _score_raw(
+            inference_pb2.ScoreRequest(
+                items=[inference_pb2.ScoreItem(text="ab")] * 171, mixes=[mix_pb2.Mix()] * 3
+            )
+        ),
+        InvalidArgumentError,
+        "TOO_MANY_ROWS",
+        "171 items under 3 mixes are 513 rows: send at most 512",
+        "mixes",
+    ),
+    "mix and mixes": Case(
+        lambda s: s.client.score(["abc"], mix="a", mixes=["b"]),
+        InvalidArgumentError,
+        "MIX_GIVEN_TWICE",
+        "mix and mixes are both given",
+        "mixes",
+    ),
+    "a bad one of several mixes": Case(
+        lambda s: s.client.score(["abc"], mixes=["a", {"b": 1e9}]),
+        InvalidArgumentError,
+        "INVALID_MIX",
+        "weight of b is 1000000000.0",
+        "mixes[1]",
     ),
     "empty text": Case(
         lambda s: s.client.score(["abc", ""]),

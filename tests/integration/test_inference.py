@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from tests.integration.harness import PROMPT, Family, LoopThread, Served, check_greedy, held, start
-from tests.makers import VOCABULARY
+from tests.makers import VOCABULARY, make_adapter
 
 from superpose_adapters.mix import Mix
+from superpose_client import FailedPreconditionError, ScoreText
 from superpose_server.engine.sampling import SamplingParams
 from superpose_server.engine.sequence import Chunk, FinishReason
 from superpose_server.errors import InvalidArgument, QueueFull
@@ -149,9 +150,31 @@ def test_ids_that_no_wire_has_checked_are_refused(
         assert caught.value.field == field
 
 
+def test_scores_under_several_mixes_are_those_of_each_alone(served: Served) -> None:
+    texts: list[ScoreText] = [("q", "an answer"), "The sum of two deltas", [5, 6, 7]]
+    mixes = [{}, {"a": 1.0}, {"b": -0.5, "c": 2.0}, {"a": 1.0}]
+    together = served.client.score(texts, mixes=mixes, logprobs=True, max_length=9)
+    assert [block.mix.weights for block in together.mixes] == mixes
+    for mix, block in zip(mixes, together.mixes, strict=True):
+        alone = served.client.score(texts, mix=mix, logprobs=True, max_length=9)
+        assert (block.tokens, block.mix) == (alone.tokens, alone.mix)
+        assert block.perplexity == pytest.approx(alone.perplexity, rel=1e-5)
+        for found, expected in zip(block.items, alone.items, strict=True):
+            assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+
+
+def test_which_of_several_mixes_is_not_finite_is_told(
+    served: Served, gpt2: Family, tmp_path: Path
+) -> None:
+    served.client.push("huge", make_adapter(gpt2.model, tmp_path / "huge", 9, size=1e30))
+    with pytest.raises(FailedPreconditionError, match=r"not finite under mixes\[2\]"):
+        served.client.score(["ab", "cd"], mixes=["base", "a", "huge=1e4", "b"])
+    assert served.client.score(["ab"], mixes=["base", "a"]).mixes[1].mix.weights == {"a": 1.0}
+
+
 def test_scores_are_those_of_the_client(served: Served, inference: Inference) -> None:
     rows = (QuestionAnswer("q", "an answer"), QuestionAnswer("why", "so"))
-    scores = served.loop.run(inference.score(ScoreRequest(rows, max_length=30, scope="answer")))
+    [scores] = served.loop.run(inference.score(ScoreRequest(rows, max_length=30, scope="answer")))
     wire = served.client.score(
         [("q", "an answer"), ("why", "so")], max_length=30, scope="answer", logprobs=True
     )

@@ -108,7 +108,7 @@ class Exact:
 
 def score(bench: Bench, rows: list[ScoreRow], mix: BoundMix) -> list[list[float]]:
     """Score by the engine, a step at a time."""
-    future = bench.engine.score(rows, mix)
+    future = bench.engine.score(rows, [mix] * len(rows))
     for _ in range(500):
         if future.done():
             return [row.logprobs for row in future.result().value]

@@ -142,8 +142,8 @@ def test_served_logprobs_have_the_same_bits_alone_and_in_a_batch_of_four(bench: 
     alone = [logprobs(bench, [prompt], mix)[0] for prompt in TEXTS]
     assert logprobs(bench, TEXTS, mix) == alone
     assert logprobs(bench, TEXTS[::-1], mix) == alone[::-1]
-    scored = [bench.engine.score([ScoreRow(tuple(ids))], mix) for ids in TEXTS]
-    packed = bench.engine.score([ScoreRow(tuple(ids)) for ids in TEXTS], mix)
+    scored = [bench.engine.score([ScoreRow(tuple(ids))], [mix]) for ids in TEXTS]
+    packed = bench.engine.score([ScoreRow(tuple(ids)) for ids in TEXTS], [mix] * len(TEXTS))
     for _ in range(10):
         bench.engine.step()
     assert [f.result(timeout=0).value[0] for f in scored] == packed.result(timeout=0).value
@@ -181,7 +181,7 @@ def test_served_texts_of_four_mixes_and_scores_beside_them(bench: Bench) -> None
     ]
     clients = [bench.submit(TEXTS[0], mix)[1] for mix in mixes]
     ids = tuple(range(3, 60, 2))
-    future = bench.engine.score([ScoreRow(ids), ScoreRow((1, 2, 3))], mixes[2])
+    future = bench.engine.score([ScoreRow(ids), ScoreRow((1, 2, 3))], [mixes[2]] * 2)
     for resident in (*mixes, bench.mix()):
         bench.fold(resident)
     bench.run()

@@ -191,7 +191,7 @@ def test_scores_are_those_of_the_dense_sum(base: Path, resident: bool) -> None:
         bench.fold(mix)
     rows = [ScoreRow(tuple(range(60, 60 + length))) for length in (2, 20, 40)]
     _, client = bench.submit(PROMPT, mix)
-    future = bench.engine.score(rows, mix)
+    future = bench.engine.score(rows, [mix] * len(rows))
     while not future.done():
         bench.engine.step()
     bench.run()

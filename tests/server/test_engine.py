@@ -272,7 +272,7 @@ def test_no_low_rank_arithmetic_when_every_row_asks_for_the_resident_mix(
 
     monkeypatch.setattr(bench.model, "run", watched)
     clients = [bench.submit(prompt, mix)[1] for prompt in PROMPTS]
-    future = bench.engine.score([ScoreRow((1, 2, 3))], mix)
+    future = bench.engine.score([ScoreRow((1, 2, 3))], [mix])
     bench.run()
     assert all(client.reason is FinishReason.LENGTH for client in clients)
     assert future.done()
@@ -318,7 +318,7 @@ def test_a_score_frees_its_adapter_however_it_ends(
     adapter = random_adapter(bench.layout, 9)
     gone = weakref.ref(adapter)
     rows = [ScoreRow(tuple(range(60)))] * 12  # more than one slice
-    future: Future[Any] | None = bench.engine.score(rows, bench.mix((adapter, 1.0)))
+    future: Future[Any] | None = bench.engine.score(rows, [bench.mix((adapter, 1.0))] * len(rows))
     assert future is not None
     bench.engine.step()
     assert not future.done()
@@ -794,7 +794,7 @@ def test_scores_are_those_of_the_reference_and_restored_bit_for_bit(
     rows = [ScoreRow(tuple(range(40))), ScoreRow((5, 6, 7, 8), first=2), ScoreRow((9,))]
 
     def score(mix: BoundMix) -> list[list[float]]:
-        future = bench.engine.score(rows, mix)
+        future = bench.engine.score(rows, [mix] * len(rows))
         while not future.done():
             bench.engine.step()
         return [row.logprobs for row in future.result(timeout=0).value]
@@ -816,7 +816,7 @@ def test_scores_are_those_of_the_reference_and_restored_bit_for_bit(
 def test_rows_go_on_between_the_slices_of_a_job(bench: Bench) -> None:
     _, client = bench.submit(PROMPTS[0], bench.mix())
     verification = bench.engine.verify()
-    score = bench.engine.score([ScoreRow(tuple(range(60)))] * 20, bench.mix())
+    score = bench.engine.score([ScoreRow(tuple(range(60)))] * 20, [bench.mix()] * 20)
     counts = []
     while not (verification.done() and score.done()):
         bench.engine.step()
@@ -892,7 +892,7 @@ def test_drain_aborts_what_is_not_done_when_grace_is_over(
 ) -> None:
     bench = Bench(bases["gpt2"], slots=1, kernels=kernels)
     running, waiting = start_row(bench, 60), start_row(bench, 60)
-    job = bench.engine.score([ScoreRow(tuple(range(60)))] * 500, bench.mix())
+    job = bench.engine.score([ScoreRow(tuple(range(60)))] * 500, [bench.mix()] * 500)
     bench.engine.start()
     running.first.result(timeout=60)
     bench.engine.drain(grace=0)

@@ -276,7 +276,7 @@ def test_a_text_that_is_scored_meanwhile_keeps_its_keys(bases: dict[str, Path]) 
     ids = prompt_of(0, 40)
     clients = [bench.submit([65 + i], mix)[1] for i in range(3)]
     bench.engine.step()
-    future = bench.engine.score([ScoreRow(tuple(ids))], mix)
+    future = bench.engine.score([ScoreRow(tuple(ids))], [mix])
     while not future.done():
         bench.engine.step()
     assert not any(client.ended and client.error for client in clients)

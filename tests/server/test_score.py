@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.server.helpers import GREEDY, Bench, random_adapter
 from torch import Tensor
 
 from superpose_adapters.mix import BoundMix
+from superpose_server.engine.job import JobResult
 from superpose_server.engine.score import RowScore, ScoreRow
 from superpose_server.errors import FailedPrecondition
 from superpose_server.model.batch import Batch, Span
@@ -93,7 +95,10 @@ class Scored:
 
 
 def score(bench: Bench, rows: list[ScoreRow], mix: BoundMix) -> list[RowScore]:
-    future = bench.engine.score(rows, mix)
+    return run(bench, bench.engine.score(rows, [mix] * len(rows)))
+
+
+def run(bench: Bench, future: Future[JobResult[list[RowScore]]]) -> list[RowScore]:
     for _ in range(200):
         if future.done():
             return future.result().value
@@ -149,6 +154,60 @@ def test_the_slot_begins_anew_when_it_is_full(
     assert [len(spans) for spans in slices.slices] == [2, 2, 1]
 
 
+def test_rows_of_several_mixes_share_slices(
+    make: functools.partial[Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make(prefill_tokens=16)
+    one, two = random_adapter(bench.layout, 1), random_adapter(bench.layout, 2, rank=2)
+    mixes = [bench.mix((one, 0.5 * i), (two, 1 - 0.25 * i)) for i in range(4)] + [bench.mix()]
+    rows = [ScoreRow(text(0, 9)), ScoreRow(text(1, 3)), ScoreRow(text(2, 6), first=4)]
+    slices = Scored(bench.model, monkeypatch)
+    asked = [mix for mix in mixes for _ in rows]
+    found = run(bench, bench.engine.score(rows * len(mixes), asked))
+    for at, mix in enumerate(mixes):
+        check(found[3 * at : 3 * at + 3], rows, Exact(bench, mix))
+    # 90 tokens: three texts of a mix, with the first of the next, fill the slot of 64.
+    assert len(slices.slices) <= 90 // 16 + 2
+
+
+def test_the_bits_of_a_score_do_not_depend_on_the_mixes_beside_it(base: Path) -> None:
+    if not (shutil.which("c++") or shutil.which("g++")):
+        pytest.skip("no C++ compiler")
+    bench = Bench(base, kernels=True, prefill_tokens=16)
+    adapters = [random_adapter(bench.layout, i, rank=1 + i) for i in range(3)]
+    mixes = [
+        bench.mix(),
+        bench.mix((adapters[0], 1.0)),
+        bench.mix((adapters[1], -0.5), (adapters[2], 2.0)),
+        bench.mix(*((adapter, 0.3) for adapter in adapters)),
+    ]
+    rows = [ScoreRow(text(0, 21)), ScoreRow(text(1, 5)), ScoreRow(text(2, 13), first=4)]
+    bench.fold(mixes[1])
+    alone = [score(bench, rows, mix) for mix in mixes]
+    for order in (mixes, mixes[::-1], mixes[1:3]):
+        asked = [mix for mix in order for _ in rows]
+        found = run(bench, bench.engine.score(rows * len(order), asked))
+        assert found == [row for mix in order for row in alone[mixes.index(mix)]]
+
+
+def test_plans_of_many_mixes_are_not_kept(make: functools.partial[Bench]) -> None:
+    bench = make(prefill_tokens=4)
+    one = random_adapter(bench.layout, 1)
+    mixes = [bench.mix((one, 0.01 * i)) for i in range(1, 151)]
+    job = bench.engine.score([ScoreRow((1, 2, 3, 4))] * len(mixes), mixes)
+    most = 0
+    while not job.done():
+        bench.engine.step()
+        most = max(most, len(bench.engine.runner._corrections._plans))
+    assert 1 < most <= 64
+
+
+def test_each_row_has_its_mix(make: functools.partial[Bench]) -> None:
+    bench = make()
+    with pytest.raises(ValueError, match="2 rows with 1 mixes"):
+        run(bench, bench.engine.score([ScoreRow((1, 2))] * 2, [bench.mix()]))
+
+
 def test_only_what_is_asked_for_is_scored(make: functools.partial[Bench]) -> None:
     bench = make(prefill_tokens=5)
     mix = bench.mix((random_adapter(bench.layout, 1), -1.0))
@@ -173,7 +232,9 @@ def test_jobs_at_once_do_not_overwrite_one_another(make: functools.partial[Bench
         [ScoreRow(text(2, 5)), ScoreRow(text(3, 30)), ScoreRow(text(4, 3))],
         [ScoreRow(text(5, 8)), ScoreRow(text(6, 24))],  # ends where slices end
     ]
-    futures = [bench.engine.score(rows, mix) for rows, mix in zip(jobs, mixes, strict=True)]
+    futures = [
+        bench.engine.score(rows, [mix] * len(rows)) for rows, mix in zip(jobs, mixes, strict=True)
+    ]
     for _ in range(60):
         bench.engine.step()
     for future, rows, mix in zip(futures, jobs, mixes, strict=True):
@@ -191,7 +252,7 @@ def test_texts_are_scored_beside_rows_of_other_mixes_and_folds(
     params = dataclasses.replace(GREEDY, max_new_tokens=12)
     clients = [bench.submit([65 + i], mix, params)[1] for i, mix in enumerate(mixes)]
     rows = [ScoreRow(text(0, 50)), ScoreRow(text(1, 9)), ScoreRow(text(2, 20), first=4)]
-    future = bench.engine.score(rows, asked)
+    future = bench.engine.score(rows, [asked] * len(rows))
     for resident in (asked, mixes[0], mixes[2], mixes[1], asked):
         before = len(slices.slices)
         bench.fold(resident)
@@ -250,7 +311,7 @@ def test_any_texts_in_any_slices(
         [ScoreRow(text(i, length), min(first, length)) for i, (length, first) in enumerate(job)]
         for job in jobs
     ]
-    futures = [shared.engine.score(rows, mix) for rows in asked]
+    futures = [shared.engine.score(rows, [mix] * len(rows)) for rows in asked]
     for _ in range(3000):
         if all(future.done() for future in futures):
             break

@@ -536,6 +536,7 @@ class ScoreRequest(google.protobuf.message.Message):
     MAX_LENGTH_FIELD_NUMBER: builtins.int
     SCOPE_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
+    MIXES_FIELD_NUMBER: builtins.int
     max_length: builtins.int
     """Tokens kept of each item, cut on the right; the context length if absent."""
     scope: Global___ScoreScope.ValueType
@@ -547,6 +548,12 @@ class ScoreRequest(google.protobuf.message.Message):
 
     @property
     def mix(self) -> superpose_proto.v1.mix_pb2.Mix: ...
+    @property
+    def mixes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[superpose_proto.v1.mix_pb2.Mix]:
+        """In place of `mix`: score all items under each of these. Mixes times items are at most 2048
+        (`Limits.max_score_rows`); those of different mixes share passes.
+        """
+
     def __init__(
         self,
         *,
@@ -555,9 +562,10 @@ class ScoreRequest(google.protobuf.message.Message):
         max_length: builtins.int | None = ...,
         scope: Global___ScoreScope.ValueType = ...,
         logprobs: builtins.bool = ...,
+        mixes: collections.abc.Iterable[superpose_proto.v1.mix_pb2.Mix] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_max_length", b"_max_length", "_mix", b"_mix", "max_length", b"max_length", "mix", b"mix"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_length", b"_max_length", "_mix", b"_mix", "items", b"items", "logprobs", b"logprobs", "max_length", b"max_length", "mix", b"mix", "scope", b"scope"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_max_length", b"_max_length", "_mix", b"_mix", "items", b"items", "logprobs", b"logprobs", "max_length", b"max_length", "mix", b"mix", "mixes", b"mixes", "scope", b"scope"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_length", b"_max_length"]) -> typing.Literal["max_length"] | None: ...
     @typing.overload
@@ -603,10 +611,45 @@ class ScoreResponse(google.protobuf.message.Message):
     TOKENS_FIELD_NUMBER: builtins.int
     PERPLEXITY_FIELD_NUMBER: builtins.int
     MIX_FIELD_NUMBER: builtins.int
+    MIXES_FIELD_NUMBER: builtins.int
     tokens: builtins.int
     """Over all items."""
     perplexity: builtins.float
     """exp of the token-weighted mean loss over all items; NaN where no token is scored."""
+    @property
+    def items(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ItemScore]: ...
+    @property
+    def mix(self) -> superpose_proto.v1.mix_pb2.MixState: ...
+    @property
+    def mixes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___MixScore]:
+        """One for each of the request's `mixes`, in their order; the fields above are those of the first."""
+
+    def __init__(
+        self,
+        *,
+        items: collections.abc.Iterable[Global___ItemScore] | None = ...,
+        tokens: builtins.int = ...,
+        perplexity: builtins.float = ...,
+        mix: superpose_proto.v1.mix_pb2.MixState | None = ...,
+        mixes: collections.abc.Iterable[Global___MixScore] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["mix", b"mix"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["items", b"items", "mix", b"mix", "mixes", b"mixes", "perplexity", b"perplexity", "tokens", b"tokens"]) -> None: ...
+
+Global___ScoreResponse: typing_extensions.TypeAlias = ScoreResponse
+
+@typing.final
+class MixScore(google.protobuf.message.Message):
+    """What all items score under one of several mixes; the fields are those of ScoreResponse."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    PERPLEXITY_FIELD_NUMBER: builtins.int
+    MIX_FIELD_NUMBER: builtins.int
+    tokens: builtins.int
+    perplexity: builtins.float
     @property
     def items(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ItemScore]: ...
     @property
@@ -622,4 +665,4 @@ class ScoreResponse(google.protobuf.message.Message):
     def HasField(self, field_name: typing.Literal["mix", b"mix"]) -> builtins.bool: ...
     def ClearField(self, field_name: typing.Literal["items", b"items", "mix", b"mix", "perplexity", b"perplexity", "tokens", b"tokens"]) -> None: ...
 
-Global___ScoreResponse: typing_extensions.TypeAlias = ScoreResponse
+Global___MixScore: typing_extensions.TypeAlias = MixScore

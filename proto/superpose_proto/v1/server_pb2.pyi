@@ -97,12 +97,15 @@ class Limits(google.protobuf.message.Message):
     MAX_ADAPTER_BYTES_FIELD_NUMBER: builtins.int
     MAX_DOMAINS_IN_MIX_FIELD_NUMBER: builtins.int
     MAX_SCORE_ITEMS_FIELD_NUMBER: builtins.int
+    MAX_SCORE_ROWS_FIELD_NUMBER: builtins.int
     max_batch: builtins.int
     max_queue: builtins.int
     max_rank: builtins.int
     max_adapter_bytes: builtins.int
     max_domains_in_mix: builtins.int
     max_score_items: builtins.int
+    max_score_rows: builtins.int
+    """Items times mixes of one ScoreRequest."""
     def __init__(
         self,
         *,
@@ -112,7 +115,8 @@ class Limits(google.protobuf.message.Message):
         max_adapter_bytes: builtins.int = ...,
         max_domains_in_mix: builtins.int = ...,
         max_score_items: builtins.int = ...,
+        max_score_rows: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_adapter_bytes", b"max_adapter_bytes", "max_batch", b"max_batch", "max_domains_in_mix", b"max_domains_in_mix", "max_queue", b"max_queue", "max_rank", b"max_rank", "max_score_items", b"max_score_items"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_adapter_bytes", b"max_adapter_bytes", "max_batch", b"max_batch", "max_domains_in_mix", b"max_domains_in_mix", "max_queue", b"max_queue", "max_rank", b"max_rank", "max_score_items", b"max_score_items", "max_score_rows", b"max_score_rows"]) -> None: ...
 
 Global___Limits: typing_extensions.TypeAlias = Limits

@@ -119,9 +119,16 @@ class Engine:
             self._wake.notify()
         return future
 
-    def score(self, rows: list[ScoreRow], mix: BoundMix) -> Future[JobResult[list[RowScore]]]:
-        """Return the log-probability of each scored token of each row under `mix`."""
-        return self._run(score_slices(self.runner, rows, mix, self._prefill_tokens))
+    def score(
+        self, rows: SequenceOf[ScoreRow], mixes: SequenceOf[BoundMix]
+    ) -> Future[JobResult[list[RowScore]]]:
+        """Return the log-probability of each scored token of each row under the mix in its place.
+
+        Raises:
+            QueueFull: Too many jobs wait.
+            ShuttingDown: The engine takes no more.
+        """
+        return self._run(score_slices(self.runner, rows, mixes, self._prefill_tokens))
 
     def verify(self) -> Future[JobResult[Verification]]:
         """Compare the weights with a fresh fold, and the base with its hash."""

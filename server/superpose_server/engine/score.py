@@ -1,4 +1,4 @@
-"""Scoring given texts under a mix, a slice at a time.
+"""Scoring given texts, each under a mix of its own, a slice at a time.
 
 Texts run in the cache's scratch slot, several short ones behind each other, a long one in pieces:
 no slice is longer than what running rows may be kept waiting for.
@@ -7,7 +7,7 @@ no slice is longer than what running rows may be kept waiting for.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -57,24 +57,29 @@ class _Piece:
 
 def score_slices(
     runner: Runner,
-    rows: list[ScoreRow],
-    mix: BoundMix,
+    rows: Sequence[ScoreRow],
+    mixes: Sequence[BoundMix],
     slice_tokens: int,
 ) -> Generator[bool, None, list[RowScore]]:
-    """Return each row's score, which is empty where nothing is scored.
+    """Return the score of each row under the mix in its place, empty where nothing is scored.
 
+    Rows follow each other into slices whatever their mixes are, so that mixes share passes. Those
+    of one mix are best given together: a pass of the resident mix alone needs no correction.
     Yields after each slice of at most `slice_tokens` tokens: False in the middle of a text, whose
     keys and values another job must not overwrite.
 
     Raises:
-        OutputNotFinite: The model's output is not finite under this mix.
+        OutputNotFinite: The model's output is not finite under the mix of `row`.
+        ValueError: There is not one mix for each row.
     """
+    if len(mixes) != len(rows):
+        raise ValueError(f"{len(rows)} rows with {len(mixes)} mixes: give each its own")
     model = runner.model
     results = [RowScore() for _ in rows]
     model.cache.claim(model.scratch_slot)
     try:
         for pieces in _slices([row.length for row in rows], slice_tokens, model.context_length):
-            _score_slice(runner, rows, pieces, mix, results)
+            _score_slice(runner, rows, pieces, mixes, results)
             yield pieces[-1].end == len(rows[pieces[-1].index].ids)
     except BaseException:
         # Where it breaks off, nothing has told whether what lies there is finite.
@@ -85,9 +90,9 @@ def score_slices(
 
 def _score_slice(
     runner: Runner,
-    rows: list[ScoreRow],
+    rows: Sequence[ScoreRow],
     pieces: list[_Piece],
-    mix: BoundMix,
+    mixes: Sequence[BoundMix],
     results: list[RowScore],
 ) -> None:
     """Add to the `results` of rows what `pieces` of them predict."""
@@ -111,16 +116,18 @@ def _score_slice(
         counts.append(len(predicted))
         offset += piece.end - piece.begin
     with torch.inference_mode():
-        logits = runner.run(spans, wanted, [mix] * len(spans))  # (wanted, vocabulary)
+        # (wanted, vocabulary)
+        logits = runner.run(spans, wanted, [mixes[piece.index] for piece in pieces])
         following = torch.tensor(targets, dtype=torch.int64, device=model.device)
         most = max(rows[piece.index].top for piece in pieces)
         logprobs, tops = logprobs_of(logits, following, most)
-    if not all(map(math.isfinite, logprobs)):
-        raise OutputNotFinite
     at = 0
     for piece, count in zip(pieces, counts, strict=True):
         result, top = results[piece.index], rows[piece.index].top
-        result.logprobs.extend(logprobs[at : at + count])
+        found = logprobs[at : at + count]
+        if not all(map(math.isfinite, found)):
+            raise OutputNotFinite(row=piece.index)
+        result.logprobs.extend(found)
         if top:
             result.top_logprobs.extend(likeliest.first(top) for likeliest in tops[at : at + count])
         at += count

@@ -29,7 +29,12 @@ class Encoder:
     """Checks requests against one base, and encodes them. Any thread may use it."""
 
     def __init__(
-        self, texts: TextEncoder, tokenizer: Tokenizer, context: int, max_items: int
+        self,
+        texts: TextEncoder,
+        tokenizer: Tokenizer,
+        context: int,
+        max_items: int,
+        max_rows: int,
     ) -> None:
         """Encode for a base.
 
@@ -38,11 +43,13 @@ class Encoder:
             tokenizer: The base's, for conversations.
             context: Tokens of prompt and answer together.
             max_items: Items of one `ScoreRequest`.
+            max_rows: Items times mixes of one.
         """
         self._texts = texts
         self._tokenizer = tokenizer
         self._context = context
         self._max_items = max_items
+        self._max_rows = max_rows
 
     def check(self, request: GenerateRequest, prompt: int) -> None:
         """Check all of a request but its mix and its prompt, which has `prompt` tokens.
@@ -139,6 +146,14 @@ class Encoder:
                 f"items has {len(request.items)} texts: send 1 to {self._max_items}",
                 "BAD_ITEM_COUNT",
                 field="items",
+            )
+        rows = len(request.items) * len(request.mixes)
+        if rows > self._max_rows:
+            raise InvalidArgument(
+                f"{len(request.items)} items under {len(request.mixes)} mixes are {rows} rows: "
+                f"send at most {self._max_rows} at a time",
+                "TOO_MANY_ROWS",
+                field="mixes",
             )
         length = self._context if request.max_length is None else request.max_length
         if not 2 <= length <= self._context:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Sequence
 
 from superpose_adapters.mix import Mix
-from superpose_adapters.scoring import Loss
 from superpose_server.control.default_mix import MixState
 from superpose_server.engine.score import ScoreRow
-from superpose_server.engine.sequence import Sequence
-from superpose_server.errors import DataLoss, ShuttingDown
+from superpose_server.engine.sequence import Sequence as Row
+from superpose_server.errors import DataLoss, OutputNotFinite, ShuttingDown
 from superpose_server.inference.delivery import Delivery
 from superpose_server.inference.encoding import Encoder
 from superpose_server.inference.generation import Generation
@@ -38,6 +38,7 @@ class Inference:
             runtime.tokenizer,
             runtime.model.context_length,
             runtime.limits.max_score_items,
+            runtime.limits.max_score_rows,
         )
 
     async def encode(self, prompt: Prompt) -> list[int]:
@@ -69,29 +70,55 @@ class Inference:
         bound = bound or self.bind(request.mix)
         inbox = self._delivery.inbox()
         options = request.options.within(self._runtime.model.context_length - len(prompt))
-        row = Sequence(prompt, bound.mix, options, inbox.put, self._runtime.tokenizer)
+        row = Row(prompt, bound.mix, options, inbox.put, self._runtime.tokenizer)
         self._runtime.engine.submit(row)
         return Generation(request.request_id or str(uuid.uuid4()), bound, row, inbox)
 
-    async def score(self, request: ScoreRequest, bound: MixState | None = None) -> Scores:
-        """Return log-probabilities of given texts; `bound` as in `generate`.
+    async def score(
+        self, request: ScoreRequest, bound: MixState | None = None
+    ) -> tuple[Scores, ...]:
+        """Return log-probabilities of given texts under each mix of the request.
+
+        Args:
+            request: What is asked for.
+            bound: What its one mix was bound to already; see `generate`.
 
         Raises:
             InvalidArgument: The request is wrong.
-            FailedPrecondition: The model's output is not finite under this mix.
+            FailedPrecondition: The model's output is not finite under one of the mixes.
             NotFound, QueueFull, DataLoss, ShuttingDown: As `generate`.
         """
         encoded = await asyncio.to_thread(self._encoder.items, request)
-        bound = bound or self.bind(request.mix)
+        mixes = (bound,) if bound else tuple(map(self.bind, request.mixes))
         rows = [
             ScoreRow(text.ids, text.first_scored(request.scope), request.top_logprobs)
             for text in encoded
         ]
-        result = await asyncio.wrap_future(self._runtime.engine.score(rows, bound.mix))
-        items = tuple(
-            ItemScore(tuple(row.logprobs), tuple(row.top_logprobs)) for row in result.value
+        return await self.score_rows(rows, mixes)
+
+    async def score_rows(
+        self, rows: Sequence[ScoreRow], mixes: Sequence[MixState]
+    ) -> tuple[Scores, ...]:
+        """Return the scores of rows of token ids under each of `mixes`, in one job of the engine.
+
+        Raises:
+            FailedPrecondition: The model's output is not finite under one of the mixes.
+            QueueFull, ShuttingDown: As `generate`.
+        """
+        job = self._runtime.engine.score(
+            [row for _ in mixes for row in rows], [state.mix for state in mixes for _ in rows]
         )
-        return Scores(items, sum((item.loss for item in items), Loss()), bound)
+        try:
+            found = (await asyncio.wrap_future(job)).value
+        except OutputNotFinite as error:
+            if error.row is None or len(mixes) == 1:
+                raise
+            raise OutputNotFinite(f"mixes[{error.row // len(rows)}]", row=error.row) from error
+        items = [ItemScore(tuple(row.logprobs), tuple(row.top_logprobs)) for row in found]
+        return tuple(
+            Scores(tuple(items[at * len(rows) : (at + 1) * len(rows)]), state)
+            for at, state in enumerate(mixes)
+        )
 
     async def analyze(self, mix: Mix | None) -> MixAnalysis:
         """Report how the domains of a mix (None: the default mix) interfere, without folding it.

@@ -60,14 +60,15 @@ class ScoreRequest:
 
     Attributes:
         items: Texts, token ids as they are, or rows of question-answer data.
-        mix: None: the default mix; empty: the base model. It may hold named mixes.
+        mixes: Each item is scored under each of these: None: the default mix; empty: the base
+            model. They may hold named mixes.
         max_length: Tokens kept of each item, cut on the right; None: the context length.
         scope: Which tokens count; "answer" is for question-answer rows alone.
         top_logprobs: How many of the likeliest tokens are wanted in the place of each of them.
     """
 
     items: tuple[ScoreItem, ...]
-    mix: Mix | None = None
+    mixes: tuple[Mix | None, ...] = (None,)
     max_length: int | None = None
     scope: Scope = "all"
     top_logprobs: int = 0

@@ -31,11 +31,15 @@ class ItemScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """The score of each item, the loss over all of them, and the mix that they were made with."""
+    """The score of each item, and the mix that they were made with."""
 
     items: tuple[ItemScore, ...]
-    loss: Loss
     mix: MixState
+
+    @property
+    def loss(self) -> Loss:
+        """The loss over all items."""
+        return sum((item.loss for item in self.items), Loss())
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ from superpose_server.weights.dense_correction import DenseCorrection, FactorSta
 from superpose_server.weights.kernel_correction import KernelCorrection
 from superpose_server.weights.kernel_factors import KernelFactors
 
+# A plan holds tensors for each module; that many are a few megabytes.
+_MOST_PLANS = 64
+
 
 class Correction(Protocol):
     """The low-rank terms of one batch of rows."""
@@ -95,6 +98,8 @@ class Corrections:
             return None
         key = (resident.digest, *(mix.digest for mix in rows))
         if key not in self._plans:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
             self._plans[key] = self._make_plan(rows, resident)
         return self._plans[key]
 
@@ -105,8 +110,8 @@ class Corrections:
     def forget(self, in_use: Sequence[BoundMix] = ()) -> None:
         """Drop plans, and factors of adapters that are in none of `in_use`, so that they are freed.
 
-        To be called whenever a row or a job ends, or the resident mix changes: in between there are
-        few plans, since only rows that join make new ones.
+        To be called whenever a row or a job ends, or the resident mix changes. In between rows that
+        join make new plans, and so does each slice of texts that are scored under many mixes.
         """
         self._plans.clear()
         self._gates.clear()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
@@ -52,10 +53,11 @@ _MixedRequest = (
     | mix_pb2.AnalyzeMixRequest
     | mix_pb2.NameMixRequest
 )
+_Scores = TypeVar("_Scores", inference_pb2.ScoreResponse, inference_pb2.MixScore)
 
 
-def mix_from_wire(message: mix_pb2.Mix) -> Mix:
-    """Return the mix that a client asks for.
+def mix_from_wire(message: mix_pb2.Mix, field: str = "mix") -> Mix:
+    """Return the mix that a client asks for in `field`.
 
     Raises:
         InvalidArgument: A bad name or weight, or a domain named twice.
@@ -63,7 +65,7 @@ def mix_from_wire(message: mix_pb2.Mix) -> Mix:
     try:
         return Mix.of((entry.domain, entry.weight) for entry in message.entries)
     except ValueError as error:
-        raise InvalidArgument(str(error), "INVALID_MIX", field="mix") from error
+        raise InvalidArgument(str(error), "INVALID_MIX", field=field) from error
 
 
 def requested_mix(request: _MixedRequest) -> Mix | None:
@@ -157,7 +159,14 @@ def score_from_wire(request: inference_pb2.ScoreRequest) -> ScoreRequest:
         )
     max_length = request.max_length if request.HasField("max_length") else None
     items = tuple(_item_from_wire(item) for item in request.items)
-    return ScoreRequest(items, requested_mix(request), max_length, scope)
+    if request.mixes and request.HasField("mix"):
+        raise InvalidArgument(
+            "mix and mixes are both given: send one of them", "MIX_GIVEN_TWICE", field="mixes"
+        )
+    mixes = tuple(
+        mix_from_wire(mix, f"mixes[{index}]") for index, mix in enumerate(request.mixes)
+    ) or (requested_mix(request),)
+    return ScoreRequest(items, mixes, max_length, scope)
 
 
 def _item_from_wire(item: inference_pb2.ScoreItem) -> ScoreItem:
@@ -168,9 +177,24 @@ def _item_from_wire(item: inference_pb2.ScoreItem) -> ScoreItem:
     return item.text
 
 
-def scores_to_wire(scores: Scores, *, logprobs: bool) -> inference_pb2.ScoreResponse:
-    """Return scores for a response, those of single tokens only if they are asked for."""
-    return inference_pb2.ScoreResponse(
+def scores_to_wire(
+    scores: Sequence[Scores], *, logprobs: bool, several: bool = False
+) -> inference_pb2.ScoreResponse:
+    """Return scores for a response, those of single tokens only if they are asked for.
+
+    `several` is whether the request has `mixes`, and so wants a block for each.
+    """
+    first = _scores_to_wire(inference_pb2.ScoreResponse, scores[0], logprobs)
+    if several:
+        first.mixes.extend(
+            _scores_to_wire(inference_pb2.MixScore, each, logprobs) for each in scores
+        )
+    return first
+
+
+def _scores_to_wire(kind: type[_Scores], scores: Scores, logprobs: bool) -> _Scores:
+    loss = scores.loss
+    return kind(
         items=[
             inference_pb2.ItemScore(
                 tokens=item.loss.tokens,
@@ -180,8 +204,8 @@ def scores_to_wire(scores: Scores, *, logprobs: bool) -> inference_pb2.ScoreResp
             )
             for item in scores.items
         ],
-        tokens=scores.loss.tokens,
-        perplexity=_perplexity(scores.loss),
+        tokens=loss.tokens,
+        perplexity=_perplexity(loss),
         mix=mix_to_wire(scores.mix),
     )
 

@@ -38,6 +38,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
                 max_adapter_bytes=runtime.adapter_limits.max_bytes,
                 max_domains_in_mix=runtime.limits.max_domains_in_mix,
                 max_score_items=runtime.limits.max_score_items,
+                max_score_rows=runtime.limits.max_score_rows,
             ),
             running=runtime.engine.running,
             waiting=runtime.engine.waiting,

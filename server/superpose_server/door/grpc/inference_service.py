@@ -75,7 +75,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Return log-probabilities and perplexities of given texts."""
         # Beside the event loop, since a request may hold millions of token ids.
         scores = await self._inference.score(await asyncio.to_thread(score_from_wire, request))
-        return scores_to_wire(scores, logprobs=request.logprobs)
+        return scores_to_wire(scores, logprobs=request.logprobs, several=bool(request.mixes))
 
 
 def _usage(generation: Generation) -> pb.Usage:

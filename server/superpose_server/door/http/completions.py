@@ -174,7 +174,8 @@ class Completions:
         scores: Sequence[ItemScore | None] = [None] * len(ids)
         if top is not None:
             request = ScoreRequest(tuple(ids), top_logprobs=top)
-            scores = (await self._inference.score(request, bound)).items
+            [scored] = await self._inference.score(request, bound)
+            scores = scored.items
 
         def echoing() -> list[_Choice]:
             decode = self._runtime.tokenizer.decode

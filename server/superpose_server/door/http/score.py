@@ -88,13 +88,13 @@ class ScoreTexts:
         """
         wanted = ScoreRequest(
             tuple(_item(item, f"items[{index}]") for index, item in enumerate(asked["items"])),
-            requested_mix(asked),
+            (requested_mix(asked),),
             asked.get("max_length"),
             asked.get("scope", "all"),
         )
         scores = await while_connected(request.receive, self._inference.score(wanted))
         message = scores_to_wire(scores, logprobs=asked.get("logprobs", False))
-        return json_answer(plain(message), headers=mix_headers(scores.mix))
+        return json_answer(plain(message), headers=mix_headers(scores[0].mix))
 
 
 def _item(item: Asked, at: str) -> ScoreItem:
