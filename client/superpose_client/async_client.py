@@ -149,6 +149,7 @@ class AsyncClient(OfOneProcess):
     generate = _method(calls.generate)
     stream = _stream(calls.stream)
     score = _method(calls.score)
+    fit = _stream(calls.fit)
 
     # The default mix.
     add = _method(calls.add)

@@ -26,6 +26,7 @@ from superpose_client.results import (
     AdapterInfo,
     Analysis,
     CurrentMix,
+    FitUpdate,
     Generation,
     GenerationChunk,
     HealthStatus,
@@ -102,6 +103,51 @@ def score(
         if progress is not None:
             progress(done)
     return batches.result()
+
+
+def fit(
+    texts: Iterable[ScoreText],
+    domains: Iterable[str],
+    *,
+    max_length: int | None = None,
+    scope: Scope = "all",
+    budget: int | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    penalty: float | None = None,
+    seed: int = 0,
+    timeout: float | None = None,
+) -> Call[FitUpdate]:
+    """Find the weights of `domains` that lose least on texts or (question, answer) pairs.
+
+    The last update has the result, those before how far the search is. Nothing is changed: `set`
+    or `name_mix` with the result's `mix.weights` does. About a third of the 2 to 256 texts is held
+    out and tells what the weights are worth.
+
+    Args:
+        texts: What to fit on.
+        domains: Whose weights; 1 to 8.
+        max_length: As in `score`.
+        scope: As in `score`.
+        budget: Mixes that may be scored; None: 20 and 10 for each domain.
+        low: Least weight; None: -1.
+        high: Greatest weight; None: 2.
+        penalty: Nats a token for each unit of weight; None: 0.01.
+        seed: Same seed, same result.
+        timeout: In seconds; None: none.
+    """
+    request = inference_pb2.FitMixRequest(
+        items=requests.score_items(texts),
+        domains=domains,
+        max_length=max_length,
+        scope=requests.score_scope(scope),
+        budget=budget,
+        low=low,
+        high=high,
+        penalty=penalty,
+        seed=seed,
+    )
+    return Call("Inference.FitMix", request, FitUpdate.from_proto, timeout, UNLIMITED)
 
 
 # The default mix.

@@ -8,6 +8,7 @@ import inspect
 import io
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from enum import StrEnum
@@ -29,10 +30,13 @@ from superpose_client.one_line_errors import one_line_errors
 from superpose_client.session import Session, Shown
 
 if TYPE_CHECKING:
+    from superpose_client.client import Stream
     from superpose_client.results import (
         AdapterInfo,
         Analysis,
         CurrentMix,
+        FitResult,
+        FitUpdate,
         Generation,
         GenerationChunk,
         MixState,
@@ -500,6 +504,98 @@ def _score(
     return Shown(result, json=result, fault=fault)
 
 
+@command("fit")
+def _fit(
+    session: Session,
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE", help="2 to 256 texts or rows, as for score. - is standard input."
+        ),
+    ],
+    domains: Annotated[
+        str, typer.Option("--domains", metavar="NAME,NAME", help="Whose weights; 1 to 8.")
+    ],
+    scope: Annotated[
+        Scope,
+        typer.Option("--scope", help="Tokens that count: all but the first, or the answer's."),
+    ] = Scope.ALL,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            "--max-length",
+            metavar="N",
+            callback=_within(_UINT32),
+            help="Tokens kept of each text. [default: the context length]",
+        ),
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            "--budget",
+            metavar="N",
+            callback=_within(_UINT32),
+            help="Mixes that may be scored. [default: 20, and 10 for each domain]",
+        ),
+    ] = None,
+    bounds: Annotated[
+        str, typer.Option("--bounds", metavar="LOW,HIGH", help="Of each weight.")
+    ] = "-1,2",
+    penalty: Annotated[
+        float | None,
+        typer.Option(
+            "--penalty",
+            metavar="P",
+            help="Nats a token for each unit of weight, towards few and small ones. "
+            "[default: 0.01]",
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", callback=_within(_UINT64), help="Of the search.")
+    ] = 0,
+    make_default: Annotated[
+        bool, typer.Option("--set", help="Make what is found the default mix.")
+    ] = False,
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="NAME", help="Let NAME stand for what is found.")
+    ] = None,
+) -> None:
+    """Find the weights of domains that lose least on texts.
+
+    About a third of the texts is held out, and tells what the weights are worth. Changes nothing,
+    unless --set or --name is given.
+    """
+    from superpose_client.errors import InvalidArgumentError
+    from superpose_client.score_file import ScoreFileError, read_texts, with_places
+
+    low, high = _read_bounds(bounds)
+    placed = read_texts(file)
+    try:
+        with session.client.fit(
+            [each.text for each in placed],
+            [each.strip() for each in re.split("[,;]", domains)],
+            max_length=max_length,
+            scope=scope.value,
+            budget=budget,
+            low=low,
+            high=high,
+            penalty=penalty,
+            seed=seed,
+        ) as updates:
+            result = _follow_fit(updates)
+    except InvalidArgumentError as error:
+        raise ScoreFileError(with_places(error.message, placed)) from error
+    # First of all, since it took its time and what follows may fail.
+    session.show(result)
+    if name is not None:
+        session.show(session.client.name_mix(name, result.mix.weights))
+    if make_default:
+        state = session.client.set(result.mix.weights, expected_generation=result.mix.generation)
+        replaced = state.digest != result.mix.digest
+        fault = "an adapter was replaced during the fit: what is set now was not fitted"
+        session.show(Shown(state, json=state, fault=fault if replaced else None))
+
+
 @command("health")
 def _health(session: Session) -> Shown:
     """Succeed if the server takes requests; wait 5 s by default."""
@@ -518,6 +614,29 @@ def _read_prompt(prompt: str) -> str:
     if prompt == "-":
         return sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
     return prompt
+
+
+def _read_bounds(bounds: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, bounds.split(","))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{bounds!r} is no LOW,HIGH, as in -1,2", param_hint="--bounds"
+        ) from None
+    return low, high
+
+
+def _follow_fit(updates: "Stream[FitUpdate]") -> "FitResult":
+    """Return the result of a fit, with a bar until then."""
+    from superpose_client.screens import progress
+
+    update = next(updates)
+    with progress(update.progress.budget if update.progress else 0, "mixes at most") as advance:
+        while update.result is None:
+            if update.progress:
+                advance(update.progress.evaluations)
+            update = next(updates)
+        return update.result
 
 
 def _read_biases(pairs: Iterable[str]) -> dict[int, float]:

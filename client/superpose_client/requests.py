@@ -198,15 +198,11 @@ class ScoreBatches:
         mixes: Sequence[MixLike] | None = None,
     ) -> None:
         """Convert the texts; nothing is sent."""
-        if scope not in ("all", "answer"):
-            raise ValueError(f"scope={scope!r}: must be 'all' or 'answer'")
-        self._items = [_score_item(text) for text in texts]
+        self._items = score_items(texts)
         self._template = inference_pb2.ScoreRequest(
             mix=mix(mix_value),
             max_length=max_length,
-            scope=inference_pb2.SCORE_SCOPE_ANSWER
-            if scope == "answer"
-            else inference_pb2.SCORE_SCOPE_ALL,
+            scope=score_scope(scope),
             logprobs=logprobs,
             mixes=() if mixes is None else _mixes(mixes),
         )
@@ -299,6 +295,24 @@ def _mixes(values: Sequence[MixLike]) -> list[mix_pb2.Mix]:
             )
         messages.append(message)
     return messages
+
+
+def score_scope(scope: Scope) -> inference_pb2.ScoreScope.ValueType:
+    """Return the scope as the wire has it.
+
+    Raises:
+        ValueError: There is no such scope.
+    """
+    if scope not in ("all", "answer"):
+        raise ValueError(f"scope={scope!r}: must be 'all' or 'answer'")
+    if scope == "answer":
+        return inference_pb2.SCORE_SCOPE_ANSWER
+    return inference_pb2.SCORE_SCOPE_ALL
+
+
+def score_items(texts: Iterable[ScoreText]) -> list[inference_pb2.ScoreItem]:
+    """Return the items of a request that has these texts."""
+    return [_score_item(text) for text in texts]
 
 
 def _score_item(text: ScoreText) -> inference_pb2.ScoreItem:

@@ -171,6 +171,65 @@ class ScoreResult(FromMessage, message=inference_pb2.ScoreResponse):
 
 
 @dataclass(frozen=True)
+class FitProgress(FromMessage, message=inference_pb2.FitProgress):
+    """How far a fit is, the best weights so far and what they lose, nats a token."""
+
+    evaluations: int
+    budget: int
+    weights: tuple[DomainWeight, ...]
+    loss: float
+
+
+@dataclass(frozen=True)
+class Estimate(FromMessage, message=inference_pb2.Estimate):
+    """A number and its 95 % interval, NaN where there are too few rows for one."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class FitCandidate(FromMessage, message=inference_pb2.FitCandidate):
+    """What a mix loses, nats a token; `excess` is the held-out loss over the fitted mix's."""
+
+    mix: MixState
+    fitted_loss: float
+    held_out_loss: Estimate
+    excess: Estimate
+
+
+@dataclass(frozen=True)
+class FitResult(FromMessage, message=inference_pb2.FitResult):
+    """The fitted weights, and what they and the mixes that people try first lose.
+
+    The first of the `candidates` is the fitted mix; its `mix.weights` leaves out what is 0.
+    """
+
+    weights: tuple[DomainWeight, ...]
+    candidates: tuple[FitCandidate, ...]
+    fitted_rows: int
+    fitted_tokens: int
+    held_out_rows: int
+    held_out_tokens: int
+    evaluations: int
+    warnings: tuple[str, ...]
+
+    @property
+    def mix(self) -> MixState:
+        """The fitted mix, with the generation of the default mix when the fit began."""
+        return self.candidates[0].mix
+
+
+@dataclass(frozen=True)
+class FitUpdate(FromMessage, message=inference_pb2.FitMixResponse):
+    """One of the two: progress after each round, the result at the end."""
+
+    progress: FitProgress | None
+    result: FitResult | None
+
+
+@dataclass(frozen=True)
 class AdapterInfo(FromMessage, message=adapter_pb2.Adapter):
     """An adapter. In lists `modules`, `config_json` and `warnings` are empty."""
 

@@ -1,4 +1,4 @@
-"""Read the texts that `adapterctl score` scores.
+"""Read the texts that `adapterctl score` scores and `adapterctl fit` fits on.
 
 What a file holds is told by its content: a name may say anything, and standard input has none. JSON
 is never scored as if it were text.
@@ -60,8 +60,8 @@ def read_texts(name: str) -> list[PlacedText]:
 
 
 def with_places(message: str, texts: Sequence[PlacedText]) -> str:
-    """Return a message of `Client.score`, which counts the texts, with their places in it."""
-    return re.sub(r"\btexts\[(\d+)\]", lambda found: texts[int(found[1])].place, message)
+    """Return a message that counts texts, or items as the server does, with their places in it."""
+    return re.sub(r"\b(?:texts|items)\[(\d+)\]", lambda found: texts[int(found[1])].place, message)
 
 
 def _read(name: str, file: str) -> str:

@@ -4,6 +4,7 @@ Columns are aligned with spaces and have no frames, so that one screen suits a t
 through grep and awk as well.
 """
 
+import math
 import re
 import sys
 from collections import Counter
@@ -24,6 +25,8 @@ from superpose_client.results import (
     AdapterInfo,
     Analysis,
     CurrentMix,
+    Estimate,
+    FitResult,
     MixState,
     NamedMix,
     PairAnalysis,
@@ -211,6 +214,41 @@ def _(result: ScoreResult) -> RenderableType:
         ("tokens", f"{result.tokens:,}"),
         ("texts", texts),
         *_mix_fields(result.mix),
+    )
+
+
+@screen.register
+def _(result: FitResult) -> RenderableType:
+    table = Rows("MIX", ">FITTED ON", ">HELD OUT", ">95 %", ">OVER THE FIT", ">95 %")
+    for number, candidate in enumerate(result.candidates):
+        table.add_row(
+            format_mix(candidate.mix.weights),
+            f"{candidate.fitted_loss:.4f}",
+            *_estimate(candidate.held_out_loss, ""),
+            *(_estimate(candidate.excess, "+") if number else ("", "")),
+        )
+    parts: list[RenderableType] = [
+        _fields(
+            ("mix", format_mix(result.mix.weights)),
+            ("fitted on", f"{result.fitted_rows:,} rows, {result.fitted_tokens:,} tokens"),
+            ("held out", f"{result.held_out_rows:,} rows, {result.held_out_tokens:,} tokens"),
+            ("mixes scored", f"{result.evaluations:,}"),
+            ("losses", "nats a token"),
+        ),
+        "",
+        table,
+    ]
+    if result.warnings:
+        parts += ["", _fields(*_warnings(result.warnings))]
+    return Group(*parts)
+
+
+def _estimate(estimate: Estimate, sign: str) -> tuple[str, str]:
+    if math.isnan(estimate.low):
+        return f"{estimate.value:{sign}.4f}", "too few rows"
+    return (
+        f"{estimate.value:{sign}.4f}",
+        f"{estimate.low:{sign}.4f} to {estimate.high:{sign}.4f}",
     )
 
 

@@ -8,6 +8,7 @@ ServerError
 │   └── OutputNotFinite  ... as the weights of this mix
 ├── GenerationMismatch   somebody else changed the default mix first
 ├── QueueFull            retry after a while
+│   └── FitRunning       ... when another fit has ended
 ├── WatchBehind          watch again
 ├── ShuttingDown         retry elsewhere
 ├── DataLoss             the weights fail their hash, or a fold could not be undone
@@ -105,6 +106,19 @@ class QueueFull(ServerError):
         super().__init__(
             f"{limit} requests are waiting already: retry in {retry_after_seconds:g} s",
             "QUEUE_FULL",
+        )
+        self.retry_after_seconds = retry_after_seconds
+
+
+class FitRunning(QueueFull):
+    """A fit takes the engine for many scores, so that one runs at a time."""
+
+    def __init__(self, retry_after_seconds: float) -> None:
+        """Say so."""
+        ServerError.__init__(
+            self,
+            "a fit is running already, and one runs at a time: retry when it has ended",
+            "FIT_RUNNING",
         )
         self.retry_after_seconds = retry_after_seconds
 

@@ -4,6 +4,7 @@ It speaks the whole contract but knows no models: each method has a plausible an
 replaces through `answers`.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -30,7 +31,7 @@ from superpose_proto.v1 import (
     server_pb2_grpc,
 )
 
-STREAMS = {"GenerateStream", "WatchMix"}
+STREAMS = {"GenerateStream", "WatchMix", "FitMix"}
 DEFAULT = {"math": 1.0, "medicine": 0.5}
 # No double holds this generation exactly, so a reader that goes through one is found out.
 GENERATION = 2**53 + 1
@@ -166,6 +167,41 @@ def chunks(
     ]
 
 
+def fit_updates(request: inference_pb2.FitMixRequest) -> list[inference_pb2.FitMixResponse]:
+    weights = [
+        mix_pb2.DomainWeight(domain=domain, weight=0.25 * place)
+        for place, domain in enumerate(request.domains)
+    ]
+    progress = inference_pb2.FitProgress(evaluations=7, budget=50, weights=weights, loss=2.5)
+    fitted = {weight.domain: weight.weight for weight in weights if weight.weight}
+    nothing = inference_pb2.Estimate(value=2.5, low=math.nan, high=math.nan)
+    return [
+        inference_pb2.FitMixResponse(progress=progress),
+        inference_pb2.FitMixResponse(
+            result=inference_pb2.FitResult(
+                weights=weights,
+                candidates=[
+                    inference_pb2.FitCandidate(
+                        mix=state(fitted), fitted_loss=2.125, held_out_loss=nothing
+                    ),
+                    inference_pb2.FitCandidate(
+                        mix=state({}),
+                        fitted_loss=3.0,
+                        held_out_loss=inference_pb2.Estimate(value=3.25, low=3, high=3.5),
+                        excess=inference_pb2.Estimate(value=0.75, low=-0.125, high=1),
+                    ),
+                ],
+                fitted_rows=5,
+                fitted_tokens=1234,
+                held_out_rows=3,
+                held_out_tokens=456,
+                evaluations=47,
+                warnings=["3 different rows are held out"],
+            )
+        ),
+    ]
+
+
 def default_answers() -> dict[str, Answer]:
     return {
         "Generate": lambda request: inference_pb2.GenerateResponse(
@@ -184,6 +220,7 @@ def default_answers() -> dict[str, Answer]:
         ),
         "GenerateStream": chunks,
         "Score": score_response,
+        "FitMix": fit_updates,
         "AddDomain": lambda request: mix_pb2.AddDomainResponse(
             mix=state({**DEFAULT, request.domain: request.weight})
         ),

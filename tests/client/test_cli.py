@@ -58,6 +58,7 @@ COMMANDS = [
     "compare",
     "chat",
     "score",
+    "fit",
     "health",
 ]
 
@@ -624,6 +625,51 @@ def test_texts_without_a_token_that_counts_are_told(
     scored = json.loads(nothing.stdout)
     assert (scored["tokens"], scored["perplexity"]) == (0, "NaN")
     assert [item["perplexity"] for item in scored["items"]] == ["NaN", "NaN"]
+
+
+def test_fit(ctl: Ctl, server: FakeServer) -> None:
+    shown = ctl("fit", "-", "--domains", "math, law", "--bounds", "-1.5,3", stdin="one\ntwo\n")
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    request = server.request
+    assert list(request.domains) == ["math", "law"]
+    assert (request.low, request.high) == (-1.5, 3)
+    for words in (
+        "law=0.25",
+        "5 rows, 1,234 tokens",
+        "3 rows, 456 tokens",
+        "too few rows",
+        "3.0000 to 3.5000",
+        "+0.7500  -0.1250 to +1.0000",
+        "3 different rows are held out",
+    ):
+        assert words in shown.stdout
+
+
+def test_fit_sets_and_names_what_it_found_when_told_to(ctl: Ctl, server: FakeServer) -> None:
+    lines = ctl(
+        *("fit", "-", "--domains", "math,law", "--set", "--name", "best", "--json"), stdin="a\nb\n"
+    ).stdout.splitlines()
+    _, named, changed = server.requests
+    assert (named.name, weights_of(named.mix)) == ("best", {"law": 0.25})
+    assert (weights_of(changed.mix), changed.expected_generation) == ({"law": 0.25}, GENERATION)
+    fitted, name, state = map(json.loads, lines)
+    assert fitted["candidates"][0]["held_out_loss"] == {"value": 2.5, "low": "NaN", "high": "NaN"}
+    assert (name["name"], state["generation"]) == ("best", GENERATION)
+
+
+def test_an_adapter_that_is_replaced_during_a_fit_is_told(ctl: Ctl, server: FakeServer) -> None:
+    server.answers["SetMix"] = mix_pb2.SetMixResponse(mix=state({"law": 0.5}))
+    said = ctl("fit", "-", "--domains", "math,law", "--set", stdin="a\nb\n")
+    assert said.exit_code == 1
+    assert "an adapter was replaced during the fit" in said.stderr
+
+
+@pytest.mark.parametrize("bounds", ["1", "a,b", "1,2,3"])
+def test_bounds_that_are_none_are_wrong_usage(ctl: Ctl, server: FakeServer, bounds: str) -> None:
+    result = ctl("fit", "-", "--domains", "a", "--bounds", bounds)
+    assert result.exit_code == 2
+    assert "LOW,HIGH" in result.stderr
+    assert server.requests == []
 
 
 def test_a_missing_file_is_named(ctl: Ctl, tmp_path: Path) -> None:

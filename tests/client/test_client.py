@@ -332,6 +332,33 @@ def test_mixes_that_mean_nothing_are_refused(
     assert server.requests == []
 
 
+def test_fit(caller: Caller, server: FakeServer) -> None:
+    progress, last = caller.collect(
+        "fit",
+        ["text", ("q", "a")],
+        ["math", "law"],
+        max_length=9,
+        scope="all",
+        budget=50,
+        low=-0.5,
+        penalty=0,
+        seed=7,
+    )
+    request = server.request
+    assert [item.WhichOneof("item") for item in request.items] == ["text", "question_answer"]
+    assert list(request.domains) == ["math", "law"]
+    assert (request.max_length, request.budget, request.low, request.penalty) == (9, 50, -0.5, 0)
+    assert request.HasField("penalty")
+    assert not request.HasField("high")
+    assert (request.scope, request.seed) == (inference_pb2.SCORE_SCOPE_ALL, 7)
+    assert (progress.progress.evaluations, progress.progress.loss) == (7, 2.5)
+    assert progress.result is None
+    assert last.progress is None
+    assert last.result.mix.weights == {"law": 0.25}
+    assert [weight.weight for weight in last.result.weights] == [0, 0.25]
+    assert last.result.candidates[1].excess.value == 0.75
+
+
 def test_an_adapter_that_changes_within_a_score_is_noticed(
     caller: Caller, server: FakeServer
 ) -> None:

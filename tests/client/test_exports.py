@@ -25,6 +25,8 @@ INTERNAL = {
     "from_rpc_error",
     "generate",
     "mix",
+    "score_items",
+    "score_scope",
     "tensors_size",
 }
 

@@ -51,6 +51,35 @@ def weights(state: Any) -> dict[str, float]:
     return {entry["domain"]: entry["weight"] for entry in state["entries"]}
 
 
+def test_fit(mini: Served, tmp_path: Path) -> None:
+    rows = [held_out(domain).read_text().splitlines()[:8] for domain in MINI_DOMAINS]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(line for lines in rows for line in lines))
+    domains = ",".join(MINI_DOMAINS)
+    flags = ("--domains", domains, "--max-length", "32", "--budget", "14", "--set")
+    result = adapterctl(mini, "fit", str(file), *flags, "--json")
+    assert result.exit_code == 0, result.stderr
+    fitted, state = map(json.loads, result.stdout.splitlines())
+    found = {each["domain"]: each["weight"] for each in fitted["weights"]}
+    assert weights(state) == {name: weight for name, weight in found.items() if weight}
+    assert mini.client.mix().weights == weights(state)
+    assert fitted["evaluations"] <= 14
+    candidates = [(weights(c["mix"]), c) for c in fitted["candidates"]]
+    _, best = candidates[0]
+    others = {tuple(sorted(mix)): c for mix, c in candidates[1:]}
+    # Three whole deltas interfere, and one alone helps one domain's rows.
+    assert best["fitted_loss"] < min(c["fitted_loss"] for c in others.values())
+    assert others[tuple(sorted(MINI_DOMAINS))]["excess"]["low"] > 0
+    texts = [json.loads(line) for lines in rows for line in lines]
+    half = dict.fromkeys(MINI_DOMAINS, 0.5)
+    scored = mini.client.score(
+        [(row["question"], row["answer"]) for row in texts],
+        mixes=[half, weights(state)],
+        max_length=32,
+    )
+    assert scored.mixes[1].perplexity < scored.mixes[0].perplexity * 1.001
+
+
 def test_status(mini: Served) -> None:
     status = output(mini, "status")
     assert status["base"] == "mini"

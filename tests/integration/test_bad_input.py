@@ -370,6 +370,68 @@ SCORES = {
         "weight of b is 1000000000.0",
         "mixes[1]",
     ),
+    "no domains": Case(
+        lambda s: list(s.client.fit(["ab", "cd"], [])),
+        InvalidArgumentError,
+        "BAD_DOMAIN_COUNT",
+        "domains has 0 names",
+        "domains",
+    ),
+    "a domain twice": Case(
+        lambda s: list(s.client.fit(["ab", "cd"], ["a", "b", "a"])),
+        InvalidArgumentError,
+        "DOMAIN_TWICE",
+        "names a twice",
+        "domains",
+    ),
+    "low above high": Case(
+        lambda s: list(s.client.fit(["ab", "cd"], ["a"], low=2, high=1)),
+        InvalidArgumentError,
+        "BAD_BOUNDS",
+        "low must be below high",
+        "low",
+    ),
+    "no bound": Case(
+        lambda s: list(s.client.fit(["ab", "cd"], ["a"], high=math.nan)),
+        InvalidArgumentError,
+        "BAD_BOUNDS",
+        "weight of bound high is nan",
+        "high",
+    ),
+    "penalty below 0": Case(
+        lambda s: list(s.client.fit(["ab", "cd"], ["a"], penalty=-1)),
+        InvalidArgumentError,
+        "BAD_PENALTY",
+        "penalty is -1",
+        "penalty",
+    ),
+    "budget 0": Case(
+        lambda s: list(s.client.fit(["ab", "cd"], ["a"], budget=0)),
+        InvalidArgumentError,
+        "BAD_BUDGET",
+        "budget is 0: use 1 to 512",
+        "budget",
+    ),
+    "fit on twins": Case(
+        lambda s: list(s.client.fit(["ab 1", "ab 2"], ["a"])),
+        InvalidArgumentError,
+        "TOO_FEW_ROWS",
+        "items hold 1 different rows",
+        "items",
+    ),
+    "fit on nothing": Case(
+        lambda s: list(s.client.fit([], ["a"])),
+        InvalidArgumentError,
+        "BAD_ITEM_COUNT",
+        "items has 0 texts",
+        "items",
+    ),
+    "fit of an unknown domain": Case(
+        lambda s: list(s.client.fit(["ab", "cd"], ["a", "nope"])),
+        NotFoundError,
+        "DOMAIN_NOT_FOUND",
+        "nope",
+    ),
     "empty text": Case(
         lambda s: s.client.score(["abc", ""]),
         InvalidArgumentError,
@@ -643,7 +705,8 @@ def calls_in_bytes(channel: Any) -> Iterator[tuple[str, Callable[[bytes], Any]]]
     for name in (*(f"superpose.v1.{method}" for method in UNARY), "grpc.health.v1.Health/Check"):
         yield name, channel.unary_unary(f"/{name}")
     for name in (
-        *("superpose.v1.InferenceService/GenerateStream", "superpose.v1.MixService/WatchMix"),
+        *("superpose.v1.InferenceService/GenerateStream", "superpose.v1.InferenceService/FitMix"),
+        "superpose.v1.MixService/WatchMix",
         "grpc.health.v1.Health/Watch",
     ):
         yield name, partial(_stream, channel.unary_stream(f"/{name}"))

@@ -16,10 +16,16 @@ from superpose_adapters.mix import Mix
 from superpose_client import FailedPreconditionError, ScoreText
 from superpose_server.engine.sampling import SamplingParams
 from superpose_server.engine.sequence import Chunk, FinishReason
-from superpose_server.errors import InvalidArgument, QueueFull
+from superpose_server.errors import FitRunning, InvalidArgument, QueueFull
 from superpose_server.inference.generation import Generation
 from superpose_server.inference.inference import Inference
-from superpose_server.inference.request import GenerateRequest, QuestionAnswer, ScoreRequest
+from superpose_server.inference.request import (
+    FitRequest,
+    GenerateRequest,
+    QuestionAnswer,
+    ScoreRequest,
+)
+from superpose_server.inference.result import FitProgress, FitResult
 
 LONG = SamplingParams(max_new_tokens=900, temperature=0.0, ignore_eos=True)
 SHORT = SamplingParams(max_new_tokens=20, temperature=0.0, ignore_eos=True)
@@ -170,6 +176,20 @@ def test_which_of_several_mixes_is_not_finite_is_told(
     with pytest.raises(FailedPreconditionError, match=r"not finite under mixes\[2\]"):
         served.client.score(["ab", "cd"], mixes=["base", "a", "huge=1e4", "b"])
     assert served.client.score(["ab"], mixes=["base", "a"]).mixes[1].mix.weights == {"a": 1.0}
+
+
+def test_one_fit_runs_at_a_time(served: Served, inference: Inference) -> None:
+    request = FitRequest(("ab", "cd", "ef"), ("a",), budget=3)
+
+    async def run() -> None:
+        async with aclosing(inference.fit(request)) as first:
+            assert isinstance(await anext(first), FitProgress)
+            with pytest.raises(FitRunning, match="one runs at a time"):
+                await anext(inference.fit(request))
+        *_, last = [update async for update in inference.fit(request)]
+        assert isinstance(last, FitResult)
+
+    served.loop.run(run())
 
 
 def test_scores_are_those_of_the_client(served: Served, inference: Inference) -> None:

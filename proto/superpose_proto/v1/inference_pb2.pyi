@@ -666,3 +666,226 @@ class MixScore(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["items", b"items", "mix", b"mix", "perplexity", b"perplexity", "tokens", b"tokens"]) -> None: ...
 
 Global___MixScore: typing_extensions.TypeAlias = MixScore
+
+@typing.final
+class FitMixRequest(google.protobuf.message.Message):
+    """Minimises the loss on items plus penalty * (sum of |weight|), each weight within bounds."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: builtins.int
+    DOMAINS_FIELD_NUMBER: builtins.int
+    MAX_LENGTH_FIELD_NUMBER: builtins.int
+    SCOPE_FIELD_NUMBER: builtins.int
+    BUDGET_FIELD_NUMBER: builtins.int
+    LOW_FIELD_NUMBER: builtins.int
+    HIGH_FIELD_NUMBER: builtins.int
+    PENALTY_FIELD_NUMBER: builtins.int
+    SEED_FIELD_NUMBER: builtins.int
+    max_length: builtins.int
+    """As in ScoreRequest."""
+    scope: Global___ScoreScope.ValueType
+    budget: builtins.int
+    """Mixes that the search may score, 1 to 512; if absent 20 and 10 for each domain."""
+    low: builtins.float
+    """Bounds of each weight; -1 and 2 if absent."""
+    high: builtins.float
+    penalty: builtins.float
+    """Nats a token for each unit of weight, towards few and small weights; 0.01 if absent, 0 is off."""
+    seed: builtins.int
+    """Of the search and of the intervals; 0 if absent. Same seed, same result."""
+    @property
+    def items(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ScoreItem]:
+        """2 to 256, some of which are held out: about a third, never one of two that differ in case, white
+        space or numbers alone.
+        """
+
+    @property
+    def domains(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """1 to 8 domains, each once. Named mixes have no weight of their own to fit."""
+
+    def __init__(
+        self,
+        *,
+        items: collections.abc.Iterable[Global___ScoreItem] | None = ...,
+        domains: collections.abc.Iterable[builtins.str] | None = ...,
+        max_length: builtins.int | None = ...,
+        scope: Global___ScoreScope.ValueType = ...,
+        budget: builtins.int | None = ...,
+        low: builtins.float | None = ...,
+        high: builtins.float | None = ...,
+        penalty: builtins.float | None = ...,
+        seed: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_budget", b"_budget", "_high", b"_high", "_low", b"_low", "_max_length", b"_max_length", "_penalty", b"_penalty", "budget", b"budget", "high", b"high", "low", b"low", "max_length", b"max_length", "penalty", b"penalty"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_budget", b"_budget", "_high", b"_high", "_low", b"_low", "_max_length", b"_max_length", "_penalty", b"_penalty", "budget", b"budget", "domains", b"domains", "high", b"high", "items", b"items", "low", b"low", "max_length", b"max_length", "penalty", b"penalty", "scope", b"scope", "seed", b"seed"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_budget", b"_budget"]) -> typing.Literal["budget"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_high", b"_high"]) -> typing.Literal["high"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_low", b"_low"]) -> typing.Literal["low"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_max_length", b"_max_length"]) -> typing.Literal["max_length"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_penalty", b"_penalty"]) -> typing.Literal["penalty"] | None: ...
+
+Global___FitMixRequest: typing_extensions.TypeAlias = FitMixRequest
+
+@typing.final
+class FitMixResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: builtins.int
+    RESULT_FIELD_NUMBER: builtins.int
+    @property
+    def progress(self) -> Global___FitProgress:
+        """In all messages but the last."""
+
+    @property
+    def result(self) -> Global___FitResult:
+        """In the last message."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___FitProgress | None = ...,
+        result: Global___FitResult | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["progress", b"progress", "result", b"result"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["progress", b"progress", "result", b"result"]) -> None: ...
+
+Global___FitMixResponse: typing_extensions.TypeAlias = FitMixResponse
+
+@typing.final
+class FitProgress(google.protobuf.message.Message):
+    """How far a search is: the best weights so far."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EVALUATIONS_FIELD_NUMBER: builtins.int
+    BUDGET_FIELD_NUMBER: builtins.int
+    WEIGHTS_FIELD_NUMBER: builtins.int
+    LOSS_FIELD_NUMBER: builtins.int
+    evaluations: builtins.int
+    """Mixes that were scored, of at most `budget`."""
+    budget: builtins.int
+    loss: builtins.float
+    """Mean over the rows that are fitted on, nats a token."""
+    @property
+    def weights(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[superpose_proto.v1.mix_pb2.DomainWeight]:
+        """Of every domain, in the order of the request."""
+
+    def __init__(
+        self,
+        *,
+        evaluations: builtins.int = ...,
+        budget: builtins.int = ...,
+        weights: collections.abc.Iterable[superpose_proto.v1.mix_pb2.DomainWeight] | None = ...,
+        loss: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["budget", b"budget", "evaluations", b"evaluations", "loss", b"loss", "weights", b"weights"]) -> None: ...
+
+Global___FitProgress: typing_extensions.TypeAlias = FitProgress
+
+@typing.final
+class Estimate(google.protobuf.message.Message):
+    """A number, and the interval in which it lies in 95 of 100 samples of rows drawn anew (bootstrap
+    over the rows, twins together). NaN where there are too few for one.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: builtins.int
+    LOW_FIELD_NUMBER: builtins.int
+    HIGH_FIELD_NUMBER: builtins.int
+    value: builtins.float
+    low: builtins.float
+    high: builtins.float
+    def __init__(
+        self,
+        *,
+        value: builtins.float = ...,
+        low: builtins.float = ...,
+        high: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["high", b"high", "low", b"low", "value", b"value"]) -> None: ...
+
+Global___Estimate: typing_extensions.TypeAlias = Estimate
+
+@typing.final
+class FitCandidate(google.protobuf.message.Message):
+    """What a mix loses, nats a token."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MIX_FIELD_NUMBER: builtins.int
+    FITTED_LOSS_FIELD_NUMBER: builtins.int
+    HELD_OUT_LOSS_FIELD_NUMBER: builtins.int
+    EXCESS_FIELD_NUMBER: builtins.int
+    fitted_loss: builtins.float
+    """Mean over the rows that are fitted on."""
+    @property
+    def mix(self) -> superpose_proto.v1.mix_pb2.MixState: ...
+    @property
+    def held_out_loss(self) -> Global___Estimate: ...
+    @property
+    def excess(self) -> Global___Estimate:
+        """Held-out loss over that of the fitted mix, of the same rows: above 0 it is worse."""
+
+    def __init__(
+        self,
+        *,
+        mix: superpose_proto.v1.mix_pb2.MixState | None = ...,
+        fitted_loss: builtins.float = ...,
+        held_out_loss: Global___Estimate | None = ...,
+        excess: Global___Estimate | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["excess", b"excess", "held_out_loss", b"held_out_loss", "mix", b"mix"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["excess", b"excess", "fitted_loss", b"fitted_loss", "held_out_loss", b"held_out_loss", "mix", b"mix"]) -> None: ...
+
+Global___FitCandidate: typing_extensions.TypeAlias = FitCandidate
+
+@typing.final
+class FitResult(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WEIGHTS_FIELD_NUMBER: builtins.int
+    CANDIDATES_FIELD_NUMBER: builtins.int
+    FITTED_ROWS_FIELD_NUMBER: builtins.int
+    FITTED_TOKENS_FIELD_NUMBER: builtins.int
+    HELD_OUT_ROWS_FIELD_NUMBER: builtins.int
+    HELD_OUT_TOKENS_FIELD_NUMBER: builtins.int
+    EVALUATIONS_FIELD_NUMBER: builtins.int
+    WARNINGS_FIELD_NUMBER: builtins.int
+    fitted_rows: builtins.int
+    """Rows with a token that counts, and these tokens."""
+    fitted_tokens: builtins.int
+    held_out_rows: builtins.int
+    held_out_tokens: builtins.int
+    evaluations: builtins.int
+    @property
+    def weights(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[superpose_proto.v1.mix_pb2.DomainWeight]:
+        """Of every domain, in the order of the request; 0 where it is best left out."""
+
+    @property
+    def candidates(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___FitCandidate]:
+        """The fitted mix; then, each once, all domains at weight 1, each alone, and the base."""
+
+    @property
+    def warnings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        weights: collections.abc.Iterable[superpose_proto.v1.mix_pb2.DomainWeight] | None = ...,
+        candidates: collections.abc.Iterable[Global___FitCandidate] | None = ...,
+        fitted_rows: builtins.int = ...,
+        fitted_tokens: builtins.int = ...,
+        held_out_rows: builtins.int = ...,
+        held_out_tokens: builtins.int = ...,
+        evaluations: builtins.int = ...,
+        warnings: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["candidates", b"candidates", "evaluations", b"evaluations", "fitted_rows", b"fitted_rows", "fitted_tokens", b"fitted_tokens", "held_out_rows", b"held_out_rows", "held_out_tokens", b"held_out_tokens", "warnings", b"warnings", "weights", b"weights"]) -> None: ...
+
+Global___FitResult: typing_extensions.TypeAlias = FitResult

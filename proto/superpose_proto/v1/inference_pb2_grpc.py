@@ -50,6 +50,11 @@ class InferenceServiceStub(object):
                 request_serializer=superpose__proto_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=superpose__proto_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.FitMix = channel.unary_stream(
+                '/superpose.v1.InferenceService/FitMix',
+                request_serializer=superpose__proto_dot_v1_dot_inference__pb2.FitMixRequest.SerializeToString,
+                response_deserializer=superpose__proto_dot_v1_dot_inference__pb2.FitMixResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer(object):
@@ -76,6 +81,14 @@ class InferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FitMix(self, request, context):
+        """Finds the weights of some domains that lose least on given texts. Sends progress after each
+        round, then the result. It changes no mix: SetMix and NameMix do. One runs at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +106,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=superpose__proto_dot_v1_dot_inference__pb2.ScoreRequest.FromString,
                     response_serializer=superpose__proto_dot_v1_dot_inference__pb2.ScoreResponse.SerializeToString,
+            ),
+            'FitMix': grpc.unary_stream_rpc_method_handler(
+                    servicer.FitMix,
+                    request_deserializer=superpose__proto_dot_v1_dot_inference__pb2.FitMixRequest.FromString,
+                    response_serializer=superpose__proto_dot_v1_dot_inference__pb2.FitMixResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -177,6 +195,33 @@ class InferenceService(object):
             '/superpose.v1.InferenceService/Score',
             superpose__proto_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
             superpose__proto_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FitMix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/superpose.v1.InferenceService/FitMix',
+            superpose__proto_dot_v1_dot_inference__pb2.FitMixRequest.SerializeToString,
+            superpose__proto_dot_v1_dot_inference__pb2.FitMixResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -73,7 +73,23 @@ _InferenceServiceScoreType = typing_extensions.TypeVar(
     ],
 )
 
-class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _InferenceServiceGenerateStreamType, _InferenceServiceScoreType]):
+_InferenceServiceFitMixType = typing_extensions.TypeVar(
+    '_InferenceServiceFitMixType',
+    grpc.UnaryStreamMultiCallable[
+        superpose_proto.v1.inference_pb2.FitMixRequest,
+        superpose_proto.v1.inference_pb2.FitMixResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        superpose_proto.v1.inference_pb2.FitMixRequest,
+        superpose_proto.v1.inference_pb2.FitMixResponse,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        superpose_proto.v1.inference_pb2.FitMixRequest,
+        superpose_proto.v1.inference_pb2.FitMixResponse,
+    ],
+)
+
+class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _InferenceServiceGenerateStreamType, _InferenceServiceScoreType, _InferenceServiceFitMixType]):
     """Text under a mix. A request keeps the mix that it was accepted with until it ends."""
 
     @typing.overload
@@ -89,6 +105,10 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
         grpc.UnaryUnaryMultiCallable[
             superpose_proto.v1.inference_pb2.ScoreRequest,
             superpose_proto.v1.inference_pb2.ScoreResponse,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            superpose_proto.v1.inference_pb2.FitMixRequest,
+            superpose_proto.v1.inference_pb2.FitMixResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -106,6 +126,10 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
             superpose_proto.v1.inference_pb2.ScoreRequest,
             superpose_proto.v1.inference_pb2.ScoreResponse,
         ],
+        grpc.aio.UnaryStreamMultiCallable[
+            superpose_proto.v1.inference_pb2.FitMixRequest,
+            superpose_proto.v1.inference_pb2.FitMixResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Generate: _InferenceServiceGenerateType
@@ -115,6 +139,11 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
 
     Score: _InferenceServiceScoreType
     """Log-probabilities and perplexity of given texts."""
+
+    FitMix: _InferenceServiceFitMixType
+    """Finds the weights of some domains that lose least on given texts. Sends progress after each
+    round, then the result. It changes no mix: SetMix and NameMix do. One runs at a time.
+    """
 
 InferenceServiceAsyncStub: typing_extensions.TypeAlias = InferenceServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -128,6 +157,10 @@ InferenceServiceAsyncStub: typing_extensions.TypeAlias = InferenceServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         superpose_proto.v1.inference_pb2.ScoreRequest,
         superpose_proto.v1.inference_pb2.ScoreResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        superpose_proto.v1.inference_pb2.FitMixRequest,
+        superpose_proto.v1.inference_pb2.FitMixResponse,
     ],
 ]
 
@@ -156,5 +189,15 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[superpose_proto.v1.inference_pb2.ScoreResponse, collections.abc.Awaitable[superpose_proto.v1.inference_pb2.ScoreResponse]]:
         """Log-probabilities and perplexity of given texts."""
+
+    @abc.abstractmethod
+    def FitMix(
+        self,
+        request: superpose_proto.v1.inference_pb2.FitMixRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[superpose_proto.v1.inference_pb2.FitMixResponse], collections.abc.AsyncIterator[superpose_proto.v1.inference_pb2.FitMixResponse]]:
+        """Finds the weights of some domains that lose least on given texts. Sends progress after each
+        round, then the result. It changes no mix: SetMix and NameMix do. One runs at a time.
+        """
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from superpose_adapters.scoring import EncodedText
 from superpose_adapters.text_encoder import TextEncoder, TokenRefused
 from superpose_server.engine.sampling import SamplingParams
+from superpose_server.engine.score import ScoreRow
 from superpose_server.engine.tokenizer import Tokenizer
 from superpose_server.errors import InvalidArgument
 from superpose_server.inference.request import (
     Chat,
+    FitRequest,
     GenerateRequest,
     Prompt,
     QuestionAnswer,
@@ -135,18 +137,12 @@ class Encoder:
         with _refused(field):
             self._texts.check(ids)
 
-    def items(self, request: ScoreRequest) -> list[EncodedText]:
+    def score_rows(self, request: ScoreRequest) -> list[ScoreRow]:
         """Return what is to be scored of each item.
 
         Raises:
-            InvalidArgument: Any part of the request but its mix is wrong.
+            InvalidArgument: Any part of the request but its mixes is wrong.
         """
-        if not 1 <= len(request.items) <= self._max_items:
-            raise InvalidArgument(
-                f"items has {len(request.items)} texts: send 1 to {self._max_items}",
-                "BAD_ITEM_COUNT",
-                field="items",
-            )
         rows = len(request.items) * len(request.mixes)
         if rows > self._max_rows:
             raise InvalidArgument(
@@ -155,6 +151,20 @@ class Encoder:
                 "TOO_MANY_ROWS",
                 field="mixes",
             )
+        return self.rows(request, request.top_logprobs)
+
+    def rows(self, request: ScoreRequest | FitRequest, top: int = 0) -> list[ScoreRow]:
+        """Return what is to be scored of each item, and the `top` likeliest tokens with it.
+
+        Raises:
+            InvalidArgument: Items, max_length or scope are wrong.
+        """
+        if not 1 <= len(request.items) <= self._max_items:
+            raise InvalidArgument(
+                f"items has {len(request.items)} texts: send 1 to {self._max_items}",
+                "BAD_ITEM_COUNT",
+                field="items",
+            )
         length = self._context if request.max_length is None else request.max_length
         if not 2 <= length <= self._context:
             raise InvalidArgument(
@@ -162,7 +172,7 @@ class Encoder:
                 "BAD_MAX_LENGTH",
                 field="max_length",
             )
-        encoded = []
+        rows = []
         for index, item in enumerate(request.items):
             field = f"items[{index}]"
             text = self._item(item, field, length)
@@ -172,8 +182,8 @@ class Encoder:
                     "BAD_SCOPE",
                     field=field,
                 )
-            encoded.append(text)
-        return encoded
+            rows.append(ScoreRow(text.ids, text.first_scored(request.scope), top))
+        return rows
 
     def _item(self, item: ScoreItem, field: str, length: int) -> EncodedText:
         if isinstance(item, QuestionAnswer):

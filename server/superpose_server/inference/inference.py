@@ -8,22 +8,45 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 
-from superpose_adapters.mix import Mix
+from superpose_adapters.mix import BoundEntry, BoundMix, Mix
 from superpose_server.control.default_mix import MixState
 from superpose_server.engine.score import ScoreRow
 from superpose_server.engine.sequence import Sequence as Row
-from superpose_server.errors import DataLoss, OutputNotFinite, ShuttingDown
+from superpose_server.errors import (
+    DataLoss,
+    FitRunning,
+    InvalidArgument,
+    OutputNotFinite,
+    ShuttingDown,
+)
 from superpose_server.inference.delivery import Delivery
 from superpose_server.inference.encoding import Encoder
+from superpose_server.inference.fit import Sample, fit
 from superpose_server.inference.generation import Generation
-from superpose_server.inference.request import Chat, GenerateRequest, Prompt, ScoreRequest
-from superpose_server.inference.result import ItemScore, MixAnalysis, Scores, VerifiedWeights
+from superpose_server.inference.request import (
+    Chat,
+    FitRequest,
+    GenerateRequest,
+    Prompt,
+    ScoreRequest,
+)
+from superpose_server.inference.result import (
+    FitProgress,
+    FitResult,
+    ItemScore,
+    MixAnalysis,
+    Scores,
+    VerifiedWeights,
+)
 from superpose_server.runtime import Runtime
 
 # From this many characters on, a text is tokenised beside the event loop.
 _LONG_TEXT = 1 << 14
+# Seconds after which another fit may have ended.
+_FIT_SECONDS = 10.0
 
 
 class Inference:
@@ -40,6 +63,7 @@ class Inference:
             runtime.limits.max_score_items,
             runtime.limits.max_score_rows,
         )
+        self._fitting = False
 
     async def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt, at least one, and no more than the context holds.
@@ -88,15 +112,11 @@ class Inference:
             FailedPrecondition: The model's output is not finite under one of the mixes.
             NotFound, QueueFull, DataLoss, ShuttingDown: As `generate`.
         """
-        encoded = await asyncio.to_thread(self._encoder.items, request)
+        rows = await asyncio.to_thread(self._encoder.score_rows, request)
         mixes = (bound,) if bound else tuple(map(self.bind, request.mixes))
-        rows = [
-            ScoreRow(text.ids, text.first_scored(request.scope), request.top_logprobs)
-            for text in encoded
-        ]
-        return await self.score_rows(rows, mixes)
+        return await self._score_rows(rows, mixes)
 
-    async def score_rows(
+    async def _score_rows(
         self, rows: Sequence[ScoreRow], mixes: Sequence[MixState]
     ) -> tuple[Scores, ...]:
         """Return the scores of rows of token ids under each of `mixes`, in one job of the engine.
@@ -119,6 +139,68 @@ class Inference:
             Scores(tuple(items[at * len(rows) : (at + 1) * len(rows)]), state)
             for at, state in enumerate(mixes)
         )
+
+    async def fit(self, request: FitRequest) -> AsyncGenerator[FitProgress | FitResult]:
+        """Find the weights that lose least on given rows; nothing is changed.
+
+        Yields progress, and at last the result. What is closed before stops at the engine's next
+        slice.
+
+        Raises:
+            InvalidArgument: The request is wrong, or its rows are too few.
+            FailedPrecondition: The model's output is not finite under a mix within the bounds.
+            FitRunning: Another fit runs.
+            NotFound, QueueFull, DataLoss, ShuttingDown: As `generate`.
+        """
+        if self._fitting:
+            raise FitRunning(_FIT_SECONDS)
+        self._fitting = True
+        try:
+            rows = await asyncio.to_thread(self._encoder.rows, request)
+            sample = Sample.of(request.items, rows)
+            mix_of = self._mixes_of(request.domains)
+
+            async def score(
+                rows: Sequence[ScoreRow], mixes: Sequence[MixState]
+            ) -> tuple[Scores, ...]:
+                self._check_serving()  # It goes on for longer than any other request.
+                return await self._score_rows(rows, mixes)
+
+            most = self._runtime.limits.max_score_rows
+            async with aclosing(fit(request, sample, mix_of, score, most)) as updates:
+                async for update in updates:
+                    yield update
+        finally:
+            self._fitting = False
+
+    def _mixes_of(self, domains: Sequence[str]) -> Callable[[Sequence[float]], MixState]:
+        """Return what makes mixes of the adapters that `domains` name now, one weight for each.
+
+        Raises:
+            NotFound: A domain is not loaded.
+            InvalidArgument: One is a named mix.
+        """
+        registry = self._runtime.registry
+        registry.check_size(len(domains), "domains")
+        for name in domains:
+            if registry.named_mixes.find(name) is not None:
+                raise InvalidArgument(
+                    f"{name} is a named mix: name the domains whose weights are to be fitted",
+                    "NOT_A_DOMAIN",
+                    field="domains",
+                )
+        adapters = {name: registry.get(name).adapter for name in domains}
+        generation = self._runtime.default_mix.state.generation
+
+        def mix_of(weights: Sequence[float]) -> MixState:
+            entries = (
+                BoundEntry(name, adapter, weight)
+                for (name, adapter), weight in zip(adapters.items(), weights, strict=True)
+                if weight != 0
+            )
+            return MixState(generation, BoundMix.of(registry.base_digest, entries))
+
+        return mix_of
 
     async def analyze(self, mix: Mix | None) -> MixAnalysis:
         """Report how the domains of a mix (None: the default mix) interfere, without folding it.
@@ -156,6 +238,10 @@ class Inference:
             DataLoss: The weights are damaged.
             ShuttingDown: The server is stopping.
         """
+        self._check_serving()
+        return self.resolve(mix)
+
+    def _check_serving(self) -> None:
         if self._runtime.ending.is_set():
             raise ShuttingDown
         if not self._runtime.integrity.intact:
@@ -164,7 +250,6 @@ class Inference:
                 "or restart the server",
                 "WEIGHTS_DAMAGED",
             )
-        return self.resolve(mix)
 
     def resolve(self, mix: Mix | None) -> MixState:
         """Return what `mix` (None: the default mix) means now, whatever changes later.

@@ -6,12 +6,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from superpose_adapters.mix import Mix
+from superpose_adapters.mix_syntax import check_weight
 from superpose_adapters.scoring import Scope
 from superpose_server.engine.sampling import SamplingParams
+from superpose_server.errors import InvalidArgument
+
+# A quadratic model of so many weights has 45 coefficients, each of which needs a value.
+MAX_FITTED = 8
+MAX_BUDGET = 512
 
 TokenIds = Sequence[int]
 
@@ -72,3 +79,75 @@ class ScoreRequest:
     max_length: int | None = None
     scope: Scope = "all"
     top_logprobs: int = 0
+
+
+@dataclass(frozen=True)
+class FitRequest:
+    """Rows to fit the weights of a mix on.
+
+    Attributes:
+        items: As of a `ScoreRequest`.
+        domains: Whose weights are fitted.
+        max_length: As of a `ScoreRequest`.
+        scope: As of a `ScoreRequest`.
+        budget: Mixes that the search may score; None: 20 and 10 for each domain.
+        low: Least weight.
+        high: Greatest weight.
+        penalty: Nats a token for each unit of weight.
+        seed: Of the search and of the intervals.
+
+    Raises:
+        InvalidArgument: Anything but the items and the names of the domains is out of its range.
+    """
+
+    items: tuple[ScoreItem, ...]
+    domains: tuple[str, ...]
+    max_length: int | None = None
+    scope: Scope = "all"
+    budget: int | None = None
+    low: float = -1.0
+    high: float = 2.0
+    penalty: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check all that needs neither a base nor a registry."""
+        if not 1 <= len(self.domains) <= MAX_FITTED:
+            raise InvalidArgument(
+                f"domains has {len(self.domains)} names: fit 1 to {MAX_FITTED}",
+                "BAD_DOMAIN_COUNT",
+                field="domains",
+            )
+        twice = [name for name in self.domains if self.domains.count(name) > 1]
+        if twice:
+            raise InvalidArgument(
+                f"domains names {twice[0]} twice: name each domain once",
+                "DOMAIN_TWICE",
+                field="domains",
+            )
+        if not 1 <= self.most_evaluations <= MAX_BUDGET:
+            raise InvalidArgument(
+                f"budget is {self.budget}: use 1 to {MAX_BUDGET}", "BAD_BUDGET", field="budget"
+            )
+        for name, bound in (("low", self.low), ("high", self.high)):
+            try:
+                check_weight(f"bound {name}", bound)
+            except ValueError as error:
+                raise InvalidArgument(str(error), "BAD_BOUNDS", field=name) from error
+        if not self.low < self.high:
+            raise InvalidArgument(
+                f"low is {self.low:g} and high is {self.high:g}: low must be below high",
+                "BAD_BOUNDS",
+                field="low",
+            )
+        if not 0 <= self.penalty < math.inf:
+            raise InvalidArgument(
+                f"penalty is {self.penalty:g}: use 0 or more nats a token",
+                "BAD_PENALTY",
+                field="penalty",
+            )
+
+    @property
+    def most_evaluations(self) -> int:
+        """Mixes that the search may score."""
+        return 20 + 10 * len(self.domains) if self.budget is None else self.budget

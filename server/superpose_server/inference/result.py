@@ -43,6 +43,74 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class FitProgress:
+    """How far a fit is.
+
+    Attributes:
+        evaluations: Mixes that were scored.
+        budget: Those that may be.
+        weights: The best so far, one for each domain of the request.
+        loss: Its mean over the rows that are fitted on, nats a token.
+    """
+
+    evaluations: int
+    budget: int
+    weights: tuple[float, ...]
+    loss: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its 95 % interval, NaN where there are too few rows for one."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class FitCandidate:
+    """What a mix loses, nats a token.
+
+    Attributes:
+        mix: The mix.
+        fitted_loss: Mean over the rows that are fitted on.
+        held_out_loss: Mean over those that are not.
+        excess: Of the held-out loss over that of the fitted mix, of the same rows.
+    """
+
+    mix: MixState
+    fitted_loss: float
+    held_out_loss: Estimate
+    excess: Estimate
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """The fitted weights, one for each domain of the request, and what they rest on.
+
+    Attributes:
+        weights: 0 where a domain is best left out.
+        candidates: The fitted mix; then all domains at weight 1, each alone, and the base.
+        fitted_rows: Rows that it was fitted on.
+        fitted_tokens: Tokens that count in them.
+        held_out_rows: Rows that were held out.
+        held_out_tokens: Tokens that count in them.
+        evaluations: Mixes that the search scored.
+        warnings: What to know before one trusts it.
+    """
+
+    weights: tuple[float, ...]
+    candidates: tuple[FitCandidate, ...]
+    fitted_rows: int
+    fitted_tokens: int
+    held_out_rows: int
+    held_out_tokens: int
+    evaluations: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class MixAnalysis:
     """How the domains of a mix interfere, and what a fold (a merge) of it would lose.
 

@@ -21,13 +21,14 @@ from superpose_server.engine.sequence import Chunk, FinishReason
 from superpose_server.errors import InvalidArgument
 from superpose_server.inference.request import (
     Chat,
+    FitRequest,
     GenerateRequest,
     Prompt,
     QuestionAnswer,
     ScoreItem,
     ScoreRequest,
 )
-from superpose_server.inference.result import Scores
+from superpose_server.inference.result import Estimate, FitProgress, FitResult, Scores
 
 FINISH_REASONS = {
     None: inference_pb2.FINISH_REASON_UNSPECIFIED,
@@ -152,11 +153,7 @@ def score_from_wire(request: inference_pb2.ScoreRequest) -> ScoreRequest:
     Raises:
         InvalidArgument: A scope that does not exist, or a mix that means nothing.
     """
-    scope = _SCOPES.get(request.scope)
-    if scope is None:
-        raise InvalidArgument(
-            f"scope is {request.scope}: use ALL or ANSWER", "BAD_SCOPE", field="scope"
-        )
+    scope = _scope_from_wire(request.scope)
     max_length = request.max_length if request.HasField("max_length") else None
     items = tuple(_item_from_wire(item) for item in request.items)
     if request.mixes and request.HasField("mix"):
@@ -167,6 +164,76 @@ def score_from_wire(request: inference_pb2.ScoreRequest) -> ScoreRequest:
         mix_from_wire(mix, f"mixes[{index}]") for index, mix in enumerate(request.mixes)
     ) or (requested_mix(request),)
     return ScoreRequest(items, mixes, max_length, scope)
+
+
+def _scope_from_wire(number: int) -> Scope:
+    scope = _SCOPES.get(number)
+    if scope is None:
+        raise InvalidArgument(f"scope is {number}: use ALL or ANSWER", "BAD_SCOPE", field="scope")
+    return scope
+
+
+def fit_from_wire(request: inference_pb2.FitMixRequest) -> FitRequest:
+    """Return what a client asks to fit; an absent field takes its default.
+
+    Raises:
+        InvalidArgument: A value out of its range.
+    """
+    given: dict[str, Any] = {
+        name: getattr(request, name)
+        for name in ("max_length", "budget", "low", "high", "penalty")
+        if request.HasField(name)
+    }
+    return FitRequest(
+        tuple(_item_from_wire(item) for item in request.items),
+        tuple(request.domains),
+        scope=_scope_from_wire(request.scope),
+        seed=request.seed,
+        **given,
+    )
+
+
+def fit_to_wire(
+    update: FitProgress | FitResult, domains: Sequence[str]
+) -> inference_pb2.FitMixResponse:
+    """Return an update of a fit of the weights of `domains`."""
+    weights = [
+        mix_pb2.DomainWeight(domain=domain, weight=weight)
+        for domain, weight in zip(domains, update.weights, strict=True)
+    ]
+    if isinstance(update, FitProgress):
+        return inference_pb2.FitMixResponse(
+            progress=inference_pb2.FitProgress(
+                evaluations=update.evaluations,
+                budget=update.budget,
+                weights=weights,
+                loss=update.loss,
+            )
+        )
+    return inference_pb2.FitMixResponse(
+        result=inference_pb2.FitResult(
+            weights=weights,
+            candidates=[
+                inference_pb2.FitCandidate(
+                    mix=mix_to_wire(candidate.mix),
+                    fitted_loss=candidate.fitted_loss,
+                    held_out_loss=_estimate_to_wire(candidate.held_out_loss),
+                    excess=_estimate_to_wire(candidate.excess),
+                )
+                for candidate in update.candidates
+            ],
+            fitted_rows=update.fitted_rows,
+            fitted_tokens=update.fitted_tokens,
+            held_out_rows=update.held_out_rows,
+            held_out_tokens=update.held_out_tokens,
+            evaluations=update.evaluations,
+            warnings=update.warnings,
+        )
+    )
+
+
+def _estimate_to_wire(estimate: Estimate) -> inference_pb2.Estimate:
+    return inference_pb2.Estimate(value=estimate.value, low=estimate.low, high=estimate.high)
 
 
 def _item_from_wire(item: inference_pb2.ScoreItem) -> ScoreItem:

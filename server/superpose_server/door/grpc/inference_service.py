@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from superpose_proto.v1 import inference_pb2 as pb
 from superpose_proto.v1 import inference_pb2_grpc
 from superpose_server.door.contract.convert import (
     FINISH_REASONS,
+    fit_from_wire,
+    fit_to_wire,
     generate_from_wire,
     mix_to_wire,
     score_from_wire,
@@ -76,6 +79,15 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         # Beside the event loop, since a request may hold millions of token ids.
         scores = await self._inference.score(await asyncio.to_thread(score_from_wire, request))
         return scores_to_wire(scores, logprobs=request.logprobs, several=bool(request.mixes))
+
+    async def FitMix(
+        self, request: pb.FitMixRequest, context: Any
+    ) -> AsyncIterator[pb.FitMixResponse]:
+        """Send how far the search is, and then what it has found."""
+        asked = await asyncio.to_thread(fit_from_wire, request)
+        async with aclosing(self._inference.fit(asked)) as updates:
+            async for update in updates:
+                yield fit_to_wire(update, asked.domains)
 
 
 def _usage(generation: Generation) -> pb.Usage:
