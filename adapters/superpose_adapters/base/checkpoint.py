@@ -10,15 +10,13 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from superpose_adapters.base.family import (
     refuse_class,
@@ -32,6 +30,7 @@ from superpose_adapters.base.folder import (
     refuse,
     weight_files,
 )
+from superpose_adapters.base.quiet import quiet
 from superpose_adapters.one_line import with_kind
 from superpose_adapters.tensorfile import TensorEntry
 
@@ -63,7 +62,7 @@ def load_checkpoint(
     """
     _refuse_if(folder, refuse_settings(read_settings(folder)))
     paths = weight_files(folder)
-    with _quiet():
+    with quiet():
         config = _config(folder)
         if adjust is not None:
             adjust(config)
@@ -80,21 +79,6 @@ def load_checkpoint(
 def _refuse_if(folder: Path, reason: str | None) -> None:
     if reason is not None:
         refuse(folder, reason)
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """Keep transformers' reports and progress bars off stderr: what they say is said in a line."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _config(folder: Path) -> Any:

@@ -19,8 +19,8 @@ from torch import nn
 
 import superpose_adapters
 import superpose_server
+from superpose_adapters.cache_folder import cache_folder
 from superpose_adapters.digest import canonical_json
-from superpose_server.model.cache_folder import cache_folder
 from superpose_server.model.kernels.family import families
 
 # What a configuration says of files, not of the model.

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from superpose_adapters.cache_folder import cache_folder
 from superpose_adapters.one_line import one_line
-from superpose_server.model.cache_folder import cache_folder
 from superpose_server.model.kernels.family import Family, families
 from superpose_server.model.packed import TERM_FIELDS, pack
 

@@ -1,4 +1,4 @@
-"""Where a machine keeps what can be made again: compiled kernels, which bases were checked."""
+"""Where a machine keeps what can be made again: kernels, packaged bases, which were checked."""
 
 from __future__ import annotations
 
