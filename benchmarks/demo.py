@@ -1,4 +1,4 @@
-"""`make demo`: what a user sees, on the bundled model, with the plain commands.
+"""`make demo`: what a user sees, on a bundled model, with the plain commands.
 
 Starts a server on a free port, adds math, medicine and finance one by one, scores held-out rows of
 each domain under every mix on the way, generates under a mix of its own, reports interference,
@@ -7,6 +7,7 @@ removes everything and verifies that the weights are the base again, bit for bit
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from superpose_adapters.bundled import held_out
+from superpose_adapters.bundled import BUNDLES, DOMAINS, MINI, Bundle
 from superpose_adapters.qa import read_rows
 from superpose_client import Client
 
-DOMAINS = ("math", "medicine", "finance")
 # Tokens of a row that are scored: few, so that the demo is quick.
 MAX_LENGTH = 64
+# Of the texts.
+WORTH = {
+    "mini": "(The bundled model has 5 million parameters: what it writes means nothing.)",
+    "smollm2": "(SmolLM2-135M-Instruct from 4 bits, with small adapters: English, and no advice.)",
+}
 SERVER = (
-    "superpose-server --base mini --listen 127.0.0.1:0 --http-listen 127.0.0.1:0 "
+    "superpose-server --base {base} --listen 127.0.0.1:0 --http-listen 127.0.0.1:0 "
     "--metrics-listen 127.0.0.1:0 --compile off --dtype float32 --log-level warning"
 )
 
@@ -45,12 +51,13 @@ def heading(text: str) -> None:
 
 
 @contextmanager
-def running_server() -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+def running_server(bundle: Bundle) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """Start the server in a state folder of its own; yield it and its addresses."""
     with tempfile.TemporaryDirectory(prefix="superpose-demo-") as folder:
-        console.print(f"[green]$ {SERVER}[/green]")
+        command = SERVER.format(base=bundle.name)
+        console.print(f"[green]$ {command}[/green]")
         process = subprocess.Popen(
-            [*shlex.split(SERVER), "--state-dir", str(Path(folder) / "state")],
+            [*shlex.split(command), "--state-dir", str(Path(folder) / "state")],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -92,11 +99,11 @@ def curl(address: str, path: str, fields: dict[str, Any]) -> None:
         console.print()
 
 
-def perplexities(client: Client, mix: str | None = None) -> dict[str, float]:
+def perplexities_of(client: Client, bundle: Bundle, mix: str | None = None) -> dict[str, float]:
     """Score the held-out rows of every domain under `mix`, or under the default mix."""
     result = {}
     for domain in DOMAINS:
-        rows = [(row.question, row.answer) for row in read_rows(held_out(domain))]
+        rows = [(row.question, row.answer) for row in read_rows(bundle.held_out(domain))]
         result[domain] = client.score(rows, mix=mix, max_length=MAX_LENGTH).perplexity
     return result
 
@@ -121,22 +128,26 @@ def matrix(measured: dict[str, dict[str, float]]) -> Table:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description="make demo")
+    parser.add_argument("--base", choices=BUNDLES, default=MINI.name, help="default %(default)s")
+    bundle = BUNDLES[parser.parse_args().base]
     started = time.monotonic()
     heading("1. A server with a base model and three domains")
-    with running_server() as (process, address, http), Client(address) as client:
+    with running_server(bundle) as (process, address, http), Client(address) as client:
+        perplexities = partial(perplexities_of, client, bundle)
         os.environ["SUPERPOSE_SERVER"] = address
         adapterctl("status")
         adapterctl("list")
 
         heading("2. Add the domains one by one; score every domain after each")
-        base = perplexities(client)
+        base = perplexities()
         folded = {}
         for count, domain in enumerate(DOMAINS, 1):
             adapterctl(f"add {domain}")
-            folded["+".join(DOMAINS[:count])] = perplexities(client)
+            folded["+".join(DOMAINS[:count])] = perplexities()
         # These need no change of the default mix: a request may name its own.
-        alone = {domain: perplexities(client, domain) for domain in DOMAINS[1:]}
-        halves = perplexities(client, ",".join(f"{domain}=0.5" for domain in DOMAINS))
+        alone = {domain: perplexities(domain) for domain in DOMAINS[1:]}
+        halves = perplexities(",".join(f"{domain}=0.5" for domain in DOMAINS))
         measured = {"base": base, "math": folded.pop("math"), **alone, **folded}
         console.print(matrix(measured | {"half of each": halves}))
         console.print(
@@ -145,8 +156,8 @@ def main() -> None:
         )
 
         heading("3. Requests with mixes of their own; the resident weights stay as they are")
-        console.print("(The bundled model has 5 million parameters: what it writes means nothing.)")
-        question = read_rows(held_out("medicine"))[0].question
+        console.print(WORTH[bundle.name])
+        question = read_rows(bundle.held_out("medicine"))[0].question
         prompt = shlex.quote(f"Question: {question}\nAnswer:")
         for mix in ("medicine", "math=1,medicine=0.5"):
             adapterctl(f"generate {prompt} --mix {mix} --max-new-tokens 40")
@@ -169,7 +180,7 @@ def main() -> None:
         for domain in ("medicine", "math", "finance"):
             adapterctl(f"remove {domain}")
         adapterctl("verify")
-        after = perplexities(client)
+        after = perplexities()
         same = after == base
         console.print(f"perplexities equal those of the base before, to the last bit: {same}")
 

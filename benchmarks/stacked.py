@@ -23,7 +23,7 @@ from benchmarks.progress import Tell, progress
 from benchmarks.report import Cell, Report, Table
 from benchmarks.rounds import Measure, Rounds, run_rounds
 from benchmarks.shapes import base_folder
-from superpose_adapters.bundled import MINI
+from superpose_adapters.bundled import BUNDLES, MINI
 from superpose_train.options import Options as Training
 from superpose_train.precision import Decided
 from superpose_train.scratch_memory import keep_scratch
@@ -123,7 +123,8 @@ def measure(
     options: Options, counts: list[int], steps: int, batch: int, tell: Tell
 ) -> tuple[Report, Rounds]:
     """Run the benchmark."""
-    base = MINI if options.model == MINI else str(base_folder(options.model, options.cache, tell))
+    bundled = options.model in BUNDLES
+    base = options.model if bundled else str(base_folder(options.model, options.cache, tell))
     report = Report(
         "stacked",
         options.label,
@@ -179,7 +180,7 @@ def draw(rounds: Rounds, figure: Any) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run as a command."""
     parser = make_parser("stacked", "Time training at once against one by one.", seconds=240)
-    parser.set_defaults(model=MINI)
+    parser.set_defaults(model=MINI.name)
     parser.add_argument(
         "--counts", type=numbers, default=[1, 2, 4, 8], help="adapters that are trained at once"
     )

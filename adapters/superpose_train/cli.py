@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         "An interrupted run goes on when the same command is repeated. docs/training.md has more.",
     )
     add = parser.add_argument
-    add("--base", required=True, help="mini, a transformers folder, or a Hub id")
+    add("--base", required=True, help="mini, smollm2, a transformers folder, or a Hub id")
     add(
         "--data",
         required=True,

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from superpose_adapters.bundled import MINI
+from superpose_adapters.bundled import BUNDLES
 from superpose_adapters.mix_syntax import check_name
 from superpose_adapters.qa import COLUMNS, TEMPLATE, check_template
 from superpose_adapters.scoring import Scope
@@ -23,7 +23,7 @@ class Options:
     """One training run; `out`, `name` and `label` do not change its tensors.
 
     Attributes:
-        base: `mini`, a transformers folder, or a Hub id.
+        base: `mini`, `smollm2`, a transformers folder, or a Hub id.
         data: Trained on jointly: JSONL files, or Hub datasets as `owner/name[:config]`.
         name: The domain's name.
         out: The PEFT folder to create.
@@ -197,10 +197,10 @@ def flag(field: str) -> str:
 
 
 def base_label(name: str) -> str:
-    """Return how a base is called in what is shipped: `mini`, a Hub id, or a folder's own name.
+    """Return how a base is called in what is shipped: by its word, Hub id, or folder's own name.
 
     Never a path: it would say nothing on another machine.
     """
-    if name == MINI or not Path(name).expanduser().is_dir():
+    if name in BUNDLES or not Path(name).expanduser().is_dir():
         return name
     return Path(name).expanduser().resolve().name

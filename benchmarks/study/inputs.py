@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.study.config import Config
 from benchmarks.study.synthetic import write_topic
-from superpose_adapters.bundled import MINI, resolve_base
+from superpose_adapters.bundled import BUNDLES, resolve_base
 from superpose_adapters.digest import canonical_digest, checkpoint_digest
 from superpose_adapters.durable import write_file
 from superpose_adapters.layout import read_layout
@@ -250,7 +250,7 @@ class Sources:
             modules=modules,
             files=files,
             special_tokens=tuple(self.encoder.tokens_before),
-            from_hub=name != MINI and not Path(name).expanduser().is_dir(),
+            from_hub=name not in BUNDLES and not Path(name).expanduser().is_dir(),
         )
 
 

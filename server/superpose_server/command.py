@@ -15,7 +15,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from superpose_adapters.bundled import resolve_base
+from superpose_adapters.bundled import BUNDLES, resolve_base
 from superpose_server.config import ServerConfig, parse_config, split_address
 from superpose_server.errors import StartupError
 from superpose_server.starting import start_or_die
@@ -54,10 +54,12 @@ def _check(config: ServerConfig) -> None:
                     f"cannot listen on --{flag} {address} ({error.strerror}): choose a free port, "
                     "or 0 for any"
                 ) from error
-    try:
-        resolve_base(config.base)
-    except ValueError as error:
-        raise StartupError(str(error)) from error
+    # That of a bundle is there, or has to be made first, which a signal can cut short only later.
+    if config.base not in BUNDLES:
+        try:
+            resolve_base(config.base)
+        except ValueError as error:
+            raise StartupError(str(error)) from error
     check_state_folder(config)
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from superpose_adapters.adapter import Adapter, AdapterError
-from superpose_adapters.bundled import mini_adapters
+from superpose_adapters.bundled import BUNDLES
 from superpose_adapters.mix import BoundEntry, BoundMix
 from superpose_adapters.mix_syntax import RESERVED_NAMES
 from superpose_adapters.one_line import one_line
@@ -185,8 +185,9 @@ class Runtime:
         )
 
     def _register_all(self) -> None:
-        if self.config.base == "mini":
-            for domain, folder in mini_adapters().items():
+        bundle = BUNDLES.get(self.config.base)
+        if bundle is not None:
+            for domain, folder in bundle.adapters().items():
                 self._register(domain, self._read(folder, folder.parent), Source.BUNDLED)
         root = self.config.adapter_dir
         if root is not None:

@@ -19,7 +19,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server of `mini` with medicine in the default mix, and the mix qa."""
     loop = LoopThread()
     server = start(
-        loop, MINI, tmp_path_factory.mktemp("clients") / "state", http_listen="127.0.0.1:0"
+        loop, MINI.name, tmp_path_factory.mktemp("clients") / "state", http_listen="127.0.0.1:0"
     )
     server.client.add("medicine")
     server.client.name_mix("qa", "math=1,medicine=0.5")

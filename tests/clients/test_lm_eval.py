@@ -16,7 +16,7 @@ import torch
 from tests.integration.harness import Family, Served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from superpose_adapters.bundled import MINI, mini_adapters, resolve_base
+from superpose_adapters.bundled import MINI
 
 ROWS = 12
 TASK = """\
@@ -35,7 +35,7 @@ metric_list:
 
 
 def held_out(domain: str) -> list[dict[str, str]]:
-    file = resolve_base(MINI).parent / "held_out" / f"{domain}.jsonl"
+    file = MINI.held_out(domain)
     return [json.loads(line) for line in file.read_text().splitlines()[:ROWS]]
 
 
@@ -60,7 +60,7 @@ def evaluate(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows(served, mix)))
     (folder / "tasks" / "held_out.yaml").write_text(TASK.format(rows=data))
     url = f"http://{served.server.http_address}/v1/completions"
-    arguments = f"model={model},base_url={url},tokenizer={resolve_base(MINI)},max_length=257"
+    arguments = f"model={model},base_url={url},tokenizer={MINI.base()},max_length=257"
     subprocess.run(
         [
             *(sys.executable, "-m", "lm_eval", "--model=local-completions"),
@@ -86,11 +86,11 @@ def test_its_figures_are_those_of_score_and_of_transformers(
     served: Served, tmp_path: Path, model: str, mix: Mapping[str, float] | None
 ) -> None:
     acc, samples = evaluate(served, tmp_path, model, mix)
-    tokenizer = AutoTokenizer.from_pretrained(resolve_base(MINI))
+    tokenizer = AutoTokenizer.from_pretrained(MINI.base())
     merged = Family(
-        AutoModelForCausalLM.from_pretrained(resolve_base(MINI), dtype=torch.float32),
-        resolve_base(MINI),
-        mini_adapters(),
+        AutoModelForCausalLM.from_pretrained(MINI.base(), dtype=torch.float32),
+        MINI.base(),
+        MINI.adapters(),
     ).folded({"medicine": 1} if mix is None else mix)
     right, said = 0, 0
     assert len(samples) == ROWS

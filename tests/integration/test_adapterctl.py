@@ -14,7 +14,7 @@ import pytest
 from tests.integration.harness import LoopThread, Served, start
 from typer.testing import CliRunner, Result
 
-from superpose_adapters.bundled import MINI_DOMAINS, held_out, mini_adapters
+from superpose_adapters.bundled import DOMAINS, MINI
 from superpose_client.cli import app
 
 SENTENCE = "Two and two are four."
@@ -52,10 +52,10 @@ def weights(state: Any) -> dict[str, float]:
 
 
 def test_fit(mini: Served, tmp_path: Path) -> None:
-    rows = [held_out(domain).read_text().splitlines()[:8] for domain in MINI_DOMAINS]
+    rows = [MINI.held_out(domain).read_text().splitlines()[:8] for domain in DOMAINS]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(line for lines in rows for line in lines))
-    domains = ",".join(MINI_DOMAINS)
+    domains = ",".join(DOMAINS)
     flags = ("--domains", domains, "--max-length", "32", "--budget", "14", "--set")
     result = adapterctl(mini, "fit", str(file), *flags, "--json")
     assert result.exit_code == 0, result.stderr
@@ -69,9 +69,9 @@ def test_fit(mini: Served, tmp_path: Path) -> None:
     others = {tuple(sorted(mix)): c for mix, c in candidates[1:]}
     # Three whole deltas interfere, and one alone helps one domain's rows.
     assert best["fitted_loss"] < min(c["fitted_loss"] for c in others.values())
-    assert others[tuple(sorted(MINI_DOMAINS))]["excess"]["low"] > 0
+    assert others[tuple(sorted(DOMAINS))]["excess"]["low"] > 0
     texts = [json.loads(line) for lines in rows for line in lines]
-    half = dict.fromkeys(MINI_DOMAINS, 0.5)
+    half = dict.fromkeys(DOMAINS, 0.5)
     scored = mini.client.score(
         [(row["question"], row["answer"]) for row in texts],
         mixes=[half, weights(state)],
@@ -92,7 +92,7 @@ def test_status(mini: Served) -> None:
 
 def test_list_and_show(mini: Served) -> None:
     listed = output(mini, "list")["adapters"]
-    assert [adapter["domain"] for adapter in listed] == sorted(MINI_DOMAINS)
+    assert [adapter["domain"] for adapter in listed] == sorted(DOMAINS)
     assert {adapter["source"] for adapter in listed} == {"ADAPTER_SOURCE_BUNDLED"}
     shown = output(mini, "show", "math")
     assert shown["digest"] == next(a["digest"] for a in listed if a["domain"] == "math")
@@ -101,11 +101,11 @@ def test_list_and_show(mini: Served) -> None:
 
 
 def test_push_add_and_delete(mini: Served) -> None:
-    folder = str(mini_adapters()["math"])
+    folder = str(MINI.adapters()["math"])
     pushed = output(mini, "push", "sums", folder)
     assert pushed["adapter"]["source"] == "ADAPTER_SOURCE_PUSHED"
     assert pushed["adapter"]["digest"] == output(mini, "show", "math")["digest"]
-    other = str(mini_adapters()["medicine"])
+    other = str(MINI.adapters()["medicine"])
     refused = adapterctl(mini, "push", "sums", other)
     assert refused.exit_code == 1
     assert refused.stderr.startswith("adapterctl: sums names another adapter")
@@ -255,11 +255,11 @@ def test_chat_puts_the_conversation_into_the_template_of_the_base(
     assert second == tokenizer.encode(turns)
 
 
-@pytest.mark.parametrize("domain", MINI_DOMAINS)
+@pytest.mark.parametrize("domain", DOMAINS)
 def test_an_adapter_lowers_the_perplexity_of_its_domain_by_a_fifth(
     mini: Served, domain: str
 ) -> None:
-    rows = str(held_out(domain))
+    rows = str(MINI.held_out(domain))
     without = output(mini, "score", rows, "--mix", "base")
     own = output(mini, "score", rows, "--mix", domain)
     assert own["tokens"] == without["tokens"] > 1000
@@ -295,7 +295,7 @@ def test_every_command_has_a_screen_for_people(mini: Served, tmp_path: Path) -> 
         (("chat",), ""),
         (("score", str(texts)), "perplexity"),
         (("health",), "SERVING"),
-        (("push", "sums", str(mini_adapters()["math"])), "sums"),
+        (("push", "sums", str(MINI.adapters()["math"])), "sums"),
         (("delete", "sums"), "deleted sums"),
     ):
         result = adapterctl(mini, *arguments)

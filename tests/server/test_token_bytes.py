@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.makers import byte_fallback_tokenizer, save_base, tiny_gpt2, tokenizer_adding
 
-from superpose_adapters.bundled import MINI, resolve_base
+from superpose_adapters.bundled import MINI
 from superpose_server.engine.token_bytes import TokenBytes
 from superpose_server.engine.tokenizer import Tokenizer
 
@@ -17,7 +17,7 @@ def tokenizer(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Tokenizer:
     if request.param == "mini":
-        return Tokenizer(resolve_base(MINI))
+        return Tokenizer(MINI.base())
     made = {"bytes": tokenizer_adding("<s>"), "SentencePiece": byte_fallback_tokenizer()}
     folder = save_base(tiny_gpt2(), tmp_path_factory.mktemp("base"), made[request.param])
     return Tokenizer(folder)

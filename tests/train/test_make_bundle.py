@@ -2,13 +2,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tests.makers import VOCABULARY, save_base, tiny_gpt2, tiny_tokenizer
 
+from superpose_adapters.base.packaged import PackagedBase
+from superpose_adapters.bundled import Bundle
 from superpose_adapters.qa import part_of, read_rows, split_key
 from superpose_adapters.text_encoder import TextEncoder
-from superpose_train.mini import make_mini
+from superpose_train.bundles import make_bundle
 from superpose_train.options import Options
 from superpose_train.train import train
 
@@ -18,7 +24,7 @@ ENCODER = TextEncoder(tiny_tokenizer(), VOCABULARY)
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    for name in make_mini.DATA_FILES.values():
+    for name in make_bundle.DATA_FILES.values():
         rows = [
             {"question": f"{name[:3]} {word}{number}?", "answer": word}
             for word in (f"{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(200))
@@ -30,34 +36,45 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_held_out_rows_are_of_the_test_part_and_no_twins(data: Path) -> None:
-    rows = make_mini.held_out_rows(data / "math.jsonl", ENCODER)
+    rows = make_bundle.held_out_rows(data / "math.jsonl", ENCODER)
     assert {part_of(row.question) for row in rows} == {"test"}
     assert len({split_key(row.question) for row in rows}) == len(rows) > 5
 
 
 def test_long_rows_are_left_out(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(make_mini, "HELD_OUT_TOKENS", 3)
-    assert make_mini.held_out_rows(data / "math.jsonl", ENCODER) == []
+    monkeypatch.setattr(make_bundle, "HELD_OUT_TOKENS", 3)
+    assert make_bundle.held_out_rows(data / "math.jsonl", ENCODER) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "precision", "stored"),
+    [("mini", "float32", torch.float32), ("smollm2", "bfloat16", torch.float16)],
+)
 def test_what_is_missing_is_made_and_measured(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    precision: str,
+    stored: torch.dtype,
 ) -> None:
-    plain = {domain: name.removesuffix(".gz") for domain, name in make_mini.DATA_FILES.items()}
-    monkeypatch.setattr(make_mini, "DATA_FILES", plain)
+    plain = {domain: name.removesuffix(".gz") for domain, name in make_bundle.DATA_FILES.items()}
+    monkeypatch.setattr(make_bundle, "DATA_FILES", plain)
 
     def quick(options: Options) -> dict[str, object]:
-        assert options.label == "mini"
+        assert options.label == name
         # As the bundled adapters were made, whatever processor makes them again.
-        assert options.precision == "float32"
+        assert options.precision == precision
         fast = {"max_rows": 32, "max_eval_rows": 4, "max_length": 24, "epochs": 1}
         return train(Options(**(vars(options) | fast)))
 
-    monkeypatch.setattr(make_mini, "train", quick)
+    monkeypatch.setattr(make_bundle, "train", quick)
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 64
-    save_base(tiny_gpt2(), tmp_path / "base", tokenizer)
-    figures = make_mini.make_mini(data, None, tmp_path)
+    base = save_base(tiny_gpt2(), tmp_path / "base", tokenizer)
+    packaged = None if name == "mini" else SimpleNamespace(folder=lambda: base)
+    bundle = Bundle(name, cast(PackagedBase | None, packaged))
+    figures = make_bundle.make_bundle(bundle, data, None, tmp_path)
     assert json.loads((tmp_path / "figures.json").read_text("utf-8")) == figures
     matrix = figures["held_out_perplexity"]
     assert set(matrix) == {"math", "medicine", "finance"}
@@ -66,14 +83,16 @@ def test_what_is_missing_is_made_and_measured(
         assert row[domain] < row["base"]
         assert figures["held_out_answer_perplexity"][domain]["base"] != row["base"]
         assert read_rows(tmp_path / "held_out" / f"{domain}.jsonl")
-    monkeypatch.delattr(make_mini, "train")
-    assert make_mini.make_mini(data, None, tmp_path) == figures
+        factors = load_file(tmp_path / "adapters" / domain / "adapter_model.safetensors")
+        assert {factor.dtype for factor in factors.values()} == {stored}
+    monkeypatch.delattr(make_bundle, "train")
+    assert make_bundle.make_bundle(bundle, data, None, tmp_path) == figures
 
 
 def test_a_missing_corpus_is_one_line(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert make_mini.main(["--data", str(data), "--out", str(tmp_path)]) == 1
+    assert make_bundle.main(["mini", "--data", str(data), "--out", str(tmp_path)]) == 1
     assert "name the pretraining text with --corpus" in capsys.readouterr().err
 
 
@@ -82,6 +101,6 @@ def test_the_data_folder_comes_from_the_environment(
 ) -> None:
     monkeypatch.delenv("SUPERPOSE_DATA", raising=False)
     with pytest.raises(SystemExit):
-        make_mini.main(["--out", str(tmp_path)])
+        make_bundle.main(["mini", "--out", str(tmp_path)])
     monkeypatch.setenv("SUPERPOSE_DATA", str(tmp_path))
-    assert make_mini.main(["--out", str(tmp_path)]) == 1
+    assert make_bundle.main(["mini", "--out", str(tmp_path)]) == 1

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from superpose_adapters.digest import checkpoint_digest
-from superpose_train.mini import pretrain
-from superpose_train.mini.pretrain import Settings
+from superpose_train.bundles import pretrain
+from superpose_train.bundles.pretrain import Settings
 
 TINY = Settings(
     vocabulary=280, layers=1, heads=2, width=16, context=16, batch_size=4, warmup_steps=3

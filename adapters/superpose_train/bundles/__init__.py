@@ -1,1 +1,1 @@
-"""How the bundled base and its adapters were made; not installed."""
+"""How `mini` and the adapters of the bundles were made; not installed."""

@@ -1,10 +1,10 @@
 """Pretrain a small GPT-2 and its tokenizer from plain text: how the bundled `mini` base is made.
 
-`python -m superpose_train.mini.pretrain --corpus FILE --out DIR` reads JSONL of {"title", "text"},
-trains a byte-level BPE, then a GPT-2 in float32, and writes DIR as a transformers folder with
-float16 parameters and a record, `pretrain.json`. DIR appears only when it is complete. Everything
-that a killed run needs to go on lies in the work folder; the same command takes it up again, and
-ends with the same parameters as an uninterrupted run.
+`python -m superpose_train.bundles.pretrain --corpus FILE --out DIR` reads JSONL of
+{"title", "text"}, trains a byte-level BPE, then a GPT-2 in float32, and writes DIR as a
+transformers folder with float16 parameters and a record, `pretrain.json`. DIR appears only when it
+is complete. Everything that a killed run needs to go on lies in the work folder; the same command
+takes it up again, and ends with the same parameters as an uninterrupted run.
 
 The schedule is warm-up, stable, decay. The stable phase does not depend on the total, so a run
 may be taken up again with another `--tokens` as long as it has not begun to decay.
@@ -425,7 +425,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line; its defaults are those of the bundled base."""
     defaults = Settings()
     parser = argparse.ArgumentParser(
-        prog="python -m superpose_train.mini.pretrain",
+        prog="python -m superpose_train.bundles.pretrain",
         description="Train a byte-level BPE and pretrain a small GPT-2 on plain text.",
     )
     add = parser.add_argument

@@ -89,12 +89,12 @@ def test_each_adapter_is_the_best_on_its_own_domain(results: Results) -> None:
 
 def test_a_sum_is_its_concatenated_adapter(results: Results, done: Workspace) -> None:
     """The sum of deltas is one adapter of concatenated factors, as cat = sum says."""
-    from superpose_adapters.bundled import mini_base
+    from superpose_adapters.bundled import MINI
     from superpose_adapters.fold import concatenate_factors
     from superpose_adapters.layout import read_layout
     from superpose_adapters.peft.folder import read_adapter
 
-    layout = read_layout(AutoModelForCausalLM.from_pretrained(mini_base()))
+    layout = read_layout(AutoModelForCausalLM.from_pretrained(MINI.base()))
     arm = results.study.arms[0]
     adapters = [
         read_adapter(done.adapter(results.study.adapter_key(spec)), layout)
