@@ -57,7 +57,7 @@ stubs: setup
 # A worker a core, as far as memory goes. Tests of a module share a worker, as they share what is slow
 # to make. All in one process, as a debugger needs it: ARGS='-n 0 ...'.
 pytest: setup
-	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadscope $(ARGS)
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 # OpenAI's client and EleutherAI's harness, whose own dependencies are many.
 clients: .venv-clients/.ready

@@ -20,7 +20,13 @@ for name in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy"):
 for name in [name for name in os.environ if name.startswith("SUPERPOSE_")]:
     del os.environ[name]
 
-from hypothesis import settings  # noqa: E402  # after the environment is set
+import pytest  # noqa: E402  # after the environment is set
+from hypothesis import settings  # noqa: E402
 
 settings.register_profile("superpose", deadline=None)
 settings.load_profile("superpose")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take long, lest one of them runs alone at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)

@@ -18,6 +18,8 @@ from tests.integration.harness import PATIENCE, Family, ServerProcess, spawn
 from superpose_adapters.store import AdapterStore
 
 # What is promised is two seconds, on a machine that does nothing else.
+pytestmark = pytest.mark.long
+
 PROMPTLY = 5.0
 
 # Stands for a driver that waits for its compiler: a child of a child of the server.

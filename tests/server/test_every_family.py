@@ -12,6 +12,8 @@ import pytest
 
 from superpose_server.model.kernels.family import FAMILIES, VARIABLE, families
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 INVARIANTS = [
     "tests/server/test_kernels.py",

@@ -15,6 +15,8 @@ from tests.families import BEGIN, END, README, measure, summary, table
 from tests.zoo import UNBUILT, ZOO
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+pytestmark = pytest.mark.long
+
 TABLE = table()
 KERNELS = shutil.which("c++") is not None or shutil.which("g++") is not None
 # The largest difference of a logit from float64, as a share of the logits' spread.

@@ -17,7 +17,7 @@ from benchmarks.study.workspace import Workspace
 from safetensors.torch import load_file, save_file
 from tests.benchmarks.study.conftest import run_little
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 
 
 @pytest.fixture

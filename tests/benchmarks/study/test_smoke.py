@@ -26,7 +26,7 @@ from tests.makers import load_peft
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
