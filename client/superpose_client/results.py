@@ -337,7 +337,10 @@ class Limits(FromMessage, message=server_pb2.Limits):
 
 @dataclass(frozen=True)
 class ServerInfo(FromMessage, message=server_pb2.GetServerInfoResponse):
-    """The server, its base and what it is doing. `mix` is the default mix."""
+    """The server, its base and what it is doing.
+
+    `mix` is the default mix; `generated_tokens` are those of all rows since the start.
+    """
 
     version: str
     base: str
@@ -352,3 +355,5 @@ class ServerInfo(FromMessage, message=server_pb2.GetServerInfoResponse):
     adapters: int
     uptime_seconds: float
     weights_intact: bool
+    generated_tokens: int
+    chat_template: bool

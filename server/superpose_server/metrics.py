@@ -16,11 +16,17 @@ _FOLD_SECONDS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2,
 
 
 class Metrics(EngineObserver):
-    """Keeps the metrics of one server, in a registry of its own."""
+    """Keeps the metrics of one server, in a registry of its own.
+
+    Attributes:
+        registry: What is scraped.
+        generated_tokens: Tokens generated since the start; only the engine's thread counts.
+    """
 
     def __init__(self) -> None:
         """Make all metrics at their start values."""
         self.registry = CollectorRegistry()
+        self.generated_tokens = 0
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts that were run")
         self._generated = self._counter("generation_tokens", "Tokens that were generated")
         self._success = self._counter("request_success", "Requests that ended", "finish_reason")
@@ -58,15 +64,19 @@ class Metrics(EngineObserver):
 
     def stepped(self, rows: tuple[Sequence, ...], waiting: int, corrected: int) -> None:
         """Count a decode step, and its rows that were corrected (served as unmerged LoRA)."""
-        self._generated.inc(len(rows))
+        self._count_generated(len(rows))
         self._corrected.inc(corrected)
 
     def prefilled(self, sequence: Sequence) -> None:
         """Count a row's first token."""
         self._prompt.inc(len(sequence.prompt))
-        self._generated.inc()
+        self._count_generated(1)
         self._first.observe(sequence.first_token - sequence.accepted)
         self._queued.observe(sequence.started - sequence.accepted)
+
+    def _count_generated(self, tokens: int) -> None:
+        self._generated.inc(tokens)
+        self.generated_tokens += tokens
 
     def finished(self, sequence: Sequence, reason: FinishReason) -> None:
         """Count a row that ended."""

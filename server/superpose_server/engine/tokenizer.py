@@ -46,6 +46,11 @@ class Tokenizer:
         self._special_ids = frozenset(self.special.values())
         self._byte_ids = byte_token_ids(self.inner)
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the base takes conversations."""
+        return self.inner.chat_template is not None
+
     def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Return the token ids of a conversation of (role, content) in the base's template.
 
@@ -54,7 +59,7 @@ class Tokenizer:
         Raises:
             InvalidArgument: The base has no chat template, or the template refuses the roles.
         """
-        if self.inner.chat_template is None:
+        if not self.has_chat_template:
             raise InvalidArgument(
                 "this base has no chat template: send a prompt instead of a conversation",
                 "NO_CHAT_TEMPLATE",

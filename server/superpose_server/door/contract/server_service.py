@@ -46,4 +46,6 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             adapters=len(runtime.registry),
             uptime_seconds=time.monotonic() - runtime.started,
             weights_intact=runtime.integrity.intact,
+            generated_tokens=runtime.metrics.generated_tokens,
+            chat_template=runtime.tokenizer.has_chat_template,
         )

@@ -1,4 +1,4 @@
-"""All endpoints as one application; guards come before them, in one place."""
+"""All endpoints and the page as one application; guards come before them, in one place."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from superpose_server.door.http.fields import Asked, Form
 from superpose_server.door.http.mixes import Mixes
 from superpose_server.door.http.models import Models
 from superpose_server.door.http.openapi import Document
+from superpose_server.door.http.page import page_routes
 from superpose_server.door.http.score import ScoreTexts
 from superpose_server.door.http.server_info import ServerInfo
 from superpose_server.door.http.site import SiteGuard
@@ -53,7 +54,7 @@ def endpoints(runtime: Runtime, inference: Inference) -> tuple[Endpoint, ...]:
 def make_app(runtime: Runtime, inference: Inference) -> ASGIApp:
     """Return what answers every call."""
     app = Starlette(
-        routes=_routes(endpoints(runtime, inference)),
+        routes=[*page_routes(), *_routes(endpoints(runtime, inference))],
         middleware=[
             Middleware(Calls, failed=runtime.metrics.request_failed),
             Middleware(SiteGuard, hosts=_hosts(runtime.config), origins=runtime.config.cors_origin),

@@ -1,0 +1,76 @@
+/** What to generate from, and how. */
+
+import { QUESTIONS, asPrompt } from "./examples.js";
+import { useStore } from "./store.js";
+import { html } from "./vendor/htm-preact.js";
+
+/**
+ * @typedef {import("./state.js").Store} Store
+ * @typedef {import("./state.js").Prompt} Prompt
+ */
+
+/** @param {{store: Store}} props */
+export function Prompting({ store }) {
+  const prompt = useStore(store, (state) => state.prompt);
+  const chats = useStore(store, (state) => state.server?.chat_template === true);
+  const longest = useStore(store, (state) => state.server?.context_length ?? 1);
+  const set = (/** @type {Partial<Prompt>} */ change) => {
+    store.set({ prompt: { ...store.get().prompt, ...change } });
+  };
+  return html`
+    <label for="prompt">Prompt</label>
+    <textarea id="prompt" rows="4" spellcheck=${false} value=${prompt.text}
+      placeholder="Question: …"
+      onInput=${(/** @type {any} */ event) => set({ text: event.currentTarget.value })}></textarea>
+    <${Examples} store=${store} onPick=${(/** @type {string} */ question) =>
+      set({ text: prompt.chat ? question : asPrompt(question) })} />
+    <div class="options">
+      ${chats &&
+      html`<label class="switch">
+        <input type="checkbox" role="switch" checked=${prompt.chat}
+          onChange=${(/** @type {any} */ event) => set({ chat: event.currentTarget.checked })} />
+        As a conversation
+      </label>`}
+      <${NumberField} name="Max tokens" value=${prompt.maxTokens} min=${1} max=${longest} step=${1}
+        onValue=${(/** @type {number} */ maxTokens) => set({ maxTokens })} />
+      <${NumberField} name="Temperature" value=${prompt.temperature} min=${0} max=${2} step="any"
+        onValue=${(/** @type {number} */ temperature) => set({ temperature })} />
+      <${NumberField} name="Seed" value=${prompt.seed} min=${0} max=${Number.MAX_SAFE_INTEGER} step=${1}
+        onValue=${(/** @type {number} */ seed) => set({ seed })} />
+    </div>
+  `;
+}
+
+/** @param {{store: Store, onPick: (question: string) => void}} props */
+function Examples({ store, onPick }) {
+  const adapters = useStore(store, (state) => state.adapters);
+  const loaded = [...QUESTIONS].filter(([name]) => adapters.some(({ domain }) => domain === name));
+  if (loaded.length === 0) return null;
+  return html`
+    <div class="chips" role="group" aria-label="Example prompts">
+      ${loaded.map(
+        ([domain, question]) => html`
+          <button type="button" class="chip" key=${domain} title=${question} onClick=${() => onPick(question)}>
+            a ${domain} question
+          </button>
+        `,
+      )}
+    </div>
+  `;
+}
+
+/**
+ * A number with a label; only valid ones are told.
+ * @param {{name: string, value: number, min: number, max: number, step: number | "any",
+ *          onValue: (value: number) => void}} props
+ */
+function NumberField({ name, value, min, max, step, onValue }) {
+  return html`
+    <label class="field">
+      ${name}
+      <input type="number" min=${min} max=${max} step=${step} value=${value} required
+        onInput=${(/** @type {any} */ event) =>
+          event.currentTarget.validity.valid && onValue(event.currentTarget.valueAsNumber)} />
+    </label>
+  `;
+}

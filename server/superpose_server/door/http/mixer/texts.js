@@ -1,0 +1,169 @@
+/** Two or three texts of one prompt side by side, each under its mix, streaming at once. */
+
+import { differingWords, pieces } from "./difference.js";
+import { write } from "./generation.js";
+import { BASE, formatMix, mixOf } from "./mix.js";
+import { Problem } from "./panel.js";
+import { defaultMix, say } from "./state.js";
+import { useStore } from "./store.js";
+import { html, useMemo, useRef, useState } from "./vendor/htm-preact.js";
+
+/**
+ * @typedef {import("./state.js").Store} Store
+ * @typedef {import("./state.js").State} State
+ * @typedef {import("./mix.js").Mix} Mix
+ *
+ * @typedef {object} Column  A text, or the place for one.
+ * @property {string} choice  Which mix: "base", "default", "mine", "domain NAME" or "named NAME".
+ * @property {string} under  The mix that its text was made with, as text; "" before there is one.
+ * @property {import("./generation.js").Written | null} written
+ * @property {string} problem
+ */
+
+/** @param {string} choice @returns {Column} */
+const column = (choice) => ({ choice, under: "", written: null, problem: "" });
+
+/** @param {{store: Store}} props */
+export function Texts({ store }) {
+  const [columns, setColumns] = useState(["base", "default", "mine"].map(column));
+  const [running, setRunning] = useState(/** @type {AbortController | null} */ (null));
+  const empty = useStore(store, (state) => state.prompt.text === "");
+  const change = (/** @type {number} */ index, /** @type {Partial<Column>} */ changed) =>
+    setColumns((/** @type {Column[]} */ all) =>
+      all.map((each, i) => (i === index ? { ...each, ...changed } : each)),
+    );
+  const run = async () => {
+    const ending = new AbortController();
+    setRunning(ending);
+    say(store, `Writing ${columns.length} texts.`);
+    await Promise.all(
+      columns.map(async ({ choice }, index) => {
+        const state = store.get();
+        const mix = chosenMix(state, choice);
+        const under = formatMix(mix ?? defaultMix(state));
+        change(index, { written: null, under, problem: "" });
+        try {
+          for await (const written of write(state.prompt, mix, ending.signal)) change(index, { written });
+        } catch (error) {
+          if (!ending.signal.aborted) change(index, { problem: /** @type {Error} */ (error).message });
+        }
+      }),
+    );
+    setRunning(null);
+    say(store, ending.signal.aborted ? "Stopped." : "The texts are written.");
+  };
+  const marks = useMarks(columns, running !== null);
+  return html`
+    <div class="actions">
+      <button type="button" class="main" disabled=${running !== null || empty} onClick=${run}>
+        Write ${columns.length} texts
+      </button>
+      <button type="button" disabled=${running === null} onClick=${() => running.abort()}>Stop</button>
+      <button type="button" class="quiet" disabled=${running !== null}
+        onClick=${() => setColumns(columns.length < 3 ? [...columns, column("base")] : columns.slice(0, -1))}>
+        ${columns.length < 3 ? "Three columns" : "Two columns"}
+      </button>
+    </div>
+    <div class="columns of-${columns.length}">
+      ${columns.map(
+        (/** @type {Column} */ each, /** @type {number} */ index) => html`
+          <${Text} key=${index} store=${store} column=${each} number=${index + 1} marked=${marks[index]}
+            running=${running !== null} onChoice=${(/** @type {string} */ choice) => change(index, column(choice))} />
+        `,
+      )}
+    </div>
+  `;
+}
+
+/**
+ * Return for each text the words to mark: once all are written, since until then every word that
+ * another text has not reached yet would differ.
+ * @param {readonly Column[]} columns @param {boolean} running
+ * @returns {Set<number>[]}
+ */
+function useMarks(columns, running) {
+  const none = useRef(new Set(/** @type {number[]} */ ([])));
+  const texts = columns.map(({ written }) => written?.text ?? "");
+  const marks = useMemo(() => {
+    const there = texts.map((text, index) => ({ index, words: text.match(/\S+/g) ?? [] }));
+    const compared = running ? [] : there.filter(({ index }) => columns[index].written !== null);
+    const differing = differingWords(compared.map(({ words }) => words));
+    return new Map(compared.map(({ index }, i) => [index, differing[i]]));
+  }, [running, ...texts, texts.length]);
+  return columns.map((_, index) => marks.get(index) ?? none.current);
+}
+
+/**
+ * @param {{store: Store, column: Column, number: number, marked: Set<number>, running: boolean,
+ *          onChoice: (choice: string) => void}} props
+ */
+function Text({ store, column, number, marked, running, onChoice }) {
+  const adapters = useStore(store, (state) => state.adapters);
+  const named = useStore(store, (state) => state.named);
+  const { choice, under, written, problem } = column;
+  let word = -1;
+  return html`
+    <article aria-label="Text ${number}">
+      <label class="visually-hidden" for="choice-${number}">Mix of text ${number}</label>
+      <select id="choice-${number}" value=${choice} disabled=${running}
+        onChange=${(/** @type {any} */ event) => onChoice(event.currentTarget.value)}>
+        <option value="base">base</option>
+        <option value="default">default mix</option>
+        <option value="mine">the sliders' mix</option>
+        ${named.size > 0 &&
+        html`<optgroup label="Named mixes">
+          ${[...named.keys()].map((name) => html`<option key=${name} value="named ${name}">${name}</option>`)}
+        </optgroup>`}
+        ${adapters.length > 0 &&
+        html`<optgroup label="A domain alone">
+          ${adapters.map(({ domain }) => html`<option key=${domain} value="domain ${domain}">${domain}</option>`)}
+        </optgroup>`}
+      </select>
+      <p class="under">${under ? html`<code>${under}</code>` : " "}</p>
+      <div class="text ${running && written?.finish === null ? "growing" : ""}" tabindex="0"
+        aria-label="What text ${number} says">
+        ${pieces(written?.text ?? "").map((piece) => {
+          if (piece.word) word++;
+          return piece.word && marked.has(word) ? html`<mark>${piece.text}</mark>` : piece.text;
+        })}
+      </div>
+      <p class="figures">${written && figures(written, running)}</p>
+      ${problem && html`<${Problem}>${problem}<//>`}
+    </article>
+  `;
+}
+
+/**
+ * Return the mix that a choice means now; null: the default mix, whatever it is at the server.
+ * @param {State} state @param {string} choice @returns {Mix | null}
+ */
+export function chosenMix(state, choice) {
+  const [kind, name] = choice.split(" ");
+  switch (kind) {
+    case "base":
+      return BASE;
+    case "default":
+      return null;
+    case "mine":
+      return state.mine;
+    case "named":
+      return state.named.get(name) ?? BASE;
+    default:
+      return mixOf([[name, 1]]);
+  }
+}
+
+const ENDS = new Map([
+  ["stop", "ended by itself"],
+  ["length", "as long as asked for"],
+  ["abort", "ended by the server"],
+]);
+
+/** @param {import("./generation.js").Written} written @param {boolean} running */
+function figures({ tokens, tokensPerSecond, finish }, running) {
+  const parts = [`${tokens} ${tokens === 1 ? "token" : "tokens"}`];
+  if (tokensPerSecond !== null) parts.push(`${tokensPerSecond.toFixed(tokensPerSecond < 10 ? 1 : 0)} a second`);
+  if (finish !== null) parts.push(ENDS.get(finish) ?? finish);
+  else if (!running) parts.push("stopped");
+  return parts.join(" · ");
+}
