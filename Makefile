@@ -9,7 +9,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test check lint types imports stubs pytest clients proto format clean
+.PHONY: help setup demo test check lint types imports stubs pytest clients browser proto format clean
 
 help:
 	@echo "make demo    serve the bundled model, mix its three domains, verify the weights (1 minute);"
@@ -19,6 +19,7 @@ help:
 	@echo "make setup   only the set-up of both, in .venv"
 	@echo "make pytest  only the tests, for example: make pytest ARGS='tests/server -k fold'"
 	@echo "make clients other people's clients against the HTTP door, in .venv-clients"
+	@echo "make browser the mixer in Chromium, in .venv-browser; needs npm, and root where Chromium is missing"
 	@echo "make proto   generate the stubs anew after a change of a .proto file"
 	@echo "make format  format the code"
 	@echo "make clean   remove .venv and caches"
@@ -39,7 +40,7 @@ test: lint types imports stubs pytest
 
 # Checks that need more than .venv holds, such as clients of others, a browser or a cluster, are
 # targets of their own, each with its dependency group and environment, and are added here.
-check: test clients
+check: test clients browser
 
 lint: setup
 	$(BIN)/ruff check .
@@ -71,6 +72,22 @@ clients: .venv-clients/.ready
 		--editable ".[server,http]"
 	touch $@
 
+# The page's types, and the page in a browser. Chromium is Debian's where there is none yet.
+MIXER := server/superpose_server/door/http/mixer
+browser: .venv-browser/.ready
+	command -v chromium || (apt-get update && apt-get install --yes --no-install-recommends chromium)
+	.venv-browser/node_modules/.bin/tsc --noEmit --project $(MIXER)/jsconfig.json
+	PATH="$(CURDIR)/.venv-browser/bin:$$PATH" .venv-browser/bin/python -m pytest tests/browser $(ARGS)
+
+.venv-browser/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-browser
+	.venv-browser/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	.venv-browser/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv-browser/bin/python -m pip install --quiet --constraint constraints.txt --group browser \
+		--editable ".[server,http]"
+	npm install --prefix .venv-browser --no-save --no-audit --no-fund typescript@5.9.3 axe-core@4.14.1
+	touch $@
+
 proto: setup
 	$(BIN)/python proto/generate.py
 
@@ -79,4 +96,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-clients .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-clients .venv-browser .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

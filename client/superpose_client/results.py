@@ -357,3 +357,4 @@ class ServerInfo(FromMessage, message=server_pb2.GetServerInfoResponse):
     weights_intact: bool
     generated_tokens: int
     chat_template: bool
+    grpc_address: str

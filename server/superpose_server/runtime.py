@@ -90,6 +90,7 @@ class Runtime:
         )
         self.metrics = Metrics()
         self.started = time.monotonic()
+        self.grpc_address = ""  # Set once that door is open, for who came by another.
         self.ending = asyncio.Event()
         self._actions: set[asyncio.Future[Any]] = set()
         self._left_out: dict[str, str] = {}  # Folders of --adapter-dir, and why.

@@ -46,6 +46,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     WEIGHTS_INTACT_FIELD_NUMBER: builtins.int
     GENERATED_TOKENS_FIELD_NUMBER: builtins.int
     CHAT_TEMPLATE_FIELD_NUMBER: builtins.int
+    GRPC_ADDRESS_FIELD_NUMBER: builtins.int
     version: builtins.str
     base: builtins.str
     """As given to --base."""
@@ -65,6 +66,8 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     """Tokens that were generated since the start, of all rows; its growth is the server's speed."""
     chat_template: builtins.bool
     """Whether the base has a chat template, and so takes conversations."""
+    grpc_address: builtins.str
+    """HOST:PORT where gRPC is listened on, for those who have come by HTTP."""
     @property
     def limits(self) -> Global___Limits: ...
     @property
@@ -89,9 +92,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         weights_intact: builtins.bool = ...,
         generated_tokens: builtins.int = ...,
         chat_template: builtins.bool = ...,
+        grpc_address: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits", "mix", b"mix"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapters", b"adapters", "base", b"base", "base_digest", b"base_digest", "chat_template", b"chat_template", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "generated_tokens", b"generated_tokens", "limits", b"limits", "mix", b"mix", "running", b"running", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting", b"waiting", "weights_intact", b"weights_intact"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapters", b"adapters", "base", b"base", "base_digest", b"base_digest", "chat_template", b"chat_template", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "generated_tokens", b"generated_tokens", "grpc_address", b"grpc_address", "limits", b"limits", "mix", b"mix", "running", b"running", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting", b"waiting", "weights_intact", b"weights_intact"]) -> None: ...
 
 Global___GetServerInfoResponse: typing_extensions.TypeAlias = GetServerInfoResponse
 

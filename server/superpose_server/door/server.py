@@ -62,7 +62,7 @@ class Server:
                 for opened in self._doors[:number]:
                     await opened.close()
                 raise
-        self.address = self._grpc.address
+        self.address = self.runtime.grpc_address = self._grpc.address
         if self._http is not None:
             self.http_address = self._http.address
         if not self.runtime.integrity.intact:  # Found by a call while the doors were opened.

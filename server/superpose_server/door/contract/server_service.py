@@ -48,4 +48,5 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             weights_intact=runtime.integrity.intact,
             generated_tokens=runtime.metrics.generated_tokens,
             chat_template=runtime.tokenizer.has_chat_template,
+            grpc_address=runtime.grpc_address,
         )

@@ -5,7 +5,6 @@ import { DefaultMix } from "./default_mix.js";
 import { Header, Live } from "./live.js";
 import { Names } from "./names.js";
 import { Panel } from "./panel.js";
-import { Prompting } from "./prompt.js";
 import { SECTIONS } from "./sections.js";
 import { Sliders } from "./sliders.js";
 import { useStore } from "./store.js";
@@ -24,7 +23,6 @@ export function App({ store }) {
         <${DefaultMix} store=${store} />
       <//>
       <${Panel} id="texts" title="Texts">
-        <${Prompting} store=${store} />
         <${Texts} store=${store} />
         <${CopyAs} store=${store} />
       <//>

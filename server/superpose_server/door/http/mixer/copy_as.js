@@ -32,9 +32,12 @@ export const WAYS = new Map([
 export function CopyAs({ store }) {
   const prompt = useStore(store, (state) => state.prompt);
   const mix = useStore(store, (state) => state.mine);
+  const listening = useStore(store, (state) => state.server?.grpc_address ?? DEFAULT_GRPC);
   const [way, setWay] = useState("adapterctl");
   const [open, setOpen] = useState(false);
-  const written = /** @type {any} */ (WAYS.get(way))({ prompt, mix, site: new URL(".", document.baseURI) });
+  const site = new URL(".", document.baseURI);
+  const asked = { prompt, mix, site, grpc: reachable(listening, site) };
+  const written = /** @type {(asked: Asked) => string} */ (WAYS.get(way))(asked);
   const copy = async () => {
     try {
       await navigator.clipboard.writeText(written);
@@ -61,6 +64,15 @@ export function CopyAs({ store }) {
   `;
 }
 
+/**
+ * Return where gRPC is reached: an address of every interface is none to connect to, but the page
+ * came from one.
+ * @param {string} listening @param {URL} site @returns {string}
+ */
+function reachable(listening, site) {
+  return listening.replace(/^(0\.0\.0\.0|\[::\])(?=:)/, site.hostname);
+}
+
 /** @param {Asked} asked */
 function asAdapterctl({ prompt, mix, grpc }) {
   const { text, chat, maxTokens, temperature, seed } = prompt;
@@ -69,6 +81,8 @@ function asAdapterctl({ prompt, mix, grpc }) {
     `--mix ${shell(formatMix(mix))} --max-new-tokens ${maxTokens} --temperature ${temperature} --seed ${seed}`,
   ];
   if (!chat) return [`adapterctl generate ${options.join(" ")}`, `-- ${shell(text)}`].join(" \\\n  ");
+  // `chat` reads a message a line, and takes some lines for commands.
+  if (/[\r\n]|^\//.test(text)) return "# adapterctl chat cannot be sent this message: use the Python client\n";
   return `printf '%s\\n' ${shell(text)} | adapterctl chat ${options.join(" ")}`;
 }
 

@@ -70,7 +70,7 @@ function Confirm({ store, asked, mix, onClose }) {
         <tbody>
           ${changes(seen.mix, mix).map(
             ({ domain, before, after }) => html`
-              <tr key=${domain}><th scope="row">${domain}</th><td>${before || "–"}</td><td>${after || "–"}</td></tr>
+              <tr key=${domain}><th scope="row">${domain}</th><td>${before || "absent"}</td><td>${after || "absent"}</td></tr>
             `,
           )}
         </tbody>

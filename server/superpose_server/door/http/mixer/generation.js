@@ -57,12 +57,11 @@ export async function* write(prompt, mix, signal) {
     const tokens = event.usage?.completion_tokens ?? written.tokens;
     const time = performance.now();
     if (first === null && tokens > 0) first = { time, tokens };
-    const newer = first !== null && tokens > first.tokens;
     written = {
       text: written.text + (choice?.text ?? choice?.delta.content ?? ""),
       tokens,
       tokensPerSecond:
-        newer && tokens > written.tokens
+        first !== null && tokens > Math.max(first.tokens, written.tokens)
           ? ((tokens - first.tokens) * 1000) / (time - first.time)
           : written.tokensPerSecond,
       finish: choice?.finish_reason ?? written.finish,

@@ -9,8 +9,8 @@ import { html } from "./vendor/htm-preact.js";
  * @typedef {import("./state.js").Prompt} Prompt
  */
 
-/** @param {{store: Store}} props */
-export function Prompting({ store }) {
+/** @param {{store: Store, onGo: () => void}} props  `onGo`: Ctrl+Enter was pressed. */
+export function Prompting({ store, onGo }) {
   const prompt = useStore(store, (state) => state.prompt);
   const chats = useStore(store, (state) => state.server?.chat_template === true);
   const longest = useStore(store, (state) => state.server?.context_length ?? 1);
@@ -18,10 +18,12 @@ export function Prompting({ store }) {
     store.set({ prompt: { ...store.get().prompt, ...change } });
   };
   return html`
-    <label for="prompt">Prompt</label>
+    <label class="small" for="prompt">Prompt</label>
     <textarea id="prompt" rows="4" spellcheck=${false} value=${prompt.text}
       placeholder="Question: …"
-      onInput=${(/** @type {any} */ event) => set({ text: event.currentTarget.value })}></textarea>
+      onInput=${(/** @type {any} */ event) => set({ text: event.currentTarget.value })}
+      onKeyDown=${(/** @type {KeyboardEvent} */ event) =>
+        event.key === "Enter" && (event.ctrlKey || event.metaKey) && onGo()}></textarea>
     <${Examples} store=${store} onPick=${(/** @type {string} */ question) =>
       set({ text: prompt.chat ? question : asPrompt(question) })} />
     <div class="options">

@@ -49,12 +49,15 @@ export function setMine(store, mix) {
   store.set({ mine: mixOf(mix) });
 }
 
+const SAID_FOR = 6000; // ms
+
 /**
- * Say what has happened, where everybody sees it and a screen reader reads it.
+ * Say what has happened, where everybody sees it for a while and a screen reader reads it.
  * @param {Store} store @param {string} said
  */
 export function say(store, said) {
   store.set({ said });
+  setTimeout(() => store.get().said === said && store.set({ said: "" }), SAID_FOR);
 }
 
 /** @param {State} state @returns {import("./history.js").State | null} */

@@ -42,14 +42,14 @@ export function createStore(state) {
  * @returns {T}
  */
 export function useStore(store, select) {
-  const [, render] = useReducer((/** @type {number} */ count) => count + 1, 0);
+  const [, render] = useReducer((/** @type {number} */ count, /** @type {void} */ _) => count + 1, 0);
   const shown = { select, value: select(store.get()) };
   const last = useRef(shown);
   last.current = shown;
   useEffect(() => {
     const tell = () => {
       const { select, value } = last.current;
-      if (!Object.is(select(store.get()), value)) render(undefined);
+      if (!Object.is(select(store.get()), value)) render();
     };
     tell(); // The state may have changed since this was rendered.
     return store.subscribe(tell);

@@ -4,6 +4,7 @@ import { differingWords, pieces } from "./difference.js";
 import { write } from "./generation.js";
 import { BASE, formatMix, mixOf } from "./mix.js";
 import { Problem } from "./panel.js";
+import { Prompting } from "./prompt.js";
 import { defaultMix, say } from "./state.js";
 import { useStore } from "./store.js";
 import { html, useMemo, useRef, useState } from "./vendor/htm-preact.js";
@@ -53,12 +54,14 @@ export function Texts({ store }) {
     say(store, ending.signal.aborted ? "Stopped." : "The texts are written.");
   };
   const marks = useMarks(columns, running !== null);
+  const ready = running === null && !empty;
   return html`
+    <${Prompting} store=${store} onGo=${() => ready && run()} />
     <div class="actions">
-      <button type="button" class="main" disabled=${running !== null || empty} onClick=${run}>
+      <button type="button" class="main" disabled=${!ready} title="Ctrl+Enter in the prompt" onClick=${run}>
         Write ${columns.length} texts
       </button>
-      <button type="button" disabled=${running === null} onClick=${() => running.abort()}>Stop</button>
+      <button type="button" disabled=${running === null} onClick=${() => running?.abort()}>Stop</button>
       <button type="button" class="quiet" disabled=${running !== null}
         onClick=${() => setColumns(columns.length < 3 ? [...columns, column("base")] : columns.slice(0, -1))}>
         ${columns.length < 3 ? "Three columns" : "Two columns"}
@@ -154,8 +157,8 @@ export function chosenMix(state, choice) {
 }
 
 const ENDS = new Map([
-  ["stop", "ended by itself"],
-  ["length", "as long as asked for"],
+  ["stop", "ended"],
+  ["length", "max tokens reached"],
   ["abort", "ended by the server"],
 ]);
 
