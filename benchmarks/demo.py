@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,13 @@ def curl(address: str, path: str, fields: dict[str, Any]) -> None:
         console.print()
 
 
+def keep(process: subprocess.Popen[str], http: str) -> None:
+    """Say where the mixer is, and serve it until Ctrl-C, or until the server ends by itself."""
+    console.print(f"the mixer is at http://{http}/ until you press Ctrl-C")
+    with suppress(KeyboardInterrupt):
+        process.wait()
+
+
 def perplexities_of(client: Client, bundle: Bundle, mix: str | None = None) -> dict[str, float]:
     """Score the held-out rows of every domain under `mix`, or under the default mix."""
     result = {}
@@ -130,7 +137,9 @@ def matrix(measured: dict[str, dict[str, float]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description="make demo")
     parser.add_argument("--base", choices=BUNDLES, default=MINI.name, help="default %(default)s")
-    bundle = BUNDLES[parser.parse_args().base]
+    parser.add_argument("--keep", action="store_true", help="serve the mixer until Ctrl-C")
+    args = parser.parse_args()
+    bundle = BUNDLES[args.base]
     started = time.monotonic()
     heading("1. A server with a base model and three domains")
     with running_server(bundle) as (process, address, http), Client(address) as client:
@@ -184,7 +193,11 @@ def main() -> None:
         same = after == base
         console.print(f"perplexities equal those of the base before, to the last bit: {same}")
 
-        heading("6. Stop")
+        if args.keep:
+            heading("6. The mixer")
+            keep(process, http)
+
+        heading(f"{7 if args.keep else 6}. Stop")
         process.send_signal(signal.SIGTERM)
         code = process.wait(timeout=60)
         console.print(f"the server ended with exit code {code}")

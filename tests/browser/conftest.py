@@ -1,4 +1,4 @@
-"""The mixer in Chromium, against a server of the bundled base; `make browser` installs both ends."""
+"""The mixer in Chromium, against a server of the bundled base; `make browser` installs all."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+from tests.integration.conftest import gpt2, loop
 from tests.integration.harness import LoopThread, Served, start
 
 from superpose_adapters.bundled import MINI
+
+__all__ = ["gpt2", "loop"]  # fixtures
 
 # `make test` has no browser, and `make browser` fails if it finds no test.
 collect_ignore_glob = [] if find_spec("playwright") else ["test_*.py", "mixer.py"]
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server of `mini` whose default mix is the base; every test leaves it so."""
-    loop = LoopThread()
     state = tmp_path_factory.mktemp("browser") / "state"
     server = start(loop, MINI.name, state, http_listen="127.0.0.1:0")
     yield server
     server.stop()
-    loop.close()
 
 
 @pytest.fixture(scope="session")

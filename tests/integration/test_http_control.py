@@ -18,6 +18,7 @@ from tests.integration.harness import Family, LoopThread, Served, start, wait_un
 from tests.integration.http_client import Answer, Http
 
 from superpose_client import CallError
+from superpose_server.door.http.page import page_routes
 
 MAX_MIB = 1
 LIMIT = (MAX_MIB + 16) << 20  # of an upload, as of a message of gRPC
@@ -451,9 +452,11 @@ def test_the_document_is_openapi_and_has_every_route(served: Served, http: Http)
     assert document["openapi"].startswith("3.1.")
     validate(document)
     door: Any = served.server._http
+    page = {route.path for route in page_routes()}  # It is for people, and no API.
     routes = {
         (route.path.replace(":path", ""), method.lower())
         for route in door._server.config.app.routes
+        if route.path not in page
         for method in route.methods - {"HEAD"}
     }
     described = {

@@ -64,7 +64,10 @@ def http(server: Served, caplog: pytest.LogCaptureFixture) -> Iterator[Http]:
 )
 @pytest.mark.parametrize(
     ("method", "path"),
-    [SET, ("GET", "/v1/models"), ("GET", "/v1/mix/events"), ("DELETE", "/v1/adapters/b")],
+    [
+        *(SET, ("GET", "/v1/models"), ("GET", "/v1/mix/events"), ("DELETE", "/v1/adapters/b")),
+        *(("GET", "/"), ("GET", "/mixer/main.js")),
+    ],
 )
 def test_pages_of_other_sites_reach_nothing(
     http: Http, headers: dict[str, str], outcome: tuple[int, str], method: str, path: str
@@ -206,7 +209,9 @@ def test_a_body_that_does_not_come_is_not_waited_for(
         ("TRACE", "/v1/mix", 405),
         ("POST", "/healthz", 405),
         ("HEAD", "/v1/mix/events", 405),
-        ("GET", "/", 404),
+        ("POST", "/", 405),
+        ("GET", "/mixer/..%2fpage.py", 404),
+        ("GET", "/mixer/vendor/../../page.py", 404),
         ("GET", "/v1/mix/", 404),
         ("GET", "//v1/mix", 404),
         ("GET", "/v1/../v1/mix", 404),

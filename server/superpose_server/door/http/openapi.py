@@ -49,7 +49,7 @@ def describe(served: Iterable[Endpoint]) -> dict[str, Any]:
             "title": "Superpose",
             "version": version("superpose"),
             "summary": "A base language model plus any weighted sum of LoRA adapters, per request.",
-            "description": "In the object of a body null means absent.",
+            "description": "In the object of a body null means absent. A page for people is at /.",
         },
         "paths": paths,
         "components": {"schemas": schemas},

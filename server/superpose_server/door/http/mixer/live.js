@@ -36,7 +36,7 @@ export function Live({ store }) {
   const resident = useStore(store, (state) => state.resident);
   const speed = useStore(store, (state) => state.tokensPerSecond);
   return html`
-    <dl class="live" aria-label="Live">
+    <section aria-label="Live"><dl class="live">
       <${Fact} name="Default mix">${state && formatMix(state.mix)}<//>
       <${Fact} name="In the weights">${resident && formatMix(resident.mix)}<//>
       <${Fact} name="Generation">${state?.generation}<//>
@@ -46,7 +46,7 @@ export function Live({ store }) {
       <${Fact} name="Rows">${server && `${server.running} running, ${server.waiting} waiting`}<//>
       <${Fact} name="Tokens a second">${speed !== null && speed.toFixed(speed < 10 ? 1 : 0)}<//>
       <${Fact} name="Up">${server && duration(server.uptime_seconds)}<//>
-    </dl>
+    </dl></section>
   `;
 }
 

@@ -1,0 +1,59 @@
+"""What the page offers to copy runs as it is, and asks for what the page asks for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.browser.mixer import Mixer
+from tests.integration.harness import PATIENCE, Served
+
+# Everything that a shell, JSON or Python might take for something else.
+PROMPT = 'Question: it\'s "5 $HOME `x` \\n" & ä\u2028 ?\nAnswer:'
+MIX = "medicine=1.25,math=-0.1"
+
+
+def run(*command: str) -> str:
+    """Return what a command prints."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def copied(mixer: Mixer, way: str) -> str:
+    mixer.page.get_by_text("Copy as a command or program").click()
+    mixer.button(way).click()
+    mixer.button("Copy").click()
+    mixer.says(f"Copied, for {way}.")
+    text = mixer.page.evaluate("navigator.clipboard.readText()")
+    assert text == mixer.page.get_by_label(f"The request, for {way}").text_content()
+    return str(text)
+
+
+CLIPBOARD = {"permissions": ["clipboard-read", "clipboard-write"]}
+
+
+@pytest.mark.parametrize("mixer", [CLIPBOARD], indirect=True)
+@pytest.mark.parametrize("way", ["adapterctl", "curl", "Python client", "OpenAI client"])
+def test_it_runs_and_makes_the_text_of_the_page(
+    mixer: Mixer, served: Served, way: str, tmp_path: Path
+) -> None:
+    mixer.mix_text.fill(MIX)
+    mixer.mix_text.press("Enter")
+    mixer.page.get_by_label("Temperature").fill("0.7")
+    mixer.write(PROMPT)
+    written = copied(mixer, way)
+    if way in ("adapterctl", "curl"):
+        text = run("bash", "-c", written)
+    else:
+        program = tmp_path / "copied.py"
+        program.write_text(written)
+        text = run(sys.executable, str(program))
+    if way == "curl":
+        text = json.loads(text)["choices"][0]["text"]
+    shown = mixer.text(3).text_content()
+    assert shown
+    assert text.rstrip("\n") == shown.rstrip("\n")
