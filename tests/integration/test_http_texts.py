@@ -381,6 +381,41 @@ def test_scores_are_those_over_grpc(chatty: Served, http: Http) -> None:
     assert [item["logprobs"] for item in short["items"]] == [[], []]
 
 
+def test_scores_under_several_mixes_are_those_over_grpc(chatty: Served, http: Http) -> None:
+    texts = ["The sum of two", "abc"]
+    items = [{"text": text} for text in texts]
+    over_grpc = chatty.client.score(texts, mixes=MIXES, logprobs=True)
+    found = http.ask("POST", "/v1/score", {"items": items, "mixes": MIXES, "logprobs": True}).json
+    assert [block["mix"]["digest"] for block in found["mixes"]] == [
+        chatty.client.score(texts, mix=mix).mix.digest for mix in MIXES
+    ]
+    for block, expected in zip(found["mixes"], over_grpc.mixes, strict=True):
+        assert block["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+        for item, scored in zip(block["items"], expected.items, strict=True):
+            assert item["logprobs"] == pytest.approx(scored.logprobs, abs=1e-6)
+    first = {name: found[name] for name in found["mixes"][0]}
+    assert first == found["mixes"][0]
+    assert http.ask("POST", "/v1/score", {"items": items, "mix": {}}).json["mixes"] == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"mixes": [{"a": 1}], "mix": {}}, "MIX_GIVEN_TWICE"),
+        ({"mixes": [{"a": 1}], "model": "b"}, "MIX_GIVEN_TWICE"),
+        ({"mixes": []}, "NO_MIXES"),
+        ({"mixes": {"a": 1}}, "INVALID_FIELD"),
+        ({"mixes": [{"a": 1}, {"a": "1"}]}, "INVALID_MIX"),
+        ({"mixes": [{}] * 2049}, "TOO_MANY_ROWS"),
+    ],
+)
+def test_several_mixes_that_mean_nothing_are_refused(
+    http: Http, asked: dict[str, Any], reason: str
+) -> None:
+    answer = http.ask("POST", "/v1/score", {"items": [{"text": "abc"}], **asked})
+    assert answer.outcome == (400, reason)
+
+
 def test_fields_that_change_nothing_are_ignored_and_null_is_absent(http: Http) -> None:
     fields = {"model": "b", "max_tokens": 5, "temperature": 0}
     plain = only(complete(http, PROMPT, **fields))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -71,7 +71,7 @@ class MixService(mix_pb2_grpc.MixServiceServicer):
 
     async def WatchMix(
         self, request: pb.WatchMixRequest, context: Any
-    ) -> AsyncIterator[pb.WatchMixResponse]:
+    ) -> AsyncGenerator[pb.WatchMixResponse]:
         """Send the current mix, then every change."""
         async with aclosing(watch(self._runtime.default_mix, self._runtime.ending)) as states:
             async for state in states:

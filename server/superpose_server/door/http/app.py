@@ -21,6 +21,7 @@ from superpose_server.door.http.chat import ChatCompletions
 from superpose_server.door.http.completions import Completions
 from superpose_server.door.http.endpoint import Endpoint
 from superpose_server.door.http.fields import Asked, Form
+from superpose_server.door.http.fit import Fits
 from superpose_server.door.http.mixes import Mixes
 from superpose_server.door.http.models import Models
 from superpose_server.door.http.openapi import Document
@@ -45,6 +46,7 @@ def endpoints(runtime: Runtime, inference: Inference) -> tuple[Endpoint, ...]:
         *ChatCompletions(inference, token_bytes).endpoints(),
         *ScoreTexts(inference).endpoints(),
         *Mixes(runtime, inference).endpoints(),
+        *Fits(inference).endpoints(),
         *Adapters(runtime).endpoints(),
         *ServerInfo(runtime).endpoints(),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -30,29 +30,33 @@ class EventStream(Response):
     """Sends what several sources make as they make it, then a last thing, and ends.
 
     A client that reads slowly holds up the sources, and nobody else. If a source raises, its error
-    is the last event.
+    is the last event. When nothing more is sent, because of whatever, the sources are closed.
     """
 
     def __init__(
         self,
-        sources: Sequence[AsyncIterator[bytes]],
-        headers: Mapping[str, str],
+        sources: Sequence[AsyncGenerator[bytes]],
+        headers: Mapping[str, str] | None = None,
         *,
-        last: Callable[[], bytes],
-        let_go: Callable[[], None],
+        first: bytes = b"",
+        last: Callable[[], bytes] = bytes,
+        let_go: Callable[[], None] = lambda: None,
     ) -> None:
         """Send `sources`.
 
         Args:
             sources: Each yields one or more whole events at a time.
             headers: Of the answer, beside those of every stream.
+            first: What comes before all of them: what a source had to yield before there could be
+                a stream, since until then an error is an answer with a status of its own.
             last: Returns what comes behind all of them.
-            let_go: Called when nothing more is sent, because of whatever.
+            let_go: Called once the sources are closed.
         """
         self.status_code = 200
         self.background = None
-        self.init_headers({**headers, **_HEADERS})
+        self.init_headers({**(headers or {}), **_HEADERS})
         self._sources = sources
+        self._first = first
         self._last = last
         self._let_go = let_go
 
@@ -67,9 +71,13 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await while_connected(receive, self._send_all(send))
         finally:
+            for source in self._sources:
+                await source.aclose()
             self._let_go()
 
     async def _send_all(self, send: Send) -> None:
+        if self._first:
+            await _send_bytes(send, self._first, more=True)
         try:
             async with asyncio.TaskGroup() as group:
                 for source in self._sources:
@@ -81,7 +89,7 @@ class EventStream(Response):
         await _send_bytes(send, self._last(), more=False)
 
 
-async def _send(source: AsyncIterator[bytes], send: Send) -> None:
+async def _send(source: AsyncGenerator[bytes], send: Send) -> None:
     async for events in source:
         await _send_bytes(send, events, more=True)
 

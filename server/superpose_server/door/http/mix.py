@@ -7,7 +7,7 @@ from typing import Any
 
 from superpose_adapters.mix import Mix
 from superpose_adapters.mix_syntax import mix_from_json, parse_mix
-from superpose_server.door.http.fields import TEXT, Asked, Field
+from superpose_server.door.http.fields import TEXT, Asked, Field, ListOf
 from superpose_server.errors import InvalidArgument
 
 DEFAULT = "default"
@@ -27,7 +27,11 @@ class _MixObject:
             raise InvalidArgument(f"{at}: {error}", "INVALID_MIX", field=at) from error
 
 
-MIX = Field("mix", _MixObject(), 'A mix, such as {"math": 1, "medicine": 0.5}; {} is the base.')
+_MIX_OBJECT = _MixObject()
+MIX = Field("mix", _MIX_OBJECT, 'A mix, such as {"math": 1, "medicine": 0.5}; {} is the base.')
+MIXES = Field(
+    "mixes", ListOf(_MIX_OBJECT), "In place of a mix: several, which share passes of the model."
+)
 MODEL = Field(
     "model",
     TEXT,
@@ -70,3 +74,25 @@ def requested_mix(asked: Asked) -> Mix | None:
         )
     mix: Mix = asked["mix"]
     return mix
+
+
+def requested_mixes(asked: Asked) -> tuple[Mix | None, ...]:
+    """Return the mixes that a body asks for: its `mixes`, or else the one of `requested_mix`.
+
+    Raises:
+        InvalidArgument: It asks for both, or for none of several.
+    """
+    mix = requested_mix(asked)
+    if "mixes" not in asked:
+        return (mix,)
+    if mix is not None:
+        raise InvalidArgument(
+            "mix, or model, and mixes are both given: send one of them",
+            "MIX_GIVEN_TWICE",
+            field="mixes",
+        )
+    if not asked["mixes"]:
+        raise InvalidArgument(
+            "mixes is empty: send one or more, or leave it out", "NO_MIXES", field="mixes"
+        )
+    return tuple(asked["mixes"])

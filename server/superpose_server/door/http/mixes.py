@@ -7,7 +7,8 @@ default mix has as its `ETag`.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import replace
 
 from google.protobuf.message import Message
@@ -159,7 +160,7 @@ class Mixes:
     async def watch(self, request: Request, asked: Asked) -> Response:
         """Send the default mix and every change of it, until the client goes or falls behind."""
         changes = self._service.WatchMix(pb.WatchMixRequest(), None)
-        return EventStream([_events(changes)], {}, last=lambda: b"", let_go=lambda: None)
+        return EventStream([_events(changes)])
 
     async def analyze(self, request: Request, asked: Asked) -> Response:
         """Report how the domains of a mix interfere."""
@@ -187,9 +188,10 @@ class Mixes:
         return json_answer(plain(await self._service.UnnameMix(message, None)))
 
 
-async def _events(changes: AsyncIterator[pb.WatchMixResponse]) -> AsyncIterator[bytes]:
-    async for change in changes:
-        yield event(to_json(plain(change)), change.mix.generation)
+async def _events(changes: AsyncGenerator[pb.WatchMixResponse]) -> AsyncGenerator[bytes]:
+    async with aclosing(changes):
+        async for change in changes:
+            yield event(to_json(plain(change)), change.mix.generation)
 
 
 def expected_generation(request: Request) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -116,7 +116,7 @@ class Answer:
         ]
         return to_json({**self._envelope(self.kind), "choices": choices, "usage": self._usage()})
 
-    async def _events(self, index: int, row: Row) -> AsyncIterator[bytes]:
+    async def _events(self, index: int, row: Row) -> AsyncGenerator[bytes]:
         # All but the choice is the same in every event, and is written once.
         envelope = to_json(self._envelope(self.kind_of_part))
         head = f'data: {envelope[:-1]},"choices":[{{"index":{index},'.encode()
