@@ -507,10 +507,12 @@ def _score(
 @command("fit")
 def _fit(
     session: Session,
-    file: Annotated[
-        str,
+    files: Annotated[
+        list[str],
         typer.Argument(
-            metavar="FILE", help="2 to 256 texts or rows, as for score. - is standard input."
+            metavar="FILE...",
+            help="2 to 256 texts or rows in all, as for score; of several files each has its losses "
+            "shown, too. - is standard input.",
         ),
     ],
     domains: Annotated[
@@ -566,10 +568,11 @@ def _fit(
     unless --set or --name is given.
     """
     from superpose_client.errors import InvalidArgumentError
+    from superpose_client.files_fitted import FilesFitted
     from superpose_client.score_file import ScoreFileError, read_texts, with_places
 
     low, high = _read_bounds(bounds)
-    placed = read_texts(file)
+    placed = [each for file in files for each in read_texts(file)]
     try:
         with session.client.fit(
             [each.text for each in placed],
@@ -586,7 +589,7 @@ def _fit(
     except InvalidArgumentError as error:
         raise ScoreFileError(with_places(error.message, placed)) from error
     # First of all, since it took its time and what follows may fail.
-    session.show(result)
+    session.show(Shown(FilesFitted(result, [each.file for each in placed]), json=result))
     if name is not None:
         session.show(session.client.name_mix(name, result.mix.weights))
     if make_default:

@@ -191,12 +191,17 @@ class Estimate(FromMessage, message=inference_pb2.Estimate):
 
 @dataclass(frozen=True)
 class FitCandidate(FromMessage, message=inference_pb2.FitCandidate):
-    """What a mix loses, nats a token; `excess` is the held-out loss over the fitted mix's."""
+    """What a mix loses, nats a token; `excess` is the held-out loss over the fitted mix's.
+
+    `held_out_items` are the scores of the rows that were held out, whose places among the texts are
+    in `FitResult.held_out`.
+    """
 
     mix: MixState
     fitted_loss: float
     held_out_loss: Estimate
     excess: Estimate
+    held_out_items: tuple[ItemScore, ...]
 
 
 @dataclass(frozen=True)
@@ -214,6 +219,7 @@ class FitResult(FromMessage, message=inference_pb2.FitResult):
     held_out_tokens: int
     evaluations: int
     warnings: tuple[str, ...]
+    held_out: tuple[int, ...]
 
     @property
     def mix(self) -> MixState:

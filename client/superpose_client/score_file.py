@@ -30,8 +30,9 @@ class ScoreFileError(SuperposeError):
 
 @dataclass(frozen=True)
 class PlacedText:
-    """A text, or a question with its answer, and where it stands: the file and the line."""
+    """A text, or a question with its answer, and where it stands: the file, and with the line."""
 
+    file: str
     place: str
     text: str | tuple[str, str]
 
@@ -51,7 +52,9 @@ def read_texts(name: str) -> list[PlacedText]:
     if kind in (".csv", ".tsv"):
         raise ScoreFileError(f"{file}: {kind} is not read; make it JSON, an object a line")
     if kind in (".json", ".jsonl") or _JSON.match(content):
-        texts = [PlacedText(place, _row(value, place)) for place, value in _values(content, file)]
+        texts = [
+            PlacedText(file, place, _row(value, place)) for place, value in _values(content, file)
+        ]
     else:
         texts = list(_lines(content, file))
     if not texts:
@@ -85,7 +88,7 @@ def _lines(content: str, file: str) -> Iterator[PlacedText]:
         place = f"{file}:{number}"
         if _JSON.match(line) and _is_json(line):
             raise ScoreFileError(f"{place}: a row among texts; {_AS_TEXT}, as all other lines")
-        yield PlacedText(place, line.removesuffix("\r"))
+        yield PlacedText(file, place, line.removesuffix("\r"))
 
 
 def _is_json(line: str) -> bool:

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from superpose_client.files_fitted import FilesFitted
 from superpose_client.mix import format_mix, format_weight
 from superpose_client.results import (
     AdapterInfo,
@@ -241,6 +242,19 @@ def _(result: FitResult) -> RenderableType:
     if result.warnings:
         parts += ["", _fields(*_warnings(result.warnings))]
     return Group(*parts)
+
+
+@screen.register
+def _(fitted: FilesFitted) -> RenderableType:
+    names = fitted.names
+    if len(names) < 2:
+        return screen(fitted.result)
+    table = Rows("HELD OUT, BY FILE", *(f">{name}" for name in names.values()))
+    for candidate in fitted.result.candidates:
+        losses = fitted.losses(candidate)
+        cells = ("no row" if loss is None else f"{loss:.4f}" for loss in losses)
+        table.add_row(format_mix(candidate.mix.weights), *cells)
+    return Group(screen(fitted.result), "", table)
 
 
 def _estimate(estimate: Estimate, sign: str) -> tuple[str, str]:

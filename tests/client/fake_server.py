@@ -182,13 +182,21 @@ def fit_updates(request: inference_pb2.FitMixRequest) -> list[inference_pb2.FitM
                 weights=weights,
                 candidates=[
                     inference_pb2.FitCandidate(
-                        mix=state(fitted), fitted_loss=2.125, held_out_loss=nothing
+                        mix=state(fitted),
+                        fitted_loss=2.125,
+                        held_out_loss=nothing,
+                        held_out_items=[
+                            inference_pb2.ItemScore(tokens=2, logprob=-3),
+                            inference_pb2.ItemScore(tokens=4, logprob=-5),
+                            inference_pb2.ItemScore(tokens=4, logprob=-6.5),
+                        ],
                     ),
                     inference_pb2.FitCandidate(
                         mix=state({}),
                         fitted_loss=3.0,
                         held_out_loss=inference_pb2.Estimate(value=3.25, low=3, high=3.5),
                         excess=inference_pb2.Estimate(value=0.75, low=-0.125, high=1),
+                        held_out_items=[inference_pb2.ItemScore(tokens=2, logprob=-4)] * 3,
                     ),
                 ],
                 fitted_rows=5,
@@ -197,6 +205,7 @@ def fit_updates(request: inference_pb2.FitMixRequest) -> list[inference_pb2.FitM
                 held_out_tokens=456,
                 evaluations=47,
                 warnings=["3 different rows are held out"],
+                held_out=[0, 3, 4],
             )
         ),
     ]

@@ -628,7 +628,8 @@ def test_texts_without_a_token_that_counts_are_told(
 
 
 def test_fit(ctl: Ctl, server: FakeServer) -> None:
-    shown = ctl("fit", "-", "--domains", "math, law", "--bounds", "-1.5,3", stdin="one\ntwo\n")
+    texts = "a\nb\nc\nd\ne\n"
+    shown = ctl("fit", "-", "--domains", "math, law", "--bounds", "-1.5,3", stdin=texts)
     assert (shown.exit_code, shown.stderr) == (0, "")
     request = server.request
     assert list(request.domains) == ["math", "law"]
@@ -643,23 +644,51 @@ def test_fit(ctl: Ctl, server: FakeServer) -> None:
         "3 different rows are held out",
     ):
         assert words in shown.stdout
+    assert "BY FILE" not in shown.stdout
+
+
+def test_fit_tells_the_losses_of_several_files_apart(
+    ctl: Ctl, server: FakeServer, tmp_path: Path
+) -> None:
+    files = [tmp_path / name for name in ("one.txt", "two.txt", "three.txt")]
+    for file, texts in zip(files, ("a\nb\n", "c\n", "d\ne\n"), strict=True):
+        file.write_text(texts)
+    shown = ctl("fit", *map(str, files), "--domains", "math,law")
+    assert [item.text for item in server.request.items] == ["a", "b", "c", "d", "e"]
+    header, fitted, base = shown.stdout.splitlines()[-3:]
+    assert header.split() == ["HELD", "OUT,", "BY", "FILE", "one.txt", "two.txt", "three.txt"]
+    # Of the texts 0, 3 and 4: -3 over 2 tokens; and -11.5 over 8.
+    assert fitted.split() == ["law=0.25", "1.5000", "no", "row", "1.4375"]
+    assert base.split() == ["base", "2.0000", "no", "row", "2.0000"]
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(ctl: Ctl, tmp_path: Path) -> None:
+    files = [tmp_path / folder / "rows.txt" for folder in ("x", "y")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("a\nb\nc\n")
+    shown = ctl("fit", *map(str, files), "--domains", "math,law").stdout
+    assert all(str(file) in shown for file in files)
 
 
 def test_fit_sets_and_names_what_it_found_when_told_to(ctl: Ctl, server: FakeServer) -> None:
     lines = ctl(
-        *("fit", "-", "--domains", "math,law", "--set", "--name", "best", "--json"), stdin="a\nb\n"
+        *("fit", "-", "--domains", "math,law", "--set", "--name", "best", "--json"),
+        stdin="a\nb\nc\nd\ne\n",
     ).stdout.splitlines()
     _, named, changed = server.requests
     assert (named.name, weights_of(named.mix)) == ("best", {"law": 0.25})
     assert (weights_of(changed.mix), changed.expected_generation) == ({"law": 0.25}, GENERATION)
     fitted, name, state = map(json.loads, lines)
+    assert fitted["held_out"] == [0, 3, 4]
+    assert fitted["candidates"][0]["held_out_items"][1]["logprob"] == -5
     assert fitted["candidates"][0]["held_out_loss"] == {"value": 2.5, "low": "NaN", "high": "NaN"}
     assert (name["name"], state["generation"]) == ("best", GENERATION)
 
 
 def test_an_adapter_that_is_replaced_during_a_fit_is_told(ctl: Ctl, server: FakeServer) -> None:
     server.answers["SetMix"] = mix_pb2.SetMixResponse(mix=state({"law": 0.5}))
-    said = ctl("fit", "-", "--domains", "math,law", "--set", stdin="a\nb\n")
+    said = ctl("fit", "-", "--domains", "math,law", "--set", stdin="a\nb\nc\nd\ne\n")
     assert said.exit_code == 1
     assert "an adapter was replaced during the fit" in said.stderr
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -14,12 +15,17 @@ from superpose_server.inference.request import QuestionAnswer, ScoreItem
 
 
 def sample(items: list[ScoreItem], bare: frozenset[int] = frozenset()) -> Sample:
-    """Split items, each a row of its own number; those in `bare` have nothing to score."""
+    """Split items, each a row of its own number; those in `bare` have nothing to score.
+
+    Whichever side a row is on, its place among the items is its number.
+    """
     rows = [ScoreRow((i, i), first=2 if i in bare else 1) for i in range(len(items))]
-    return Sample.of(items, rows)
+    split = Sample.of(items, rows)
+    assert all(row.ids[0] == place for place, row in split.held_out.items())
+    return split
 
 
-def numbers(rows: list[ScoreRow]) -> set[int]:
+def numbers(rows: Iterable[ScoreRow]) -> set[int]:
     return {row.ids[0] for row in rows}
 
 
@@ -28,7 +34,7 @@ def test_about_a_third_is_held_out(count: int) -> None:
     names = ["".join(chr(97 + int(digit)) for digit in str(i)) for i in range(count)]
     split = sample([QuestionAnswer(f"what is {name}?", "b") for name in names])
     assert len(split.held_out) == max(1, count // 3)
-    assert numbers(split.fitted) | numbers(split.held_out) == set(range(count))
+    assert numbers(split.fitted) | numbers(split.held_out.values()) == set(range(count))
     assert len(split.fitted) + len(split.held_out) == count
 
 
@@ -38,21 +44,24 @@ def test_twins_stay_on_one_side() -> None:
     for twin in range(3):
         questions += [QuestionAnswer(f"What  is {x} + {twin}?", str(twin)) for x in letters]
     split = sample(questions)
-    of_twins = [{row.ids[0] % 10 for row in side} for side in (split.fitted, split.held_out)]
+    sides = (split.fitted, split.held_out.values())
+    of_twins = [{row.ids[0] % 10 for row in side} for side in sides]
     assert not of_twins[0] & of_twins[1]
     assert len(split.held_out) == 9
-    assert sorted(split.groups) == [0] * 3 + [1] * 3 + [2] * 3
+    groups = dict(zip(split.held_out, split.groups, strict=True))
+    assert {groups[place] for place in groups} == {0, 1, 2}
+    assert all(groups[place] == groups[place % 10] for place in groups)
 
 
 def test_the_sides_do_not_depend_on_the_order() -> None:
     texts = [f"text {chr(97 + i)}" for i in range(20)]
     split, back = sample([*texts]), sample([*texts[::-1]])
-    assert numbers(split.held_out) == {19 - i for i in numbers(back.held_out)}
+    assert set(split.held_out) == {19 - i for i in back.held_out}
 
 
 def test_rows_without_a_token_that_counts_are_left_out() -> None:
     split = sample(["a", "b", "c", "d"], bare=frozenset({1, 2}))
-    assert numbers(split.fitted) | numbers(split.held_out) == {0, 3}
+    assert numbers(split.fitted) | numbers(split.held_out.values()) == {0, 3}
 
 
 @pytest.mark.parametrize("items", [["a"], ["a 1", "A  2", "a 3"], [[1, 2], [1, 2]]])

@@ -823,6 +823,7 @@ class FitCandidate(google.protobuf.message.Message):
     FITTED_LOSS_FIELD_NUMBER: builtins.int
     HELD_OUT_LOSS_FIELD_NUMBER: builtins.int
     EXCESS_FIELD_NUMBER: builtins.int
+    HELD_OUT_ITEMS_FIELD_NUMBER: builtins.int
     fitted_loss: builtins.float
     """Mean over the rows that are fitted on."""
     @property
@@ -833,6 +834,10 @@ class FitCandidate(google.protobuf.message.Message):
     def excess(self) -> Global___Estimate:
         """Held-out loss over that of the fitted mix, of the same rows: above 0 it is worse."""
 
+    @property
+    def held_out_items(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ItemScore]:
+        """Of each row that was held out, in the order of FitResult.held_out; without `logprobs`."""
+
     def __init__(
         self,
         *,
@@ -840,9 +845,10 @@ class FitCandidate(google.protobuf.message.Message):
         fitted_loss: builtins.float = ...,
         held_out_loss: Global___Estimate | None = ...,
         excess: Global___Estimate | None = ...,
+        held_out_items: collections.abc.Iterable[Global___ItemScore] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["excess", b"excess", "held_out_loss", b"held_out_loss", "mix", b"mix"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["excess", b"excess", "fitted_loss", b"fitted_loss", "held_out_loss", b"held_out_loss", "mix", b"mix"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["excess", b"excess", "fitted_loss", b"fitted_loss", "held_out_items", b"held_out_items", "held_out_loss", b"held_out_loss", "mix", b"mix"]) -> None: ...
 
 Global___FitCandidate: typing_extensions.TypeAlias = FitCandidate
 
@@ -858,6 +864,7 @@ class FitResult(google.protobuf.message.Message):
     HELD_OUT_TOKENS_FIELD_NUMBER: builtins.int
     EVALUATIONS_FIELD_NUMBER: builtins.int
     WARNINGS_FIELD_NUMBER: builtins.int
+    HELD_OUT_FIELD_NUMBER: builtins.int
     fitted_rows: builtins.int
     """Rows with a token that counts, and these tokens."""
     fitted_tokens: builtins.int
@@ -870,10 +877,14 @@ class FitResult(google.protobuf.message.Message):
 
     @property
     def candidates(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___FitCandidate]:
-        """The fitted mix; then, each once, all domains at weight 1, each alone, and the base."""
+        """The fitted mix; then, each once, all domains at weight 1, all at 1/2, each alone, and the base."""
 
     @property
     def warnings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @property
+    def held_out(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The items that were held out, by their places in the request, ascending."""
+
     def __init__(
         self,
         *,
@@ -885,7 +896,8 @@ class FitResult(google.protobuf.message.Message):
         held_out_tokens: builtins.int = ...,
         evaluations: builtins.int = ...,
         warnings: collections.abc.Iterable[builtins.str] | None = ...,
+        held_out: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["candidates", b"candidates", "evaluations", b"evaluations", "fitted_rows", b"fitted_rows", "fitted_tokens", b"fitted_tokens", "held_out_rows", b"held_out_rows", "held_out_tokens", b"held_out_tokens", "warnings", b"warnings", "weights", b"weights"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["candidates", b"candidates", "evaluations", b"evaluations", "fitted_rows", b"fitted_rows", "fitted_tokens", b"fitted_tokens", "held_out", b"held_out", "held_out_rows", b"held_out_rows", "held_out_tokens", b"held_out_tokens", "warnings", b"warnings", "weights", b"weights"]) -> None: ...
 
 Global___FitResult: typing_extensions.TypeAlias = FitResult

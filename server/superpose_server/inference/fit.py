@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass
 
@@ -40,10 +41,16 @@ Scorer = Callable[[Sequence[ScoreRow], Sequence[MixState]], Awaitable[tuple[Scor
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows that are fitted on, and rows that are held out with the number of each one's twins."""
+    """Rows that are fitted on, and rows that are held out.
+
+    Attributes:
+        fitted: Those that are fitted on.
+        held_out: Those that are not, by their places among what was asked; ascending.
+        groups: Of each of these, the number that it shares with its twins.
+    """
 
     fitted: list[ScoreRow]
-    held_out: list[ScoreRow]
+    held_out: dict[int, ScoreRow]
     groups: list[int]
 
     @classmethod
@@ -57,31 +64,30 @@ class Sample:
         Raises:
             InvalidArgument: There are no two rows with such a token that are no twins.
         """
-        twins: dict[str, list[ScoreRow]] = {}
-        for item, row in zip(items, rows, strict=True):
-            if row.length:
-                twins.setdefault(_key(item), []).append(row)
-        if len(twins) < 2:
+        counting = {place: row for place, row in enumerate(rows) if row.length}
+        keys = {place: _key(items[place]) for place in counting}
+        sizes = Counter(keys.values())
+        if len(sizes) < 2:
             raise InvalidArgument(
-                f"items hold {len(twins)} different rows with a token that counts: send two or "
+                f"items hold {len(sizes)} different rows with a token that counts: send two or "
                 "more, of which one can be held out",
                 "TOO_FEW_ROWS",
                 field="items",
             )
-        most = sum(map(len, twins.values())) // 3
-        order = sorted(twins, key=lambda key: hashlib.sha256(key.encode()).digest())
-        held_out: list[str] = []
-        taken = 0
+        order = sorted(sizes, key=lambda key: hashlib.sha256(key.encode()).digest())
+        groups: dict[str, int] = {}
+        left = len(counting) // 3
         for key in order:
-            if taken + len(twins[key]) <= most:
-                held_out.append(key)
-                taken += len(twins[key])
-        if not held_out:
-            held_out = [min(order, key=lambda key: len(twins[key]))]
+            if sizes[key] <= left:
+                groups[key] = len(groups)
+                left -= sizes[key]
+        if not groups:
+            groups = {min(order, key=sizes.__getitem__): 0}
+        held_out = {place: row for place, row in counting.items() if keys[place] in groups}
         return cls(
-            [row for key in order if key not in held_out for row in twins[key]],
-            [row for key in held_out for row in twins[key]],
-            [group for group, key in enumerate(held_out) for _ in twins[key]],
+            [row for place, row in counting.items() if place not in held_out],
+            held_out,
+            [groups[keys[place]] for place in held_out],
         )
 
 
@@ -139,13 +145,13 @@ async def fit(
         points = await asyncio.to_thread(_next_round, rounds, found)
     tried = _tried_first(best.point)
     fitted = await scored(sample.fitted, tried)
-    held_out = await scored(sample.held_out, tried)
+    held_out = await scored([*sample.held_out.values()], tried)
     yield FitResult(
         weights=best.point,
         candidates=_candidates(sample.groups, fitted, held_out, request.seed),
         fitted_rows=len(sample.fitted),
         fitted_tokens=fitted[0].loss.tokens,
-        held_out_rows=len(sample.held_out),
+        held_out=tuple(sample.held_out),
         held_out_tokens=held_out[0].loss.tokens,
         evaluations=best.evaluations,
         warnings=tuple(_warnings(request, sample, best.point)),
@@ -160,9 +166,10 @@ def _next_round(rounds: Generator[list[Point], Sequence[float]], found: list[flo
 
 
 def _tried_first(best: Point) -> list[Point]:
-    """Return the fitted weights, and those that people try first: all, each alone, none."""
+    """Return the fitted weights, and those that people try first: all, half, each alone, none."""
     count = len(best)
-    corners = np.concatenate([np.ones((1, count)), np.eye(count), np.zeros((1, count))])
+    levels = [np.full((1, count), level) for level in (1.0, 0.5, 0.0)]
+    corners = np.concatenate([*levels[:2], np.eye(count), levels[2]])
     return list(dict.fromkeys([best, *(tuple(map(float, corner)) for corner in corners)]))
 
 
@@ -179,6 +186,7 @@ def _candidates(
             on_fitted.loss.mean,
             _estimate(on_held_out.loss.mean, means[:, i]),
             _estimate(on_held_out.loss.mean - first, means[:, i] - means[:, 0]),
+            tuple(item.loss for item in on_held_out.items),
         )
         for i, (on_fitted, on_held_out) in enumerate(zip(fitted, held_out, strict=True))
     )
@@ -216,7 +224,7 @@ def _estimate(value: float, draws: NDArray[np.float64]) -> Estimate:
 
 def _warnings(request: FitRequest, sample: Sample, best: Point) -> list[str]:
     warnings = []
-    groups = sample.groups[-1] + 1
+    groups = len(set(sample.groups))
     if groups < _FEW:
         rows = "1 row is" if groups == 1 else f"{groups} different rows are"
         warnings.append(

@@ -77,12 +77,14 @@ class FitCandidate:
         fitted_loss: Mean over the rows that are fitted on.
         held_out_loss: Mean over those that are not.
         excess: Of the held-out loss over that of the fitted mix, of the same rows.
+        held_out_items: The loss of each row that is held out.
     """
 
     mix: MixState
     fitted_loss: float
     held_out_loss: Estimate
     excess: Estimate
+    held_out_items: tuple[Loss, ...]
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,10 @@ class FitResult:
 
     Attributes:
         weights: 0 where a domain is best left out.
-        candidates: The fitted mix; then all domains at weight 1, each alone, and the base.
+        candidates: The fitted mix; then all domains at weight 1, all at 1/2, each alone, the base.
         fitted_rows: Rows that it was fitted on.
         fitted_tokens: Tokens that count in them.
-        held_out_rows: Rows that were held out.
+        held_out: Places of the rows that were held out, among the items of the request.
         held_out_tokens: Tokens that count in them.
         evaluations: Mixes that the search scored.
         warnings: What to know before one trusts it.
@@ -104,7 +106,7 @@ class FitResult:
     candidates: tuple[FitCandidate, ...]
     fitted_rows: int
     fitted_tokens: int
-    held_out_rows: int
+    held_out: tuple[int, ...]
     held_out_tokens: int
     evaluations: int
     warnings: tuple[str, ...]

@@ -219,12 +219,14 @@ def fit_to_wire(
                     fitted_loss=candidate.fitted_loss,
                     held_out_loss=_estimate_to_wire(candidate.held_out_loss),
                     excess=_estimate_to_wire(candidate.excess),
+                    held_out_items=map(_item_to_wire, candidate.held_out_items),
                 )
                 for candidate in update.candidates
             ],
             fitted_rows=update.fitted_rows,
             fitted_tokens=update.fitted_tokens,
-            held_out_rows=update.held_out_rows,
+            held_out_rows=len(update.held_out),
+            held_out=update.held_out,
             held_out_tokens=update.held_out_tokens,
             evaluations=update.evaluations,
             warnings=update.warnings,
@@ -263,17 +265,17 @@ def _scores_to_wire(kind: type[_Scores], scores: Scores, logprobs: bool) -> _Sco
     loss = scores.loss
     return kind(
         items=[
-            inference_pb2.ItemScore(
-                tokens=item.loss.tokens,
-                logprob=-item.loss.nats,
-                perplexity=_perplexity(item.loss),
-                logprobs=item.logprobs if logprobs else (),
-            )
-            for item in scores.items
+            _item_to_wire(item.loss, item.logprobs if logprobs else ()) for item in scores.items
         ],
         tokens=loss.tokens,
         perplexity=_perplexity(loss),
         mix=mix_to_wire(scores.mix),
+    )
+
+
+def _item_to_wire(loss: Loss, logprobs: Sequence[float] = ()) -> inference_pb2.ItemScore:
+    return inference_pb2.ItemScore(
+        tokens=loss.tokens, logprob=-loss.nats, perplexity=_perplexity(loss), logprobs=logprobs
     )
 
 
