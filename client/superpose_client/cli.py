@@ -511,8 +511,8 @@ def _fit(
         list[str],
         typer.Argument(
             metavar="FILE...",
-            help="2 to 256 texts or rows in all, as for score; of several files each has its losses "
-            "shown, too. - is standard input.",
+            help="2 to 256 texts or rows in all, as for score; of several files each has losses "
+            "of its own shown, too. - is standard input.",
         ),
     ],
     domains: Annotated[

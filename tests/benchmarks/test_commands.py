@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import pytest
-from benchmarks import correctness, fold, load, memory, scaling, swaps
+from benchmarks import correctness, fit, fold, load, memory, scaling, swaps
 from benchmarks.serverprocess import resident_bytes
 from tests.integration.harness import LoopThread, start
 
@@ -59,7 +59,7 @@ class ServerHere:
 
 @pytest.fixture(autouse=True)
 def servers_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (load, memory, swaps):
+    for module in (fit, load, memory, swaps):
         monkeypatch.setattr(module, "ServerProcess", ServerHere)
 
 
@@ -69,18 +69,17 @@ class Command:
     def __init__(self, cache: Path, out: Path) -> None:
         self.out = out
         self._options = [
-            "--model=tiny",
             "--device=cpu",
             "--compile=off",
             f"--cache={cache}",
             f"--out={out}",
         ]
 
-    def __call__(self, module: Any, name: str, *options: str) -> dict[str, Any]:
-        assert module.main([*self._options, "--label=here", *options]) == 0
+    def __call__(self, module: Any, name: str, *options: str, base: str = "tiny") -> dict[str, Any]:
+        assert module.main([*self._options, "--label=here", f"--model={base}", *options]) == 0
         read: dict[str, Any] = json.loads((self.out / f"{name}-here.json").read_text())
         assert (self.out / f"{name}-here.md").read_text().startswith(f"## {name}: here")
-        assert read["settings"]["model"] == "tiny"
+        assert read["settings"]["model"] == base
         return read
 
 
@@ -145,6 +144,21 @@ def test_swaps(command: Command) -> None:
         assert 0 < changed["changed"] <= changed["sent"]
     texts = read["tables"][-1]["rows"]
     assert all(row[2] > 0 and row[5] == 0 for row in texts)
+
+
+def test_fit(command: Command) -> None:
+    read = command(fit, "fit", "--rows=8", "--step=1", base="mini")
+    assert all(check["ok"] for check in read["checks"])
+    table, search = read["tables"]
+    assert [len(row) for row in table["rows"]] == [6] * len(table["rows"])
+    found, best, _ = search["rows"]
+    points = {tuple(each["weights"].values()): each for each in read["data"]["grid"]}
+    assert len(points) == 8
+    assert best[3] == min(each["fitted"] for each in points.values())
+    # What the fit says of the base, the grid says too.
+    (base,) = (row for row in table["rows"] if row[0] == "base")
+    assert base[1] == pytest.approx(points[0, 0, 0]["held_out"], rel=1e-3)
+    assert found[3] <= best[3]
 
 
 def test_load(command: Command) -> None:
