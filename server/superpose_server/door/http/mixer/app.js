@@ -22,11 +22,13 @@ export function App({ store }) {
         <${Names} store=${store} />
         <${DefaultMix} store=${store} />
       <//>
-      <${Panel} id="texts" title="Texts">
-        <${Texts} store=${store} />
-        <${CopyAs} store=${store} />
-      <//>
-      ${SECTIONS.map((Section) => html`<${Section} key=${Section.name} store=${store} />`)}
+      <div class="beside">
+        <${Panel} id="texts" title="Texts">
+          <${Texts} store=${store} />
+          <${CopyAs} store=${store} />
+        <//>
+        ${SECTIONS.map((Section) => html`<${Section} key=${Section.name} store=${store} />`)}
+      </div>
     </main>
     <${Said} store=${store} />
   `;

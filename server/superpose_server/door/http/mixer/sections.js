@@ -11,5 +11,9 @@
  * - Its styles stand in `sections.css`, under a class of its own name, in the colours of `mixer.css`.
  */
 
+import { CurveSection } from "./curve.js";
+import { FitSection } from "./fit.js";
+import { InterferenceSection } from "./interference.js";
+
 /** @type {readonly any[]} */
-export const SECTIONS = [];
+export const SECTIONS = [InterferenceSection, CurveSection, FitSection];
