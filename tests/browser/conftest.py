@@ -16,7 +16,7 @@ from superpose_adapters.bundled import MINI
 __all__ = ["gpt2", "loop"]  # fixtures
 
 # `make test` has no browser, and `make browser` fails if it finds no test.
-collect_ignore_glob = [] if find_spec("playwright") else ["test_*.py", "mixer.py"]
+collect_ignore_glob = [] if find_spec("playwright") else ["test_*.py"]
 
 
 @pytest.fixture(scope="session")

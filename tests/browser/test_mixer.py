@@ -88,7 +88,9 @@ def test_words_are_marked_that_differ(mixer: Mixer) -> None:
         for number in (1, 2, 3)
     ]
     assert unmarked[0] == unmarked[1] == unmarked[2]
-    assert mixer.text(1).locator("mark").count() > 0
+    assert mixer.text(1).locator("mark.alone").count() > 0
+    assert mixer.text(2).locator("mark.rare").count() > 0
+    assert mixer.text(2).locator("mark.alone").count() == 0
 
 
 def test_texts_appear_while_they_are_written_and_can_be_stopped(

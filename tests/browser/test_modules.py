@@ -78,7 +78,6 @@ def test_names_stand_for_mixes_and_nothing_is_absent(
 
 
 WORDS = st.lists(st.sampled_from("abc"), max_size=9)
-MARKS = "m.differingWords(a[0]).map(marks => [...marks])"
 
 
 def longest_common(one: list[str], other: list[str]) -> int:
@@ -91,16 +90,21 @@ def longest_common(one: list[str], other: list[str]) -> int:
 
 @settings(max_examples=50, deadline=None)
 @given(WORDS, WORDS)
-def test_without_the_marked_words_two_texts_are_one(
+def test_the_words_that_two_texts_share_are_one_text(
     modules: Modules, one: list[str], other: list[str]
 ) -> None:
-    marks = modules.call("difference", MARKS, [one, other])
+    counts = modules.call("difference", "m.sharedBy(a[0])", [one, other])
     left, right = (
-        [word for index, word in enumerate(text) if index not in marked]
-        for text, marked in zip((one, other), marks, strict=True)
+        [word for word, count in zip(text, shared, strict=True) if count == 1]
+        for text, shared in zip((one, other), counts, strict=True)
     )
     assert left == right
     assert len(left) == longest_common(one, other)
+
+
+def test_a_word_is_shared_by_so_many_others(modules: Modules) -> None:
+    texts = [text.split() for text in ("the cat sat", "the dog sat", "the cat")]
+    assert modules.call("difference", "m.sharedBy(a[0])", texts) == [[2, 1, 1], [2, 0, 1], [2, 1]]
 
 
 @pytest.mark.parametrize("text", ["", "a", " a\n\tb ", "  ", "三 四"])

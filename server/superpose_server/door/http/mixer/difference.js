@@ -1,4 +1,4 @@
-/** Which words of several texts differ. */
+/** Which words several texts share, and so which differ. */
 
 const WORD = /\S+/g;
 
@@ -19,23 +19,22 @@ export function pieces(text) {
 }
 
 /**
- * Return for each text the indices of its words that are not in all the others.
+ * Return for each word of each text how many of the other texts have it too.
  *
  * Two texts have a word in common where a longest alignment of the two matches it.
  * @param {readonly (readonly string[])[]} texts  The words of each.
- * @returns {Set<number>[]}
+ * @returns {number[][]}
  */
-export function differingWords(texts) {
-  const differing = texts.map(() => new Set(/** @type {number[]} */ ([])));
-  texts.forEach((one, i) =>
-    texts.slice(i + 1).forEach((other, distance) => {
-      const j = i + 1 + distance;
-      const [inOne, inOther] = common(one, other);
-      one.forEach((_, index) => inOne.has(index) || differing[i].add(index));
-      other.forEach((_, index) => inOther.has(index) || differing[j].add(index));
-    }),
-  );
-  return differing;
+export function sharedBy(texts) {
+  const counts = texts.map((words) => words.map(() => 0));
+  texts.forEach((one, i) => {
+    for (let j = i + 1; j < texts.length; j++) {
+      const [inOne, inOther] = common(one, texts[j]);
+      for (const index of inOne) counts[i][index]++;
+      for (const index of inOther) counts[j][index]++;
+    }
+  });
+  return counts;
 }
 
 /**

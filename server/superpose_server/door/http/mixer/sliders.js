@@ -39,11 +39,11 @@ function Slider({ store, domain }) {
   return html`
     <li class=${weight === 0 ? "absent" : ""}>
       <label for="weight-${domain}">${domain}</label>
+      <span class="served">${served === weight ? "" : `default ${served}`}</span>
       <${WeightInput} domain=${domain} weight=${weight} onWeight=${set} />
       <input type="range" id="weight-${domain}" min=${LOWEST} max=${HIGHEST} step=${STEP}
         style=${filled} value=${weight} aria-valuetext=${weight === 0 ? "0, absent" : String(weight)}
         onInput=${(/** @type {any} */ event) => set(Number(event.currentTarget.value))} />
-      <span class="served">${served === weight ? "" : `default ${served}`}</span>
     </li>
   `;
 }

@@ -1,13 +1,13 @@
 /** Two or three texts of one prompt side by side, each under its mix, streaming at once. */
 
-import { differingWords, pieces } from "./difference.js";
+import { pieces, sharedBy } from "./difference.js";
 import { write } from "./generation.js";
 import { BASE, formatMix, mixOf } from "./mix.js";
 import { Problem } from "./panel.js";
 import { Prompting } from "./prompt.js";
 import { defaultMix, say } from "./state.js";
 import { useStore } from "./store.js";
-import { html, useMemo, useRef, useState } from "./vendor/htm-preact.js";
+import { html, useMemo, useState } from "./vendor/htm-preact.js";
 
 /**
  * @typedef {import("./state.js").Store} Store
@@ -70,37 +70,43 @@ export function Texts({ store }) {
     <div class="columns of-${columns.length}">
       ${columns.map(
         (/** @type {Column} */ each, /** @type {number} */ index) => html`
-          <${Text} key=${index} store=${store} column=${each} number=${index + 1} marked=${marks[index]}
+          <${Text} key=${index} store=${store} column=${each} number=${index + 1} marks=${marks[index]}
             running=${running !== null} onChoice=${(/** @type {string} */ choice) => change(index, column(choice))} />
         `,
       )}
     </div>
+    ${marks.flat().some((mark) => mark !== "") &&
+    html`<p class="hint">
+      Marked words stand in no other text${columns.length > 2 ? ", underlined ones not in all of them" : ""}.
+    </p>`}
   `;
 }
 
+/** @typedef {"" | "rare" | "alone"} Mark  A word that all texts have, not all, or no other. */
+
 /**
- * Return for each text the words to mark: once all are written, since until then every word that
- * another text has not reached yet would differ.
+ * Return for each text how its words are marked: once all are written, since until then every word
+ * that another text has not reached yet would differ. A text without words is none to compare with.
  * @param {readonly Column[]} columns @param {boolean} running
- * @returns {Set<number>[]}
+ * @returns {Mark[][]}
  */
 function useMarks(columns, running) {
-  const none = useRef(new Set(/** @type {number[]} */ ([])));
   const texts = columns.map(({ written }) => written?.text ?? "");
-  const marks = useMemo(() => {
-    const there = texts.map((text, index) => ({ index, words: text.match(/\S+/g) ?? [] }));
-    const compared = running ? [] : there.filter(({ index }) => columns[index].written !== null);
-    const differing = differingWords(compared.map(({ words }) => words));
-    return new Map(compared.map(({ index }, i) => [index, differing[i]]));
+  return useMemo(() => {
+    const words = running ? [] : texts.map((text) => text.match(/\S+/g) ?? []);
+    const compared = words.filter((each) => each.length > 0);
+    const counts = sharedBy(compared);
+    /** @param {number} count @returns {Mark} */
+    const mark = (count) => (count === compared.length - 1 ? "" : count === 0 ? "alone" : "rare");
+    return texts.map((_, index) => (counts[compared.indexOf(words[index])] ?? []).map(mark));
   }, [running, ...texts, texts.length]);
-  return columns.map((_, index) => marks.get(index) ?? none.current);
 }
 
 /**
- * @param {{store: Store, column: Column, number: number, marked: Set<number>, running: boolean,
+ * @param {{store: Store, column: Column, number: number, marks: Mark[], running: boolean,
  *          onChoice: (choice: string) => void}} props
  */
-function Text({ store, column, number, marked, running, onChoice }) {
+function Text({ store, column, number, marks, running, onChoice }) {
   const adapters = useStore(store, (state) => state.adapters);
   const named = useStore(store, (state) => state.named);
   const { choice, under, written, problem } = column;
@@ -126,8 +132,8 @@ function Text({ store, column, number, marked, running, onChoice }) {
       <div class="text ${running && written?.finish === null ? "growing" : ""}" tabindex="0"
         aria-label="What text ${number} says">
         ${pieces(written?.text ?? "").map((piece) => {
-          if (piece.word) word++;
-          return piece.word && marked.has(word) ? html`<mark>${piece.text}</mark>` : piece.text;
+          const mark = piece.word && marks[++word];
+          return mark ? html`<mark class=${mark}>${piece.text}</mark>` : piece.text;
         })}
       </div>
       <p class="figures">${written && figures(written, running)}</p>
@@ -166,7 +172,7 @@ const ENDS = new Map([
 function figures({ tokens, tokensPerSecond, finish }, running) {
   const parts = [`${tokens} ${tokens === 1 ? "token" : "tokens"}`];
   if (tokensPerSecond !== null) parts.push(`${tokensPerSecond.toFixed(tokensPerSecond < 10 ? 1 : 0)} a second`);
-  if (finish !== null) parts.push(ENDS.get(finish) ?? finish);
+  if (finish !== null) parts.push(tokens < 2 && finish === "stop" ? "ended at once" : (ENDS.get(finish) ?? finish));
   else if (!running) parts.push("stopped");
   return parts.join(" · ");
 }
