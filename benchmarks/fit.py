@@ -69,10 +69,11 @@ def mean_loss(items: Sequence[ItemScore]) -> float:
     return -sum(item.logprob for item in items) / sum(item.tokens for item in items)
 
 
-def fit(client: Client, texts: Sequence[Pair]) -> tuple[FitResult, float]:
+def fit(client: Client, texts: Sequence[Pair], domain_of: Sequence[str]) -> tuple[FitResult, float]:
     """Return fitted weights, and the seconds that they took."""
     started = time.perf_counter()
-    *_, last = client.fit(texts, DOMAINS, max_length=_MAX_LENGTH)
+    sources = map(DOMAINS.index, domain_of)
+    *_, last = client.fit(texts, DOMAINS, max_length=_MAX_LENGTH, sources=sources)
     assert last.result is not None
     return last.result, time.perf_counter() - started
 
@@ -81,6 +82,7 @@ def measure(options: Options, rows: int, step: float, tell: Tell) -> Report:
     """Fit, and score the grid."""
     by_domain = rows_of(BUNDLES[options.model], rows)
     texts = [pair for pairs in by_domain.values() for pair in pairs]
+    domain_of = [domain for domain, pairs in by_domain.items() for _ in pairs]
     settings = options.settings(rows=len(texts), max_length=_MAX_LENGTH, step=step)
     report = Report("fit", options.label, settings)
     with (
@@ -88,7 +90,7 @@ def measure(options: Options, rows: int, step: float, tell: Tell) -> Report:
         Client(server.address) as client,
     ):
         tell("the fit")
-        fitted, seconds = fit(client, texts)
+        fitted, seconds = fit(client, texts, domain_of)
         mixes = grid(step)
         scores = score_all(client, texts, mixes, tell)
     held_out = set(fitted.held_out)
@@ -99,7 +101,6 @@ def measure(options: Options, rows: int, step: float, tell: Tell) -> Report:
     not_on = [mean_loss([items[place] for place in fitted.held_out]) for items in scores]
     best = min(range(len(mixes)), key=fitted_on.__getitem__)
     best_held_out = min(range(len(mixes)), key=not_on.__getitem__)
-    domain_of = [domain for domain, pairs in by_domain.items() for _ in pairs]
     report.tables += [
         _held_out(fitted, domain_of),
         Table(

@@ -116,6 +116,7 @@ def fit(
     high: float | None = None,
     penalty: float | None = None,
     seed: int = 0,
+    sources: Iterable[int] = (),
     timeout: float | None = None,
 ) -> Call[FitUpdate]:
     """Find the weights of `domains` that lose least on texts or (question, answer) pairs.
@@ -134,6 +135,8 @@ def fit(
         high: Greatest weight; None: 2.
         penalty: Nats a token for each unit of weight; None: 0.01.
         seed: Same seed, same result.
+        sources: Of each text the number of the source, such as a file, that it comes from: about a
+            third of each is held out. Empty: all come from one.
         timeout: In seconds; None: none.
     """
     request = inference_pb2.FitMixRequest(
@@ -146,6 +149,7 @@ def fit(
         high=high,
         penalty=penalty,
         seed=seed,
+        sources=sources,
     )
     return Call("Inference.FitMix", request, FitUpdate.from_proto, timeout, UNLIMITED)
 

@@ -564,7 +564,7 @@ def _fit(
 ) -> None:
     """Find the weights of domains that lose least on texts.
 
-    About a third of the texts is held out, and tells what the weights are worth. Changes nothing,
+    About a third of each file is held out, and tells what the weights are worth. Changes nothing,
     unless --set or --name is given.
     """
     from superpose_client.errors import InvalidArgumentError
@@ -572,7 +572,8 @@ def _fit(
     from superpose_client.score_file import ScoreFileError, read_texts, with_places
 
     low, high = _read_bounds(bounds)
-    placed = [each for file in files for each in read_texts(file)]
+    read = [read_texts(file) for file in files]
+    placed = [each for texts in read for each in texts]
     try:
         with session.client.fit(
             [each.text for each in placed],
@@ -584,6 +585,7 @@ def _fit(
             high=high,
             penalty=penalty,
             seed=seed,
+            sources=[number for number, texts in enumerate(read) for _ in texts],
         ) as updates:
             result = _follow_fit(updates)
     except InvalidArgumentError as error:

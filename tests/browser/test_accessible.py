@@ -32,6 +32,23 @@ def test_axe_finds_nothing(mixer: Mixer) -> None:
     assert violations(mixer) == []
 
 
+@pytest.mark.parametrize("mixer", SCHEMES, indirect=True)
+def test_axe_finds_nothing_in_sections(mixer: Mixer) -> None:
+    mixer.slider("medicine").fill("1.5")
+    mixer.slider("math").fill("-0.5")
+    for section in mixer.page.locator(".foldout > summary").all():
+        section.click()
+    expect(mixer.page.locator(".heat").first).to_be_visible()
+    mixer.page.locator("#curve").get_by_label("Measured on").fill("a b c\nd e f")
+    mixer.button("Draw the curve").click()
+    expect(mixer.page.locator(".chart")).to_be_visible()
+    mixer.page.locator("#fit").get_by_label("Mixes to try").fill("1")
+    mixer.button("Fit the weights").click()
+    expect(mixer.button("Take these weights")).to_be_visible()
+    mixer.page.add_script_tag(path=AXE)
+    assert violations(mixer) == []
+
+
 def violations(mixer: Mixer) -> list[str]:
     found = mixer.page.evaluate("axe.run().then(result => result.violations)")
     return [f"{each['id']}: {[node['html'] for node in each['nodes']]}" for each in found]

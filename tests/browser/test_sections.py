@@ -10,7 +10,8 @@ from playwright.sync_api import Locator, expect
 from tests.browser.mixer import Mixer
 from tests.integration.harness import Served, wait_until
 
-from superpose_client import QueueFullError
+from superpose_client import QueueFullError, ScoreText
+from superpose_client.score_file import ScoreFileError, read_texts
 
 ROWS = [
     ("What is glaucoma ?", "A group of diseases that damage the optic nerve ."),
@@ -94,8 +95,11 @@ def test_a_fit_is_followed_and_applied_and_sets_nothing(
     take = mixer.button("Take these weights")
     expect(take).to_be_visible()
 
-    texts = [*ROWS, *filter(None, files[1].read_text().splitlines())]
-    *_, last = served.client.fit(texts, ["math", "medicine"], budget=9, max_length=24)
+    texts: list[ScoreText] = [*ROWS, *filter(None, files[1].read_text().splitlines())]
+    sources = [0, 0, 0, 0, 1, 1]
+    *_, last = served.client.fit(
+        texts, ["math", "medicine"], budget=9, max_length=24, sources=sources
+    )
     assert last.result is not None
     losses = cells(fit.get_by_role("region", name="Losses").get_by_role("table"))
     found = {weight.domain: weight.weight for weight in last.result.weights if weight.weight}
@@ -206,3 +210,41 @@ def test_rows_that_cannot_be_read_are_named_and_stay_text(mixer: Mixer, tmp_path
     curve.get_by_label("Tokens kept of a row").fill("100000")
     mixer.button("Draw the curve").click()
     expect(curve.get_by_role("alert").last).to_contain_text("max_length is 100000")
+
+
+CONTENTS = [
+    *(
+        "",
+        "\n \n",
+        "one",
+        " one\r\n\r\ntwo ",
+        "\ufeffone",
+        "[1] is a reference",
+        "[] and text",
+        "1",
+    ),
+    *(JSONL, JSONL.replace("\n", "\r\n\r\n"), f"[{JSONL.replace(chr(10), ',')}]", "[\n]"),
+    *('{"text": "a", "more": 1}\n', '{"text": "a"}\nb', 'a\n{"text": "b"}', "a\n{b", "[[1]]"),
+    *('{"question": 1, "answer": "a"}', '{"question": NaN, "answer": "a"}', '{"text": null}', "{"),
+]
+
+
+def test_rows_are_read_as_adapterctl_reads_them(mixer: Mixer, tmp_path: Path) -> None:
+    program = """async content => {
+        const { readRows } = await import("./mixer/rows.js");
+        try {
+            return readRows(content).map(row =>
+                row.text ?? [row.question_answer.question, row.question_answer.answer]);
+        } catch {
+            return null;
+        }
+    }"""
+    for content in CONTENTS:
+        (tmp_path / "rows").write_bytes(content.encode())
+        expected: list[str | tuple[str, str]] | None
+        try:
+            expected = [each.text for each in read_texts(str(tmp_path / "rows"))]
+        except ScoreFileError as error:
+            expected = [] if "holds no text" in str(error) else None
+        found = mixer.page.evaluate(program, content)
+        assert found == json.loads(json.dumps(expected)), content

@@ -655,6 +655,7 @@ def test_fit_tells_the_losses_of_several_files_apart(
         file.write_text(texts)
     shown = ctl("fit", *map(str, files), "--domains", "math,law")
     assert [item.text for item in server.request.items] == ["a", "b", "c", "d", "e"]
+    assert list(server.request.sources) == [0, 0, 1, 2, 2]
     header, fitted, base = shown.stdout.splitlines()[-3:]
     assert header.split() == ["HELD", "OUT,", "BY", "FILE", "one.txt", "two.txt", "three.txt"]
     # Of the texts 0, 3 and 4: -3 over 2 tokens; and -11.5 over 8.

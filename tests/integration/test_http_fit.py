@@ -43,7 +43,7 @@ def test_a_fit_is_that_of_grpc(served: Served, http: Http) -> None:
         "low": -0.5,
         "high": 1.5,
     }
-    options |= {"penalty": 0.02, "seed": 3}
+    options |= {"penalty": 0.02, "seed": 3, "sources": [0, 0, 0, 1]}
     answer = http.ask("POST", "/v1/mix/fit", {"items": ITEMS, "domains": ["b", "a"], **options})
     assert answer.headers["content-type"].partition(";")[0] == "text/event-stream"
     over_grpc = [asdict(each) for each in served.client.fit(ROWS, ["b", "a"], **options)]
@@ -75,6 +75,7 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[int, str]]] = {
     "a bound beyond all": ({"high": 1e6}, (400, "BAD_BOUNDS")),
     "a negative penalty": ({"penalty": -1}, (400, "BAD_PENALTY")),
     "a budget beyond all": ({"budget": 513}, (400, "BAD_BUDGET")),
+    "sources of other items": ({"sources": [0]}, (400, "BAD_SOURCES")),
     "an unknown field": ({"set": True}, (400, "UNKNOWN_FIELD")),
     "an infinite loss": (
         {"domains": ["huge"], "low": -1e4, "high": 1e4},

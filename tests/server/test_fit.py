@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -51,6 +52,37 @@ def test_twins_stay_on_one_side() -> None:
     groups = dict(zip(split.held_out, split.groups, strict=True))
     assert {groups[place] for place in groups} == {0, 1, 2}
     assert all(groups[place] == groups[place % 10] for place in groups)
+
+
+@pytest.mark.parametrize(
+    ("counts", "thirds"),
+    [
+        ((48, 48, 48), (16, 16, 16)),
+        ((9, 3, 30), (3, 1, 10)),
+        ((4, 5), (1, 2)),
+        ((2, 2, 2), (1, 1, 0)),
+    ],
+)
+def test_of_each_source_about_a_third_is_held_out(
+    counts: tuple[int, ...], thirds: tuple[int, ...]
+) -> None:
+    sources = [source for source, count in enumerate(counts) for _ in range(count)]
+    names = ["".join(chr(97 + int(digit)) for digit in str(i)) for i in range(len(sources))]
+    rows = [ScoreRow((i, i)) for i in range(len(sources))]
+    split = Sample.of(names, rows, sources)
+    held_out = Counter(sources[place] for place in split.held_out)
+    assert tuple(held_out[source] for source in range(len(counts))) == thirds
+
+
+def test_twins_of_two_sources_stay_on_one_side() -> None:
+    letters = "abcdefghi"
+    texts = [f"{letter} {source}" for source in range(2) for letter in letters]
+    rows = [ScoreRow((i, i)) for i in range(18)]
+    split = Sample.of(texts, rows, [0] * 9 + [7] * 9)
+    assert len(split.held_out) == 6
+    assert {place % 9 for place in split.held_out} == {
+        place for place in split.held_out if place < 9
+    }
 
 
 def test_the_sides_do_not_depend_on_the_order() -> None:

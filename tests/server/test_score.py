@@ -170,6 +170,24 @@ def test_rows_of_several_mixes_share_slices(
     assert len(slices.slices) <= 90 // 16 + 2
 
 
+def test_a_curve_takes_about_the_passes_that_its_tokens_need(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """21 weights over 32 rows, which no weight and no row takes a pass of its own for."""
+    bench = Bench(base, kernels=False, prefill_tokens=32)
+    one, two = random_adapter(bench.layout, 1), random_adapter(bench.layout, 2)
+    mixes = [bench.mix((one, round(-1 + 0.15 * i, 2)), (two, 0.5)) for i in range(21)]
+    rows = [ScoreRow(text(i, 5 + 7 * i % 16)) for i in range(32)]
+    slices = Scored(bench.model, monkeypatch)
+    job = bench.engine.score(rows * len(mixes), [mix for mix in mixes for _ in rows])
+    while not job.done():
+        bench.engine.step()
+    assert len(job.result().value) == 21 * 32
+    tokens = 21 * sum(len(row.ids) for row in rows)
+    assert tokens == sum(len(span.ids) for spans in slices.slices for span in spans)
+    assert len(slices.slices) <= 1.5 * tokens / 32
+
+
 def test_the_bits_of_a_score_do_not_depend_on_the_mixes_beside_it(base: Path) -> None:
     if not (shutil.which("c++") or shutil.which("g++")):
         pytest.skip("no C++ compiler")

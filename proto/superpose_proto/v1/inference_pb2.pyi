@@ -682,6 +682,7 @@ class FitMixRequest(google.protobuf.message.Message):
     HIGH_FIELD_NUMBER: builtins.int
     PENALTY_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
+    SOURCES_FIELD_NUMBER: builtins.int
     max_length: builtins.int
     """As in ScoreRequest."""
     scope: Global___ScoreScope.ValueType
@@ -704,6 +705,12 @@ class FitMixRequest(google.protobuf.message.Message):
     def domains(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """1 to 8 domains, each once. Named mixes have no weight of their own to fit."""
 
+    @property
+    def sources(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Of each item the source that it comes from, such as the number of its file: about a third of each
+        source is held out, so that both sides are mixed alike. Absent: all come from one.
+        """
+
     def __init__(
         self,
         *,
@@ -716,9 +723,10 @@ class FitMixRequest(google.protobuf.message.Message):
         high: builtins.float | None = ...,
         penalty: builtins.float | None = ...,
         seed: builtins.int = ...,
+        sources: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_budget", b"_budget", "_high", b"_high", "_low", b"_low", "_max_length", b"_max_length", "_penalty", b"_penalty", "budget", b"budget", "high", b"high", "low", b"low", "max_length", b"max_length", "penalty", b"penalty"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_budget", b"_budget", "_high", b"_high", "_low", b"_low", "_max_length", b"_max_length", "_penalty", b"_penalty", "budget", b"budget", "domains", b"domains", "high", b"high", "items", b"items", "low", b"low", "max_length", b"max_length", "penalty", b"penalty", "scope", b"scope", "seed", b"seed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_budget", b"_budget", "_high", b"_high", "_low", b"_low", "_max_length", b"_max_length", "_penalty", b"_penalty", "budget", b"budget", "domains", b"domains", "high", b"high", "items", b"items", "low", b"low", "max_length", b"max_length", "penalty", b"penalty", "scope", b"scope", "seed", b"seed", "sources", b"sources"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_budget", b"_budget"]) -> typing.Literal["budget"] | None: ...
     @typing.overload

@@ -54,19 +54,26 @@ class Sample:
     groups: list[int]
 
     @classmethod
-    def of(cls, items: Sequence[ScoreItem], rows: Sequence[ScoreRow]) -> Sample:
-        """Hold about a third of the rows out, chosen by a hash of what twins share.
+    def of(
+        cls, items: Sequence[ScoreItem], rows: Sequence[ScoreRow], sources: Sequence[int] = ()
+    ) -> Sample:
+        """Hold about a third of the rows of each source out, chosen by a hash of what twins share.
 
         Args:
             items: What was asked.
             rows: What is scored of each; those without a token that counts are left out.
+            sources: Where each comes from; empty: all from one.
 
         Raises:
             InvalidArgument: There are no two rows with such a token that are no twins.
         """
         counting = {place: row for place, row in enumerate(rows) if row.length}
         keys = {place: _key(items[place]) for place in counting}
-        sizes = Counter(keys.values())
+        source_of = {place: sources[place] if sources else 0 for place in counting}
+        # Of each key, how many rows of each source.
+        sizes: dict[str, Counter[int]] = {}
+        for place, key in keys.items():
+            sizes.setdefault(key, Counter())[source_of[place]] += 1
         if len(sizes) < 2:
             raise InvalidArgument(
                 f"items hold {len(sizes)} different rows with a token that counts: send two or "
@@ -76,19 +83,29 @@ class Sample:
             )
         order = sorted(sizes, key=lambda key: hashlib.sha256(key.encode()).digest())
         groups: dict[str, int] = {}
-        left = len(counting) // 3
+        left = _thirds(Counter(source_of.values()))
         for key in order:
             if sizes[key] <= left:
                 groups[key] = len(groups)
                 left -= sizes[key]
         if not groups:
-            groups = {min(order, key=sizes.__getitem__): 0}
+            groups = {min(order, key=lambda key: sizes[key].total()): 0}
         held_out = {place: row for place, row in counting.items() if keys[place] in groups}
         return cls(
             [row for place, row in counting.items() if place not in held_out],
             held_out,
             [groups[keys[place]] for place in held_out],
         )
+
+
+def _thirds(counts: Counter[int]) -> Counter[int]:
+    """Return a third of each count, rounded so that they add up to a third of all."""
+    thirds = Counter({source: count // 3 for source, count in counts.items()})
+    missing = counts.total() // 3 - thirds.total()
+    # Where most was cut off.
+    for source in sorted(counts, key=lambda source: -(counts[source] % 3))[:missing]:
+        thirds[source] += 1
+    return thirds
 
 
 def _key(item: ScoreItem) -> str:

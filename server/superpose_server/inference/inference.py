@@ -157,7 +157,7 @@ class Inference:
         self._fitting = True
         try:
             rows = await asyncio.to_thread(self._encoder.rows, request)
-            sample = Sample.of(request.items, rows)
+            sample = Sample.of(request.items, rows, request.sources)
             mix_of = self._mixes_of(request.domains)
 
             async def score(

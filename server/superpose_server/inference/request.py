@@ -95,6 +95,8 @@ class FitRequest:
         high: Greatest weight.
         penalty: Nats a token for each unit of weight.
         seed: Of the search and of the intervals.
+        sources: Of each item a number that it shares with what comes from the same source, of each
+            of which as large a part is held out; empty: all come from one.
 
     Raises:
         InvalidArgument: Anything but the items and the names of the domains is out of its range.
@@ -109,9 +111,17 @@ class FitRequest:
     high: float = 2.0
     penalty: float = 0.01
     seed: int = 0
+    sources: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check all that needs neither a base nor a registry."""
+        if self.sources and len(self.sources) != len(self.items):
+            raise InvalidArgument(
+                f"sources has {len(self.sources)} numbers for {len(self.items)} items: send one "
+                "for each, or none",
+                "BAD_SOURCES",
+                field="sources",
+            )
         if not 1 <= len(self.domains) <= MAX_FITTED:
             raise InvalidArgument(
                 f"domains has {len(self.domains)} names: fit 1 to {MAX_FITTED}",

@@ -189,6 +189,7 @@ def fit_from_wire(request: inference_pb2.FitMixRequest) -> FitRequest:
         tuple(request.domains),
         scope=_scope_from_wire(request.scope),
         seed=request.seed,
+        sources=tuple(request.sources),
         **given,
     )
 

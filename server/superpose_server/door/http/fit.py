@@ -38,6 +38,11 @@ _OPTIONS = (
     Field("high", NUMBER, "Greatest weight; 2 if absent."),
     Field("penalty", NUMBER, "Nats a token for each unit of weight; 0.01 if absent."),
     Field("seed", integer(0, 2**64 - 1), "Same seed, same result."),
+    Field(
+        "sources",
+        ListOf(COUNT),
+        "Of each item the source that it comes from; about a third of each is held out.",
+    ),
 )
 FORM = Form(
     "FitMixRequest",
@@ -77,6 +82,7 @@ class Fits:
             ServerError: The request is wrong, or cannot be run; later errors are events.
         """
         options = {each.name: asked[each.name] for each in _OPTIONS if each.name in asked}
+        options["sources"] = tuple(options.get("sources", ()))
         wanted = FitRequest(requested_items(asked), tuple(asked["domains"]), **options)
         events = _events(self._inference, wanted)
         first = await while_connected(request.receive, anext(events))

@@ -52,7 +52,9 @@ function Inside({ store }) {
     setProblem("");
     const { sourceOf, ...items } = measured(sources, most);
     const asked = Object.entries(options).filter(([, value]) => value !== "");
-    const body = { ...items, domains, ...Object.fromEntries(asked.map(([name, value]) => [name, Number(value)])) };
+    const names = [...new Set(sourceOf)];
+    const numbers = sourceOf.map((name) => names.indexOf(name));
+    const body = { ...items, sources: numbers, domains, ...Object.fromEntries(asked.map(([name, value]) => [name, Number(value)])) };
     setFound({ progress: null, result: null, sourceOf });
     try {
       for await (const { progress, result } of events("POST", "v1/mix/fit", body, { signal: controller.signal })) {
