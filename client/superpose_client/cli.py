@@ -28,6 +28,7 @@ import typer
 from superpose_client.keywords import spelled_out
 from superpose_client.one_line_errors import one_line_errors
 from superpose_client.session import Session, Shown
+from superpose_client.token_commands import app as token_app
 
 if TYPE_CHECKING:
     from superpose_client.client import Stream
@@ -63,6 +64,7 @@ app = typer.Typer(
     # Help in plain text, because rich takes as long to load as all the rest together.
     rich_markup_mode=None,
 )
+app.add_typer(token_app)
 
 
 def _within(most: float) -> Callable[[float | None], float | None]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from superpose_adapters.bundled import BUNDLES, resolve_base
 from superpose_server.config import ServerConfig, parse_config, split_address
+from superpose_server.door.access.access import Access
 from superpose_server.errors import StartupError
 from superpose_server.starting import start_or_die
 from superpose_server.state_folder import check_state_folder
@@ -30,8 +31,8 @@ def _check(config: ServerConfig) -> None:
     """Refuse what can be seen at once: torch takes seconds to import, and a base minutes to load.
 
     Raises:
-        StartupError: No base, an address that is taken, a state folder that cannot be used, or a
-            door whose packages are not installed.
+        StartupError: No base, an address that is taken, a state folder or a file of tokens that
+            cannot be used, or a door whose packages are not installed.
     """
     missing = [name for name in _HTTP_PACKAGES if find_spec(name) is None]
     if config.serves_http and missing:
@@ -54,6 +55,7 @@ def _check(config: ServerConfig) -> None:
                     f"cannot listen on --{flag} {address} ({error.strerror}): choose a free port, "
                     "or 0 for any"
                 ) from error
+    Access(config.tokens)
     # That of a bundle is there, or has to be made first, which a signal can cut short only later.
     if config.base not in BUNDLES:
         try:

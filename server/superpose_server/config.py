@@ -169,6 +169,13 @@ class ServerConfig:
         default="info", metadata=_help("what stderr gets")
     )
     reflection: bool = field(default=True, metadata=_help("do not serve gRPC reflection"))
+    tokens: Path | None = field(
+        default=None,
+        metadata=_help(
+            "file of the tokens that calls are let in with, which adapterctl token writes; read "
+            "again when it changes; without it anybody who reaches the server may do everything"
+        ),
+    )
     insecure: bool = field(
         default=False,
         metadata=_help("allow an address that other machines can reach, without access control"),

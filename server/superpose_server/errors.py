@@ -2,13 +2,16 @@
 
 ServerError
 ├── InvalidArgument      the request is wrong whatever the state of the server
+├── Unauthenticated      there is no token, or none that is good
+├── PermissionDenied     the token is good, but not for this
 ├── NotFound             a name that stands for nothing, or a domain not in the default mix
 ├── AlreadyExists        a domain that is in the mix, or a name that is taken
 ├── FailedPrecondition   the state must be changed by hand before a retry can succeed
 │   └── OutputNotFinite  ... as the weights of this mix
 ├── GenerationMismatch   somebody else changed the default mix first
 ├── QueueFull            retry after a while
-│   └── FitRunning       ... when another fit has ended
+│   ├── FitRunning       ... when another fit has ended
+│   └── RateLimited      ... when the caller's token may be used again
 ├── WatchBehind          watch again
 ├── ShuttingDown         retry elsewhere
 ├── DataLoss             the weights fail their hash, or a fold could not be undone
@@ -54,6 +57,14 @@ class ServerError(Exception):
 
 class InvalidArgument(ServerError):
     """The request is wrong whatever the state of the server."""
+
+
+class Unauthenticated(ServerError):
+    """Nobody knows who calls: the token is missing, unknown or expired."""
+
+
+class PermissionDenied(ServerError):
+    """Who calls may not do this."""
 
 
 class NotFound(ServerError):
@@ -119,6 +130,17 @@ class FitRunning(QueueFull):
             self,
             "a fit is running already, and one runs at a time: retry when it has ended",
             "FIT_RUNNING",
+        )
+        self.retry_after_seconds = retry_after_seconds
+
+
+class RateLimited(QueueFull):
+    """A token has been used as much as it may be."""
+
+    def __init__(self, message: str, retry_after_seconds: float) -> None:
+        """Say of which limit, in a line that goes on with when to try again."""
+        ServerError.__init__(
+            self, f"{message}: retry in {retry_after_seconds:.3g} s", "RATE_LIMITED"
         )
         self.retry_after_seconds = retry_after_seconds
 

@@ -15,14 +15,19 @@ from superpose_server.errors import (
     InvalidArgument,
     NotFound,
     OutputNotFinite,
+    PermissionDenied,
     QueueFull,
+    RateLimited,
     ServerError,
     ShuttingDown,
+    Unauthenticated,
     WatchBehind,
 )
 
 CASES: list[tuple[Exception, int, str]] = [
     (InvalidArgument("m", "R", field="f"), 400, "invalid_request_error"),
+    (Unauthenticated("m", "R"), 401, "invalid_request_error"),
+    (PermissionDenied("m", "R"), 403, "invalid_request_error"),
     (NotFound("m", "R"), 404, "invalid_request_error"),
     (AlreadyExists("m", "R"), 409, "invalid_request_error"),
     (FailedPrecondition("m", "R"), 409, "invalid_request_error"),
@@ -31,6 +36,7 @@ CASES: list[tuple[Exception, int, str]] = [
     (HttpError(413, "m", "R"), 413, "invalid_request_error"),
     (QueueFull(3, 0.2), 429, "rate_limit_error"),
     (FitRunning(10.0), 429, "rate_limit_error"),
+    (RateLimited("m", 20.0), 429, "rate_limit_error"),
     (WatchBehind(3), 429, "rate_limit_error"),
     (ShuttingDown(), 503, "server_error"),
     (DataLoss("m", "R"), 500, "server_error"),

@@ -11,6 +11,8 @@ from superpose_server.errors import ServerError
 # One of each kind, and its code as the contract has it.
 ERRORS: list[tuple[ServerError, grpc.StatusCode]] = [
     (errors.InvalidArgument("message", "REASON"), grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.Unauthenticated("message", "REASON"), grpc.StatusCode.UNAUTHENTICATED),
+    (errors.PermissionDenied("message", "REASON"), grpc.StatusCode.PERMISSION_DENIED),
     (errors.NotFound("message", "REASON"), grpc.StatusCode.NOT_FOUND),
     (errors.AlreadyExists("message", "REASON"), grpc.StatusCode.ALREADY_EXISTS),
     (errors.FailedPrecondition("message", "REASON"), grpc.StatusCode.FAILED_PRECONDITION),

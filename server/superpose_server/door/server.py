@@ -9,6 +9,7 @@ from prometheus_client import start_http_server
 from prometheus_client.exposition import ThreadingWSGIServer
 
 from superpose_server.config import split_address
+from superpose_server.door.access.access import Access
 from superpose_server.door.door import Door
 from superpose_server.door.grpc.door import GrpcDoor
 from superpose_server.errors import StartupError
@@ -30,14 +31,19 @@ class Server:
     """
 
     def __init__(self, runtime: Runtime) -> None:
-        """Serve `runtime`, which `stop` closes, on the running event loop."""
+        """Serve `runtime`, which `stop` closes, on the running event loop.
+
+        Raises:
+            StartupError: The file of tokens cannot be used.
+        """
         self.runtime = runtime
         self.address = ""
         self.http_address = ""
         self.metrics_address = ""
         inference = Inference(runtime)
-        self._grpc = GrpcDoor(runtime, inference)
-        self._http = _http_door(runtime, inference) if runtime.config.serves_http else None
+        access = Access(runtime.config.tokens)
+        self._grpc = GrpcDoor(runtime, inference, access)
+        self._http = _http_door(runtime, inference, access) if runtime.config.serves_http else None
         self._doors: list[Door] = [door for door in (self._grpc, self._http) if door is not None]
         self._tasks: set[asyncio.Future[None]] = set()
 
@@ -99,8 +105,8 @@ class Server:
         await asyncio.to_thread(self.runtime.close)
 
 
-def _http_door(runtime: Runtime, inference: Inference) -> Door:
+def _http_door(runtime: Runtime, inference: Inference, access: Access) -> Door:
     # Imported here: it needs packages that a server without it does not.
     from superpose_server.door.http.door import HttpDoor
 
-    return HttpDoor(runtime, inference)
+    return HttpDoor(runtime, inference, access)

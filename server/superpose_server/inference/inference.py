@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from superpose_adapters.mix import BoundEntry, BoundMix, Mix
+from superpose_server.caller import caller
 from superpose_server.control.default_mix import MixState
 from superpose_server.engine.score import ScoreRow
 from superpose_server.engine.sequence import Sequence as Row
@@ -20,6 +21,7 @@ from superpose_server.errors import (
     FitRunning,
     InvalidArgument,
     OutputNotFinite,
+    PermissionDenied,
     ShuttingDown,
 )
 from superpose_server.inference.delivery import Delivery
@@ -256,11 +258,32 @@ class Inference:
 
         Raises:
             NotFound: It names a domain that is not loaded.
+            PermissionDenied: It holds a domain that the caller may not use.
         """
         state = self._runtime.default_mix.state
-        if mix is None:
-            return state
-        return MixState(state.generation, self._runtime.registry.bind(mix))
+        if mix is not None:
+            state = MixState(state.generation, self._runtime.registry.bind(mix))
+        _check_domains(state.mix)
+        return state
+
+
+def _check_domains(mix: BoundMix) -> None:
+    """Refuse a mix that its caller may not have.
+
+    By what it holds, not by what it is called: a named mix and the default mix count as their
+    domains, or else an operator who changes them would hand out what a token is to be kept from.
+    """
+    allowed = caller().domains
+    if allowed is None:
+        return
+    for entry in mix.entries:
+        if entry.domain not in allowed:
+            raise PermissionDenied(
+                f"token {caller().name} may not use {entry.domain}, which the mix holds: its "
+                f"domains are {', '.join(sorted(allowed)) or 'none, but the base'}",
+                "DOMAIN_NOT_ALLOWED",
+                metadata={"domain": entry.domain},
+            )
 
 
 def _takes_long(prompt: Prompt) -> bool:

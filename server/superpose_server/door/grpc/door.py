@@ -16,39 +16,46 @@ from superpose_proto.v1 import (
     server_pb2_grpc,
 )
 from superpose_server.config import PUSH_MARGIN_MIB, join_address, split_address
+from superpose_server.door.access.access import Access
+from superpose_server.door.access.scopes import needs_of_methods
 from superpose_server.door.contract.adapter_service import AdapterService
 from superpose_server.door.contract.mix_service import MixService
 from superpose_server.door.contract.server_service import ServerService
 from superpose_server.door.door import CLOSING_SECONDS
+from superpose_server.door.grpc.access import AccessInterceptor
 from superpose_server.door.grpc.inference_service import InferenceService
-from superpose_server.door.grpc.reflection import serve_reflection
+from superpose_server.door.grpc.reflection import describe_reflection, serve_reflection
 from superpose_server.door.grpc.status import ErrorInterceptor
 from superpose_server.errors import StartupError
 from superpose_server.inference.inference import Inference
 from superpose_server.model.memory import MIB
 from superpose_server.runtime import Runtime
 
-_SERVICES = tuple(
-    file.DESCRIPTOR.services_by_name[name].full_name
-    for file, name in (
-        (inference_pb2, "InferenceService"),
-        (mix_pb2, "MixService"),
-        (adapter_pb2, "AdapterService"),
-        (server_pb2, "ServerService"),
-    )
+# InferenceService is the first.
+_DESCRIPTORS = tuple(
+    service
+    for file in (inference_pb2, mix_pb2, adapter_pb2, server_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
 )
+_SERVICES = tuple(service.full_name for service in _DESCRIPTORS)
 
 
 class GrpcDoor:
     """Serves superpose.v1; see `Door`."""
 
-    def __init__(self, runtime: Runtime, inference: Inference) -> None:
-        """Serve from these."""
+    def __init__(self, runtime: Runtime, inference: Inference, access: Access) -> None:
+        """Serve from these whom `access` lets in."""
         self.address = ""
         self._config = runtime.config
+        described = [*_DESCRIPTORS, *health_pb2.DESCRIPTOR.services_by_name.values()]
+        if runtime.config.reflection:
+            described += describe_reflection()
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # types lack it
         self._server = server = grpc.aio.server(
-            interceptors=[ErrorInterceptor(runtime.metrics.request_failed)],
+            interceptors=[
+                ErrorInterceptor(runtime.metrics.request_failed),
+                AccessInterceptor(access, needs_of_methods(described)),
+            ],
             options=[
                 (
                     "grpc.max_receive_message_length",
@@ -69,7 +76,7 @@ class GrpcDoor:
         server_pb2_grpc.add_ServerServiceServicer_to_server(ServerService(runtime), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if runtime.config.reflection:
-            serve_reflection((*_SERVICES, health.SERVICE_NAME), server)
+            serve_reflection([service.full_name for service in described], server)
 
     async def open(self) -> None:
         """See `Door`."""

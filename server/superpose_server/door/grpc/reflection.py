@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, text_format
+from google.protobuf.descriptor import ServiceDescriptor
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 _ALPHA = "grpc.reflection.v1alpha"
@@ -17,11 +18,16 @@ _V1 = "grpc.reflection.v1"
 _SERVICE = "ServerReflection"
 
 
-def serve_reflection(services: Iterable[str], server: grpc.aio.Server) -> None:
-    """Let clients ask `server` for its contract: that of `services` and of reflection itself."""
+def describe_reflection() -> list[ServiceDescriptor]:
+    """Return the descriptors of both services."""
     _describe_v1()
-    names = (*services, f"{_V1}.{_SERVICE}", f"{_ALPHA}.{_SERVICE}")
-    servicer = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]  # types lack it
+    pool = descriptor_pool.Default()
+    return [pool.FindServiceByName(f"{package}.{_SERVICE}") for package in (_V1, _ALPHA)]
+
+
+def serve_reflection(services: Iterable[str], server: grpc.aio.Server) -> None:
+    """Let clients ask `server` for the contract of `services`, of which these are two."""
+    servicer = reflection.aio.ReflectionServicer(services)  # type: ignore[attr-defined]  # types lack it
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
     call = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,

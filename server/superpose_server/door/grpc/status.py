@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -11,6 +12,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
+from superpose_server.door.grpc.handlers import around
 from superpose_server.errors import (
     AlreadyExists,
     DataLoss,
@@ -19,14 +21,18 @@ from superpose_server.errors import (
     Internal,
     InvalidArgument,
     NotFound,
+    PermissionDenied,
     QueueFull,
     ServerError,
     ShuttingDown,
+    Unauthenticated,
     WatchBehind,
 )
 
 _CODES: dict[type[ServerError], grpc.StatusCode] = {
     InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     NotFound: grpc.StatusCode.NOT_FOUND,
     AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
     FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
@@ -61,7 +67,7 @@ def to_status(error: Exception) -> tuple[grpc.StatusCode, status_pb2.Status]:
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, QueueFull):
         delay = duration_pb2.Duration()
-        delay.FromMilliseconds(int(error.retry_after_seconds * 1000))
+        delay.FromMilliseconds(math.ceil(error.retry_after_seconds * 1000))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     status = status_pb2.Status(code=code_pb2.Code.Value(code.name), message=error.message)
     for detail in details:
@@ -85,21 +91,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         handler = await continuation(details)
         if handler is None:
             return handler
-        read = _reading(handler.request_deserializer)
-        if handler.request_streaming:  # Reflection, and it streams both ways.
-            return grpc.stream_stream_rpc_method_handler(
-                self._stream(handler.stream_stream, _read_each, details.method),
-                read,
-                handler.response_serializer,
-            )
-        if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                self._stream(handler.unary_stream, _read, details.method),
-                read,
-                handler.response_serializer,
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            self._unary(handler.unary_unary, details.method), read, handler.response_serializer
+        # Only reflection takes several requests.
+        read = _read_each if handler.request_streaming else _read
+        return around(
+            handler,
+            lambda call: self._unary(call, details.method),
+            lambda call: self._stream(call, read, details.method),
+            _reading(handler.request_deserializer),
         )
 
     def _unary(self, call: Callable[..., Awaitable[Any]], method: str) -> Any:

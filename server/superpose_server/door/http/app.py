@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 from starlette.applications import Starlette
@@ -11,28 +11,26 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
 from superpose_server.config import ServerConfig, split_address
+from superpose_server.door.access.access import Access
 from superpose_server.door.http.adapters import Adapters
-from superpose_server.door.http.body import read_body
 from superpose_server.door.http.calls import Calls
 from superpose_server.door.http.chat import ChatCompletions
 from superpose_server.door.http.completions import Completions
 from superpose_server.door.http.endpoint import Endpoint
-from superpose_server.door.http.fields import Asked, Form
 from superpose_server.door.http.fit import Fits
 from superpose_server.door.http.mixes import Mixes
 from superpose_server.door.http.models import Models
 from superpose_server.door.http.openapi import Document
 from superpose_server.door.http.page import page_routes
+from superpose_server.door.http.route import make_route
 from superpose_server.door.http.score import ScoreTexts
 from superpose_server.door.http.server_info import ServerInfo
 from superpose_server.door.http.site import SiteGuard
 from superpose_server.door.http.status import HttpError
-from superpose_server.door.http.upload import Upload, read_upload
 from superpose_server.engine.token_bytes import TokenBytes
-from superpose_server.errors import InvalidArgument, NotFound
+from superpose_server.errors import NotFound
 from superpose_server.inference.inference import Inference
 from superpose_server.runtime import Runtime
 
@@ -53,15 +51,13 @@ def endpoints(runtime: Runtime, inference: Inference) -> tuple[Endpoint, ...]:
     return Document(served).endpoints
 
 
-def make_app(runtime: Runtime, inference: Inference) -> ASGIApp:
-    """Return what answers every call."""
+def make_app(runtime: Runtime, inference: Inference, access: Access) -> Starlette:
+    """Return what answers every call of those whom `access` lets in."""
     app = Starlette(
-        routes=[*page_routes(), *_routes(endpoints(runtime, inference))],
+        routes=[*page_routes(), *_routes(endpoints(runtime, inference), access)],
         middleware=[
             Middleware(Calls, failed=runtime.metrics.request_failed),
             Middleware(SiteGuard, hosts=_hosts(runtime.config), origins=runtime.config.cors_origin),
-            # Who may do what, once there is access control, is asked here and nowhere else: from
-            # here on a request comes from where it may, and nothing of it has been read or done.
         ],
         exception_handlers={HTTPException: _refuse},
     )
@@ -76,52 +72,14 @@ def _hosts(config: ServerConfig) -> tuple[str, ...]:
     return (listening.lower(), *config.http_host)
 
 
-def _routes(served: Sequence[Endpoint]) -> list[Route]:
-    """Return a route a path, whose methods are those of its endpoints."""
+def _routes(served: Sequence[Endpoint], access: Access) -> list[Route]:
+    """Return a route a path."""
 
     def path(endpoint: Endpoint) -> str:
         return endpoint.path
 
-    return [_route(each, list(group)) for each, group in groupby(sorted(served, key=path), path)]
-
-
-def _route(path: str, served: Iterable[Endpoint]) -> Route:
-    by_method = {endpoint.method: endpoint for endpoint in served}
-
-    async def answer(request: Request) -> Response:
-        endpoint = by_method["GET" if request.method == "HEAD" else request.method]
-        return await endpoint.answer(request, await _read(request, endpoint))
-
-    route = Route(path, answer, methods=list(by_method))
-    if "GET" in by_method and by_method["GET"].reply is None:
-        assert route.methods is not None
-        route.methods.discard("HEAD")  # Of a stream, which has no end to answer at.
-    return route
-
-
-async def _read(request: Request, endpoint: Endpoint) -> Asked:
-    """Return what a call asks for, in its query and its body.
-
-    Raises:
-        InvalidArgument: It asks for something that the endpoint does not know.
-    """
-    if "if-match" in request.headers and not endpoint.if_match:
-        raise InvalidArgument(
-            f"if-match means nothing to {endpoint.method} {endpoint.path}: leave it out",
-            "IF_MATCH_NOT_SUPPORTED",
-            field="if-match",
-        )
-    given = request.query_params.multi_items()
-    query = endpoint.query.read(dict(given))
-    if len(request.query_params) < len(given):
-        raise InvalidArgument("the query names something twice: name it once", "FIELD_TWICE")
-    match endpoint.form:
-        case None:
-            return query
-        case Form():
-            return {**query, **await read_body(request, endpoint.form)}
-        case Upload():
-            return {**query, **await read_upload(request, endpoint.form)}
+    paths = groupby(sorted(served, key=path), path)
+    return [make_route(each, list(group), access) for each, group in paths]
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -9,6 +9,7 @@ import socket
 import uvicorn
 
 from superpose_server.config import join_address, split_address
+from superpose_server.door.access.access import Access
 from superpose_server.door.door import CLOSING_SECONDS
 from superpose_server.door.http.app import make_app
 from superpose_server.door.http.protocol import BoundedProtocol
@@ -24,13 +25,13 @@ _KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 20), ("TCP_KEEPCNT", 1))
 class HttpDoor:
     """Serves OpenAI's API, and ours; see `Door`."""
 
-    def __init__(self, runtime: Runtime, inference: Inference) -> None:
-        """Serve from these."""
+    def __init__(self, runtime: Runtime, inference: Inference, access: Access) -> None:
+        """Serve from these whom `access` lets in."""
         self.address = ""
         self._listen = runtime.config.http_listen
         self._server = uvicorn.Server(
             uvicorn.Config(
-                make_app(runtime, inference),
+                make_app(runtime, inference, access),
                 http=BoundedProtocol,
                 ws="none",
                 lifespan="off",

@@ -16,7 +16,7 @@ from superpose_server.door.http.fields import Asked
 from superpose_server.door.http.json_text import json_answer
 from superpose_server.door.http.mix import DEFAULT, model_mix
 from superpose_server.door.http.replies import MODEL, MODELS
-from superpose_server.errors import NotFound
+from superpose_server.errors import NotFound, PermissionDenied
 from superpose_server.inference.inference import Inference
 from superpose_server.runtime import Runtime
 
@@ -47,8 +47,9 @@ class Models:
         ]
         models = []
         for name in names:
-            # A named mix may hold a domain that is not loaded, and comes back with it.
-            with contextlib.suppress(NotFound):
+            # A named mix may hold a domain that is not loaded, and comes back with it; and others
+            # have what this caller may not.
+            with contextlib.suppress(NotFound, PermissionDenied):
                 models.append(self._model(name))
         return json_answer({"object": "list", "data": models})
 

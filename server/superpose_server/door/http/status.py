@@ -17,14 +17,18 @@ from superpose_server.errors import (
     Internal,
     InvalidArgument,
     NotFound,
+    PermissionDenied,
     QueueFull,
     ServerError,
     ShuttingDown,
+    Unauthenticated,
     WatchBehind,
 )
 
 _STATUSES: dict[type[ServerError], int] = {
     InvalidArgument: 400,
+    Unauthenticated: 401,
+    PermissionDenied: 403,
     NotFound: 404,
     AlreadyExists: 409,
     FailedPrecondition: 409,
@@ -94,6 +98,10 @@ def to_answer(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         status = next(_STATUSES[kind] for kind in type(error).__mro__ if kind in _STATUSES)
     if isinstance(error, QueueFull):
         headers["retry-after"] = str(math.ceil(error.retry_after_seconds))
+    if isinstance(error, Unauthenticated):
+        # The words of RFC 6750, which has none for a request that came without a token.
+        sent = error.reason != "TOKEN_MISSING"
+        headers["www-authenticate"] = 'Bearer error="invalid_token"' if sent else "Bearer"
     if status in _FINAL:
         headers["x-should-retry"] = "false"
     told: dict[str, Any] = {
