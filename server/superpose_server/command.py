@@ -18,6 +18,7 @@ from pathlib import Path
 from superpose_adapters.bundled import BUNDLES, resolve_base
 from superpose_server.config import ServerConfig, parse_config, split_address
 from superpose_server.door.access.access import Access
+from superpose_server.door.tls import Tls
 from superpose_server.errors import StartupError
 from superpose_server.starting import start_or_die
 from superpose_server.state_folder import check_state_folder
@@ -31,8 +32,8 @@ def _check(config: ServerConfig) -> None:
     """Refuse what can be seen at once: torch takes seconds to import, and a base minutes to load.
 
     Raises:
-        StartupError: No base, an address that is taken, a state folder or a file of tokens that
-            cannot be used, or a door whose packages are not installed.
+        StartupError: No base, an address that is taken, a state folder, a file of tokens or a
+            certificate that cannot be used, or a door whose packages are not installed.
     """
     missing = [name for name in _HTTP_PACKAGES if find_spec(name) is None]
     if config.serves_http and missing:
@@ -56,6 +57,7 @@ def _check(config: ServerConfig) -> None:
                     "or 0 for any"
                 ) from error
     Access(config.tokens)
+    Tls.of(config)
     # That of a bundle is there, or has to be made first, which a signal can cut short only later.
     if config.base not in BUNDLES:
         try:

@@ -169,6 +169,20 @@ class ServerConfig:
         default="info", metadata=_help("what stderr gets")
     )
     reflection: bool = field(default=True, metadata=_help("do not serve gRPC reflection"))
+    tls_cert: Path | None = field(
+        default=None,
+        metadata=_help(
+            "certificate of both doors in PEM, with those of the authorities between; read again "
+            "when it changes, as are the next two; without it neither door speaks TLS"
+        ),
+    )
+    tls_key: Path | None = field(default=None, metadata=_help("the certificate's key, in PEM"))
+    tls_client_ca: Path | None = field(
+        default=None,
+        metadata=_help(
+            "authorities in PEM: who has no certificate of one of them is not let in (mutual TLS)"
+        ),
+    )
     tokens: Path | None = field(
         default=None,
         metadata=_help(
@@ -178,7 +192,10 @@ class ServerConfig:
     )
     insecure: bool = field(
         default=False,
-        metadata=_help("allow an address that other machines can reach, without access control"),
+        metadata=_help(
+            "allow an address that other machines can reach without TLS and tokens, and the "
+            "metrics there, which have neither"
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -220,13 +237,31 @@ class ServerConfig:
                     "lower case, as a browser sends it: without a port that is the scheme's own; "
                     "there is no word for every site"
                 )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, lacks = ("cert", "key") if self.tls_cert else ("key", "cert")
+            raise ValueError(f"--tls-{given} is of no use alone: give --tls-{lacks} too")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca needs TLS: give --tls-cert and --tls-key too")
         for flag, address in self.addresses.items():
-            host, _ = split_address(flag, address)
-            if not self.insecure and not _is_loopback(host):
-                raise ValueError(
-                    f"--{flag} {address} can be reached from other machines and there is no access "
-                    "control: listen on 127.0.0.1, or pass --insecure"
-                )
+            self._check_reach(flag, address)
+
+    def _check_reach(self, flag: str, address: str) -> None:
+        """Refuse an address where strangers could call, or read what calls carry."""
+        host, _ = split_address(flag, address)
+        if self.insecure or _is_loopback(host):
+            return
+        if flag == "metrics-listen":
+            lacks = "asks for no token: "
+        else:
+            needed = {"--tls-cert and --tls-key": self.tls_cert, "--tokens": self.tokens}
+            missing = " and ".join(name for name, given in needed.items() if given is None)
+            if not missing:
+                return
+            lacks = f"lacks {missing}: give them, "
+        raise ValueError(
+            f"--{flag} {address} can be reached from other machines and {lacks}listen on "
+            "127.0.0.1, or pass --insecure"
+        )
 
     @property
     def addresses(self) -> dict[str, str]:

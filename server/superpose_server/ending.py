@@ -2,7 +2,8 @@
 
 Before the server is ready they end the process as if they were not handled, so that a shell sees
 130 or 143; a server that is ready stops in order and exits with 0. SIGHUP reloads nothing, because
-nothing is read again while the server runs; on Windows, which has none, SIGBREAK takes its place.
+what is read again, tokens and certificates, is so when it changes; on Windows, which has none,
+SIGBREAK takes its place.
 
 Imports nothing that takes a moment, so that a signal within the imports has its handler.
 """

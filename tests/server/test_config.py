@@ -105,6 +105,9 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--base", "mini", "--listen", "example.org:50051"], "--insecure"),
         (["--base", "mini", "--listen", "[::]:50051"], "--insecure"),
         (["--base", "mini", "--metrics-listen", "10.0.0.1:9464"], "--metrics-listen"),
+        (["--base", "mini", "--tls-cert", "c"], "--tls-cert is of no use alone: give --tls-key"),
+        (["--base", "mini", "--tls-key", "k"], "--tls-key is of no use alone: give --tls-cert"),
+        (["--base", "mini", "--tls-client-ca", "a"], "--tls-client-ca needs TLS"),
         (["--base", "mini", "--http-host", "box:8080"], "--http-host is 'box:8080'"),
         (["--base", "mini", "--http-host", "abc:80"], "without a port"),
         (["--base", "mini", "--http-host", "http://box"], "without http://"),
@@ -176,3 +179,36 @@ def test_what_may_be_repeated_is_kept_in_order_and_flags_replace_the_environment
 def test_addresses_are_split_at_the_last_colon() -> None:
     assert split_address("listen", "127.0.0.1:80") == ("127.0.0.1", 80)
     assert split_address("listen", "[::1]:0") == ("::1", 0)
+
+
+TLS = ("--tls-cert", "cert.pem", "--tls-key", "key.pem")
+TOKENS = ("--tokens", "tokens.json")
+
+
+@pytest.mark.parametrize(
+    ("given", "lacks"),
+    [
+        ((), "--tls-cert and --tls-key and --tokens"),
+        (TOKENS, "--tls-cert and --tls-key: give"),  # Tokens would travel in clear.
+        (TLS, "lacks --tokens"),
+        ((*TLS, "--tls-client-ca", "ca.pem"), "lacks --tokens"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--listen", "--http-listen"])
+def test_other_machines_reach_no_door_without_tls_and_tokens(
+    capsys: pytest.CaptureFixture[str], flag: str, given: tuple[str, ...], lacks: str
+) -> None:
+    asked = ("--base", "mini", flag, "0.0.0.0:0", *given)
+    line = fails(capsys, *asked)
+    assert lacks in line
+    assert "--insecure" in line
+    parse_config((*asked, "--insecure"))
+    parse_config(("--base", "mini", flag, "0.0.0.0:0", *TLS, *TOKENS))
+
+
+def test_metrics_beyond_loopback_are_open_whatever_the_doors_have(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = ("--base", "mini", "--metrics-listen", "0.0.0.0:0", *TLS, *TOKENS)
+    assert "--metrics-listen 0.0.0.0:0 can be reached" in fails(capsys, *asked)
+    parse_config((*asked, "--insecure"))

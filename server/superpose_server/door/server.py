@@ -12,6 +12,7 @@ from superpose_server.config import split_address
 from superpose_server.door.access.access import Access
 from superpose_server.door.door import Door
 from superpose_server.door.grpc.door import GrpcDoor
+from superpose_server.door.tls import Tls
 from superpose_server.errors import StartupError
 from superpose_server.inference.inference import Inference
 from superpose_server.runtime import Runtime
@@ -34,7 +35,7 @@ class Server:
         """Serve `runtime`, which `stop` closes, on the running event loop.
 
         Raises:
-            StartupError: The file of tokens cannot be used.
+            StartupError: The file of tokens or the certificate cannot be used.
         """
         self.runtime = runtime
         self.address = ""
@@ -42,8 +43,14 @@ class Server:
         self.metrics_address = ""
         inference = Inference(runtime)
         access = Access(runtime.config.tokens)
-        self._grpc = GrpcDoor(runtime, inference, access)
-        self._http = _http_door(runtime, inference, access) if runtime.config.serves_http else None
+        tls = Tls.of(runtime.config)
+        self._grpc = GrpcDoor(runtime, inference, access, tls)
+        self._http: Door | None = None
+        if runtime.config.serves_http:
+            # Imported here: it needs packages that a server without it does not.
+            from superpose_server.door.http.door import HttpDoor
+
+            self._http = HttpDoor(runtime, inference, access, tls)
         self._doors: list[Door] = [door for door in (self._grpc, self._http) if door is not None]
         self._tasks: set[asyncio.Future[None]] = set()
 
@@ -103,10 +110,3 @@ class Server:
         await asyncio.to_thread(self._metrics.shutdown)  # its thread looks up twice a second
         self._metrics.server_close()
         await asyncio.to_thread(self.runtime.close)
-
-
-def _http_door(runtime: Runtime, inference: Inference, access: Access) -> Door:
-    # Imported here: it needs packages that a server without it does not.
-    from superpose_server.door.http.door import HttpDoor
-
-    return HttpDoor(runtime, inference, access)

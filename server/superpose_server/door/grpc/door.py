@@ -23,9 +23,11 @@ from superpose_server.door.contract.mix_service import MixService
 from superpose_server.door.contract.server_service import ServerService
 from superpose_server.door.door import CLOSING_SECONDS
 from superpose_server.door.grpc.access import AccessInterceptor
+from superpose_server.door.grpc.credentials import server_credentials
 from superpose_server.door.grpc.inference_service import InferenceService
 from superpose_server.door.grpc.reflection import describe_reflection, serve_reflection
 from superpose_server.door.grpc.status import ErrorInterceptor
+from superpose_server.door.tls import Tls
 from superpose_server.errors import StartupError
 from superpose_server.inference.inference import Inference
 from superpose_server.model.memory import MIB
@@ -43,9 +45,12 @@ _SERVICES = tuple(service.full_name for service in _DESCRIPTORS)
 class GrpcDoor:
     """Serves superpose.v1; see `Door`."""
 
-    def __init__(self, runtime: Runtime, inference: Inference, access: Access) -> None:
-        """Serve from these whom `access` lets in."""
+    def __init__(
+        self, runtime: Runtime, inference: Inference, access: Access, tls: Tls | None
+    ) -> None:
+        """Serve from these whom `access` lets in, over `tls` if there is one."""
         self.address = ""
+        self._tls = tls
         self._config = runtime.config
         described = [*_DESCRIPTORS, *health_pb2.DESCRIPTOR.services_by_name.values()]
         if runtime.config.reflection:
@@ -83,7 +88,10 @@ class GrpcDoor:
         listen = self._config.listen
         host, _ = split_address("listen", listen)
         try:
-            port = self._server.add_insecure_port(listen)
+            if self._tls is None:
+                port = self._server.add_insecure_port(listen)
+            else:
+                port = self._server.add_secure_port(listen, server_credentials(self._tls))
         except RuntimeError as error:
             raise StartupError(
                 f"cannot listen on {listen}: choose a free port, or 0 for any"

@@ -13,6 +13,7 @@ from superpose_server.door.access.access import Access
 from superpose_server.door.door import CLOSING_SECONDS
 from superpose_server.door.http.app import make_app
 from superpose_server.door.http.protocol import BoundedProtocol
+from superpose_server.door.tls import Tls
 from superpose_server.errors import StartupError
 from superpose_server.inference.inference import Inference
 from superpose_server.runtime import Runtime
@@ -25,9 +26,12 @@ _KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 20), ("TCP_KEEPCNT", 1))
 class HttpDoor:
     """Serves OpenAI's API, and ours; see `Door`."""
 
-    def __init__(self, runtime: Runtime, inference: Inference, access: Access) -> None:
-        """Serve from these whom `access` lets in."""
+    def __init__(
+        self, runtime: Runtime, inference: Inference, access: Access, tls: Tls | None
+    ) -> None:
+        """Serve from these whom `access` lets in, over `tls` if there is one."""
         self.address = ""
+        self._tls = tls
         self._listen = runtime.config.http_listen
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -70,6 +74,9 @@ class HttpDoor:
         self.address = join_address(host, listening.getsockname()[1])
         server = self._server
         server.config.load()
+        if self._tls is not None:
+            # Of ours, as uvicorn's own reads its files once.
+            server.config.ssl = self._tls.context
         server.lifespan = server.config.lifespan_class(server.config)
         # The parts of `serve` but the signals, which are the command's.
         await server.startup(self._sockets)
