@@ -173,6 +173,7 @@ class AsyncClient(OfOneProcess):
 
     # The server.
     info = _method(calls.info)
+    changes = _method(calls.changes)
     health = _method(calls.health)
 
     async def _run(self, call: Call[R]) -> R:

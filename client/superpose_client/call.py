@@ -18,6 +18,7 @@ from superpose_client.errors import CallError, ClientClosedError, from_rpc_error
 from superpose_client.keywords import spelled_out
 from superpose_proto.v1 import (
     adapter_pb2_grpc,
+    audit_pb2_grpc,
     inference_pb2_grpc,
     mix_pb2_grpc,
     server_pb2_grpc,
@@ -69,6 +70,7 @@ class Stubs:
             "Mix": mix_pb2_grpc.MixServiceStub(channel),
             "Adapter": adapter_pb2_grpc.AdapterServiceStub(channel),
             "Server": server_pb2_grpc.ServerServiceStub(channel),
+            "Audit": audit_pb2_grpc.AuditServiceStub(channel),
             "Health": health_pb2_grpc.HealthStub(channel),
         }
 

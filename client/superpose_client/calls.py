@@ -25,6 +25,7 @@ from superpose_client.requests import (
 from superpose_client.results import (
     AdapterInfo,
     Analysis,
+    Change,
     CurrentMix,
     FitUpdate,
     Generation,
@@ -37,7 +38,7 @@ from superpose_client.results import (
     ServerInfo,
     Verification,
 )
-from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2, server_pb2
+from superpose_proto.v1 import adapter_pb2, audit_pb2, inference_pb2, mix_pb2, server_pb2
 
 # Text under a mix.
 
@@ -310,6 +311,16 @@ def info(*, timeout: float | None = None) -> Call[ServerInfo]:
     """Return what the server is and what it is doing."""
     request = server_pb2.GetServerInfoRequest()
     return Call("Server.GetServerInfo", request, ServerInfo.from_proto, timeout)
+
+
+def changes(limit: int | None = None, *, timeout: float | None = None) -> Call[tuple[Change, ...]]:
+    """Return the newest changes that operators made, the latest last; 100 unless told, or 1000."""
+    return Call(
+        "Audit.ListChanges",
+        audit_pb2.ListChangesRequest(limit=limit),
+        lambda response: tuple(map(Change.from_proto, response.changes)),
+        timeout,
+    )
 
 
 def health(service: str = "", *, timeout: float | None = None) -> Call[HealthStatus]:

@@ -603,6 +603,26 @@ def _fit(
         session.show(Shown(state, json=state, fault=fault if replaced else None))
 
 
+@command("audit")
+def _audit(
+    session: Session,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            metavar="N",
+            callback=_within(_UINT32),
+            help="At most. [default: 100]",
+        ),
+    ] = None,
+) -> Shown:
+    """List the newest changes that operators made, the latest last."""
+    from superpose_client.screens import change_lines
+
+    changes = session.client.changes(limit)
+    return Shown(change_lines(changes), json={"changes": changes})
+
+
 @command("health")
 def _health(session: Session) -> Shown:
     """Succeed if the server takes requests; wait 5 s by default."""

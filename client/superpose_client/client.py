@@ -159,6 +159,7 @@ class Client(OfOneProcess):
 
     # The server.
     info = _method(calls.info)
+    changes = _method(calls.changes)
     health = _method(calls.health)
 
     def _run(self, call: Call[R]) -> R:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from superpose_client.from_message import FromMessage, at
-from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2, server_pb2
+from superpose_proto.v1 import adapter_pb2, audit_pb2, inference_pb2, mix_pb2, server_pb2
 
 
 class FinishReason(StrEnum):
@@ -364,3 +364,17 @@ class ServerInfo(FromMessage, message=server_pb2.GetServerInfoResponse):
     generated_tokens: int
     chat_template: bool
     grpc_address: str
+
+
+@dataclass(frozen=True)
+class Change(FromMessage, message=audit_pb2.Change):
+    """A change that somebody made; `time` is in UTC, `who` a token's name or `anonymous`."""
+
+    time: str
+    who: str
+    peer: str
+    what: str
+    generation_before: int
+    digest_before: str
+    generation: int
+    digest: str

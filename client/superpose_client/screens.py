@@ -25,6 +25,7 @@ from superpose_client.mix import format_mix, format_weight
 from superpose_client.results import (
     AdapterInfo,
     Analysis,
+    Change,
     CurrentMix,
     Estimate,
     FitResult,
@@ -323,6 +324,18 @@ def name_lines(named: Sequence[NamedMix]) -> str:
         return "no named mixes; name one with: adapterctl name NAME MIX"
     width = max(len(each.name) for each in named)
     return "\n".join(f"{each.name:{width}}  {format_mix(each.weights)}" for each in named)
+
+
+def change_lines(changes: Sequence[Change]) -> str:
+    """Return changes of operators, one a line."""
+    if not changes:
+        return "no changes yet"
+    width = max(len(each.who) for each in changes)
+    return "\n".join(
+        f"{each.time}  {each.who:{width}}  {each.generation_before} -> {each.generation}  "
+        f"{each.what}  ({each.peer})"
+        for each in changes
+    )
 
 
 def watch_line(mix: MixState) -> str:

@@ -32,7 +32,7 @@ _PERIOD = re.compile(r"([1-9][0-9]{0,4})([dh])")
 
 app = typer.Typer(
     name="token",
-    help="Make, list and revoke the tokens of a server, in the file that it is started with.",
+    help="Make, list and revoke the tokens of a server, in a local file.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from superpose_adapters.peft.folder import Limits as AdapterLimits
 from superpose_adapters.peft.folder import read_adapter
 from superpose_server.config import PREFILL_TOKENS_CPU, PREFILL_TOKENS_GPU, ServerConfig
 from superpose_server.control.actions import Operator
+from superpose_server.control.audit import Audit
 from superpose_server.control.checked_file import FileDamaged
 from superpose_server.control.default_mix import DefaultMix, MixState
 from superpose_server.control.integrity import Integrity
@@ -152,6 +154,7 @@ class Runtime:
             check_weights(self.engine.runner, expected)
         self._weights.fold(self._weights.prepare(state.mix))
         self.default_mix = DefaultMix(journal, self._weights, self.engine, state)
+        self.audit = Audit(state_dir)
         self._operator = Operator(
             self.registry,
             self.default_mix,
@@ -159,6 +162,7 @@ class Runtime:
             self._weights,
             self._facts,
             self.adapter_limits,
+            self.audit,
         )
         threads = torch.get_num_threads()
         self._operator_thread = ThreadPoolExecutor(1, "operator", compute_with, (1,))
@@ -321,7 +325,9 @@ class Runtime:
         if len(self._actions) > self.config.max_queue:
             raise QueueFull(len(self._actions), RETRY_AFTER_SECONDS)
         loop = asyncio.get_running_loop()
-        running = loop.run_in_executor(self._operator_thread, action, self._operator)
+        # In the call's own context, which knows whose it is.
+        act = copy_context().run
+        running = loop.run_in_executor(self._operator_thread, act, action, self._operator)
         self._actions.add(running)
         running.add_done_callback(self._forget_action)
         return await asyncio.shield(running)

@@ -23,6 +23,8 @@ from grpc_status import rpc_status
 from superpose_proto.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
+    audit_pb2,
+    audit_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
     mix_pb2,
@@ -290,6 +292,21 @@ def default_answers() -> dict[str, Answer]:
             uptime_seconds=7384.5,
             weights_intact=True,
         ),
+        "ListChanges": audit_pb2.ListChangesResponse(
+            changes=[
+                audit_pb2.Change(
+                    time="2030-01-31T12:00:00Z",
+                    who=who,
+                    peer="ipv4:10.0.0.1:40000",
+                    what=what,
+                    generation_before=GENERATION - 1,
+                    digest_before="ab" * 32,
+                    generation=GENERATION,
+                    digest="cd" * 32,
+                )
+                for who, what in (("ops", "set math=1,medicine=0.5"), ("anonymous", "delete law"))
+            ]
+        ),
         "Check": health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING),
     }
 
@@ -362,6 +379,7 @@ class FakeServer:
         mix_pb2_grpc.add_MixServiceServicer_to_server(servicer, self._server)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(servicer, self._server)
         server_pb2_grpc.add_ServerServiceServicer_to_server(servicer, self._server)
+        audit_pb2_grpc.add_AuditServiceServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
         port = self._server.add_insecure_port(f"unix:{socket}" if socket else "127.0.0.1:0")
         self.address = f"unix:{socket}" if socket else f"127.0.0.1:{port}"

@@ -1,5 +1,6 @@
 import dataclasses
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -8,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,7 @@ COMMANDS = [
     "chat",
     "score",
     "fit",
+    "audit",
     "health",
 ]
 
@@ -865,8 +868,107 @@ def test_every_command_takes_the_common_options(name: str) -> None:
 def test_the_commands_are_those_of_the_design() -> None:
     text = CliRunner().invoke(app, ["--help"]).stdout
     listed = [line.split()[0] for line in text.split("Commands:")[1].splitlines() if line.strip()]
-    assert listed == COMMANDS
+    assert listed == [*COMMANDS, "token"]
     assert text.count("...") == text.count("[ARGS]...")
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_tokens_are_made_listed_and_revoked_in_a_file(tmp_path: Path, before: bool) -> None:
+    path = tmp_path / "tokens.json"
+
+    def token(*words: str) -> Any:
+        arguments = ["--json", "token", *words] if before else ["token", *words, "--json"]
+        result = CliRunner().invoke(app, arguments, env={"SUPERPOSE_TOKENS": str(path)})
+        return printed(result)
+
+    made = token("new", "ci", "--scope=inference", "--rate=60", "--domains=math, law")
+    secret = made.pop("token")
+    assert made == {
+        "name": "ci",
+        "scope": "inference",
+        "expires": None,
+        "rate": 60,
+        "concurrency": None,
+        "domains": ["law", "math"],
+    }
+    stored = json.loads(path.read_text())["tokens"]["ci"]
+    assert stored["sha256"] == hashlib.sha256(secret.encode()).hexdigest()
+    assert token("list") == {"tokens": [made]}
+    assert token("revoke", "ci") == {}
+    assert token("list") == {"tokens": []}
+
+
+@pytest.mark.parametrize(
+    ("expires", "expected"),
+    [
+        ("2030-01-31", "2030-01-31T00:00:00Z"),
+        ("2030-01-31T12:00+02:00", "2030-01-31T10:00:00Z"),
+    ],
+)
+def test_a_token_is_shown_once_and_says_when_it_ends(
+    tmp_path: Path, expires: str, expected: str
+) -> None:
+    file = f"--tokens={tmp_path / 'tokens.json'}"
+    made = CliRunner().invoke(
+        app, ["token", "new", "ops", "--scope=admin", f"--expires={expires}", file]
+    )
+    assert made.exit_code == 0
+    secret = made.stdout.strip()
+    listed = CliRunner().invoke(app, ["token", "list", file])
+    assert listed.stdout.split() == ["ops", "admin", "expires", expected]
+    assert secret not in listed.output + (tmp_path / "tokens.json").read_text()
+
+
+@pytest.mark.parametrize(("period", "seconds"), [("30d", 30 * 86400), ("12h", 12 * 3600)])
+def test_a_token_may_end_after_a_while(tmp_path: Path, period: str, seconds: int) -> None:
+    path = tmp_path / "tokens.json"
+    now = datetime.now(UTC)
+    CliRunner().invoke(
+        app, ["token", "new", "a", "--scope=admin", f"--expires={period}", f"--tokens={path}"]
+    )
+    ends = datetime.fromisoformat(json.loads(path.read_text())["tokens"]["a"]["expires"])
+    assert abs((ends - now).total_seconds() - seconds) < 60
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (("new", "ci", "--scope=root"), 2, "'inference', 'admin'"),
+        (("new", "ci"), 2, "--scope"),
+        (("new", "ci", "--scope=admin", "--expires=soon"), 2, "no 30d, 12h, 2030-01-31"),
+        (("new", "Ci", "--scope=admin"), 1, "not a valid name"),
+        (("new", "ci", "--scope=admin", "--rate=0"), 1, "rate is 0"),
+        (("new", "ci", "--scope=admin", "--domains=math"), 1, "domains bind no admin"),
+        (("new", "ops", "--scope=admin"), 1, "there is a token ops already: revoke it first"),
+        (("revoke", "ci"), 1, "there is no token 'ci'"),
+    ],
+)
+def test_what_no_token_can_be_leaves_the_file_as_it_was(
+    tmp_path: Path, words: tuple[str, ...], status: int, said: str
+) -> None:
+    path = tmp_path / "tokens.json"
+    env = {"SUPERPOSE_TOKENS": str(path)}
+    CliRunner().invoke(app, ["token", "new", "ops", "--scope=admin"], env=env)
+    before = path.read_bytes()
+    result = CliRunner().invoke(app, ["token", *words], env=env)
+    assert result.exit_code == status
+    assert said in " ".join(result.stderr.split())
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("words", [("new", "x", "--scope=admin"), ("list",), ("revoke", "x")])
+def test_the_file_of_tokens_is_named(words: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, ["token", *words], env={"SUPERPOSE_TOKENS": None})
+    assert result.exit_code == 2
+    assert "SUPERPOSE_TOKENS" in result.stderr
+
+
+def test_changes_are_listed_with_who_made_them(ctl: Ctl) -> None:
+    lines = ctl("audit").stdout.splitlines()
+    assert [line.split()[1] for line in lines] == ["ops", "anonymous"]
+    assert "set math=1,medicine=0.5" in lines[0]
+    assert f"{GENERATION - 1} -> {GENERATION}" in lines[0]
+    assert printed(ctl("audit", "--limit=7", "--json"))["changes"][1]["what"] == "delete law"
 
 
 def test_the_version() -> None:

@@ -28,7 +28,7 @@ from superpose_client.async_client import AsyncClient
 from superpose_client.client import Client
 from superpose_client.requests import AdapterFiles
 from superpose_client.results import AdapterSource, FinishReason, HealthStatus
-from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2, server_pb2
+from superpose_proto.v1 import adapter_pb2, audit_pb2, inference_pb2, mix_pb2, server_pb2
 
 
 def test_generate(caller: Caller, server: FakeServer) -> None:
@@ -516,6 +516,15 @@ def test_named_mixes(caller: Caller, server: FakeServer) -> None:
         ("half", {"math": 0.5}),
         ("plain", {}),
     ]
+
+
+def test_the_record_of_changes(caller: Caller, server: FakeServer) -> None:
+    first, last = caller.changes(7)
+    assert (first.who, first.what, last.who) == ("ops", "set math=1,medicine=0.5", "anonymous")
+    assert (last.generation_before, last.generation) == (GENERATION - 1, GENERATION)
+    assert server.request == audit_pb2.ListChangesRequest(limit=7)
+    caller.changes()
+    assert not server.requests[-1].HasField("limit")
 
 
 @pytest.mark.parametrize("mix", [None, "default", " default "])

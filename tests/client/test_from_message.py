@@ -12,9 +12,9 @@ from google.protobuf.json_format import MessageToDict
 from superpose_client import results
 from superpose_client.from_message import FromMessage, at, path_of
 from superpose_client.results import AdapterSource, FinishReason
-from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2, server_pb2
+from superpose_proto.v1 import adapter_pb2, audit_pb2, inference_pb2, mix_pb2, server_pb2
 
-FILES = (adapter_pb2, inference_pb2, mix_pb2, server_pb2)
+FILES = (adapter_pb2, audit_pb2, inference_pb2, mix_pb2, server_pb2)
 KINDS = [
     kind
     for kind in vars(results).values()

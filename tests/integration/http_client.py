@@ -48,10 +48,14 @@ class Answer:
 
 
 class Http:
-    """Asks the HTTP door at an address, each time on a connection of its own."""
+    """Asks the HTTP door at an address, each time on a connection of its own.
 
-    def __init__(self, address: str) -> None:
+    `usual` are header fields of every request.
+    """
+
+    def __init__(self, address: str, usual: Mapping[str, str] | None = None) -> None:
         self.address = address
+        self._usual = dict(usual or {})
 
     def connect(self) -> HTTPConnection:
         return HTTPConnection(self.address, timeout=PATIENCE)
@@ -66,7 +70,7 @@ class Http:
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
         """Send `value` as JSON, or `body` as it is."""
-        given = dict(headers or {})
+        given = {**self._usual, **(headers or {})}
         if value is not None:
             body, given = json.dumps(value).encode(), {**JSON, **given}
         with closing(self.connect()) as connection:
@@ -81,7 +85,7 @@ class Http:
     @cached_property
     def document(self) -> Any:
         with closing(self.connect()) as connection:
-            connection.request("GET", "/openapi.json")
+            connection.request("GET", "/openapi.json", headers=self._usual)
             return json.loads(connection.getresponse().read())
 
     def _check(self, method: str, path: str, answer: Answer) -> None:

@@ -11,9 +11,10 @@ from superpose_adapters.adapter import AdapterError
 from superpose_adapters.base.facts import BaseFacts
 from superpose_adapters.geometry import Analysis
 from superpose_adapters.mix import BoundEntry, BoundMix, Mix
-from superpose_adapters.mix_syntax import check_name, check_weight
+from superpose_adapters.mix_syntax import check_name, check_weight, format_mix
 from superpose_adapters.peft.folder import Limits, parse_adapter
 from superpose_adapters.store import AdapterStore, StoreError
+from superpose_server.control.audit import Audit
 from superpose_server.control.default_mix import DefaultMix, MixState
 from superpose_server.control.named_mixes import NamedMix
 from superpose_server.control.registry import Registered, Registry, Source
@@ -39,14 +40,16 @@ class Operator:
         weights: ResidentWeights,
         base: BaseFacts,
         limits: Limits,
+        audit: Audit,
     ) -> None:
-        """Act on these."""
+        """Act on these; `audit` is told what was changed."""
         self._registry = registry
         self._default = default_mix
         self._store = store
         self._weights = weights
         self._base = base
         self._limits = limits
+        self._audit = audit
 
     def add(self, domain: str, weight: float, expected_generation: int | None) -> MixState:
         """Add a domain to the default mix.
@@ -79,7 +82,8 @@ class Operator:
             )
         self._registry.check_size(len(now.entries) + 1, field="domain")
         entry = BoundEntry(domain, registered.adapter, weight)
-        return self._default.change(BoundMix.of(now.base_digest, (*now.entries, entry)))
+        mix = BoundMix.of(now.base_digest, (*now.entries, entry))
+        return self._change(f"add {format_mix({domain: weight})}", mix)
 
     def remove(self, domain: str, expected_generation: int | None) -> MixState:
         """Remove a domain from the default mix.
@@ -97,7 +101,7 @@ class Operator:
                 "DOMAIN_NOT_IN_MIX",
             )
         rest = (entry for entry in now.entries if entry.domain != domain)
-        return self._default.change(BoundMix.of(now.base_digest, rest))
+        return self._change(f"remove {domain}", BoundMix.of(now.base_digest, rest))
 
     def set(self, mix: Mix, expected_generation: int | None) -> MixState:
         """Make `mix` the default mix.
@@ -107,7 +111,14 @@ class Operator:
             GenerationMismatch: The default mix has changed.
         """
         self._default.check_generation(expected_generation)
-        return self._default.change(self._registry.bind(mix))
+        return self._change(f"set {format_mix(dict(mix.entries))}", self._registry.bind(mix))
+
+    def _change(self, what: str, mix: BoundMix) -> MixState:
+        before = self._default.state
+        state = self._default.change(mix)
+        if state.generation != before.generation:
+            self._audit.note(what, before, state)
+        return state
 
     def name_mix(self, name: str, mix: Mix | None) -> NamedMix:
         """Let `name` stand for the domains of `mix` (None: the default mix) as it is now.
@@ -122,7 +133,9 @@ class Operator:
             raise AlreadyExists(f"{name} is a domain: choose another name", "NAME_TAKEN")
         bound = self._default.state.mix if mix is None else self._registry.bind(mix)
         named = NamedMix(name, Mix.of((entry.domain, entry.weight) for entry in bound.entries))
-        self._registry.named_mixes.put(named)
+        if self._registry.named_mixes.find(name) != named.mix:
+            self._registry.named_mixes.put(named)
+            self._note(f"name {name} {format_mix(dict(named.mix.entries))}")
         return named
 
     def unname_mix(self, name: str) -> None:
@@ -133,6 +146,12 @@ class Operator:
             FailedPrecondition: The disk refuses.
         """
         self._registry.named_mixes.remove(name)
+        self._note(f"unname {name}")
+
+    def _note(self, what: str, before: MixState | None = None) -> None:
+        """Record a change that has left the default mix alone, or came to it from `before`."""
+        now = self._default.state
+        self._audit.note(what, before or now, now)
 
     def push(
         self, domain: str, config: bytes, tensors: bytes, replace: bool, training: bytes = b""
@@ -170,7 +189,11 @@ class Operator:
             said_already = before.adapter.warnings == adapter.warnings
             if said_already or before.source is not Source.PUSHED:
                 # After a crash within a replace the default mix may hold the old adapter still.
-                return before, self._rebind(before)
+                mix_before = self._default.state
+                state = self._rebind(before)
+                if state.generation != mix_before.generation:
+                    self._note(f"push {domain} {adapter.digest}", mix_before)
+                return before, state
         if before is not None and not same:
             _check_writable(before)
             if not replace:
@@ -180,6 +203,7 @@ class Operator:
                     "ADAPTER_EXISTS",
                 )
         registered = Registered(domain, adapter, Source.PUSHED)
+        mix_before = self._default.state
         self._weights.keep_base(adapter)
         try:
             digest = self._store.put(config, tensors)
@@ -193,6 +217,7 @@ class Operator:
         except StoreError as error:
             raise FailedPrecondition(str(error), "STORE_WRITE_FAILED") from error
         self._registry.put(registered)
+        self._note(f"push {domain} {adapter.digest}", mix_before)
         registered.log_warnings()
         self._collect()
         return registered, state
@@ -228,6 +253,7 @@ class Operator:
         except StoreError as error:
             raise FailedPrecondition(str(error), "STORE_WRITE_FAILED") from error
         self._registry.remove(domain)
+        self._note(f"delete {domain}")
         self._collect()
 
     def _collect(self) -> None:

@@ -44,6 +44,7 @@ _METHODS: Mapping[str, Needs] = {
         "DeleteAdapter": _ADMIN,
     },
     "superpose.v1.ServerService": {"GetServerInfo": _INFERENCE},
+    "superpose.v1.AuditService": {"ListChanges": _ADMIN},
 }
 # Of others, as a whole: what methods they have is up to their version.
 _SERVICES: Needs = {
@@ -75,6 +76,7 @@ _ENDPOINTS = {
     "PUT /v1/adapters/{domain}": "AdapterService/PushAdapter",
     "DELETE /v1/adapters/{domain}": "AdapterService/DeleteAdapter",
     "GET /v1/server": "ServerService/GetServerInfo",
+    "GET /v1/audit": "AuditService/ListChanges",
 }
 # What has no counterpart there.
 _OTHER_ENDPOINTS: Needs = {

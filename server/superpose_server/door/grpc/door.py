@@ -8,6 +8,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from superpose_proto.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
+    audit_pb2,
+    audit_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
     mix_pb2,
@@ -19,6 +21,7 @@ from superpose_server.config import PUSH_MARGIN_MIB, join_address, split_address
 from superpose_server.door.access.access import Access
 from superpose_server.door.access.scopes import needs_of_methods
 from superpose_server.door.contract.adapter_service import AdapterService
+from superpose_server.door.contract.audit_service import AuditService
 from superpose_server.door.contract.mix_service import MixService
 from superpose_server.door.contract.server_service import ServerService
 from superpose_server.door.door import CLOSING_SECONDS
@@ -36,7 +39,7 @@ from superpose_server.runtime import Runtime
 # InferenceService is the first.
 _DESCRIPTORS = tuple(
     service
-    for file in (inference_pb2, mix_pb2, adapter_pb2, server_pb2)
+    for file in (inference_pb2, mix_pb2, adapter_pb2, server_pb2, audit_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
 )
 _SERVICES = tuple(service.full_name for service in _DESCRIPTORS)
@@ -79,6 +82,7 @@ class GrpcDoor:
         mix_pb2_grpc.add_MixServiceServicer_to_server(MixService(runtime, inference), server)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(runtime), server)
         server_pb2_grpc.add_ServerServiceServicer_to_server(ServerService(runtime), server)
+        audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditService(runtime), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if runtime.config.reflection:
             serve_reflection([service.full_name for service in described], server)

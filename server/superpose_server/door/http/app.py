@@ -15,6 +15,7 @@ from starlette.routing import Route
 from superpose_server.config import ServerConfig, split_address
 from superpose_server.door.access.access import Access
 from superpose_server.door.http.adapters import Adapters
+from superpose_server.door.http.audit import Changes
 from superpose_server.door.http.calls import Calls
 from superpose_server.door.http.chat import ChatCompletions
 from superpose_server.door.http.completions import Completions
@@ -46,6 +47,7 @@ def endpoints(runtime: Runtime, inference: Inference) -> tuple[Endpoint, ...]:
         *Mixes(runtime, inference).endpoints(),
         *Fits(inference).endpoints(),
         *Adapters(runtime).endpoints(),
+        *Changes(runtime).endpoints(),
         *ServerInfo(runtime).endpoints(),
     )
     return Document(served).endpoints

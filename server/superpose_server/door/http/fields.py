@@ -7,6 +7,7 @@ its one value (`Only`), or is known to change nothing (`IGNORED`), or the reques
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
@@ -95,6 +96,18 @@ class _Switch:
         return bool(value == "true")
 
 
+class _Digits:
+    schema: Mapping[str, Any] = {"type": "integer", "minimum": 0, "maximum": 2**32 - 1}
+
+    def read(self, value: Any, at: str) -> int:
+        if not re.fullmatch("[0-9]{1,10}", value):
+            refuse(value, at, "a whole number")
+        number: int = COUNT.read(int(value), at)
+        return number
+
+
+DIGITS: Kind = _Digits()
+"""A number as a query writes it, which knows only texts."""
 SWITCH: Kind = _Switch()
 """A truth value as a query writes it, which knows only texts."""
 COUNT = integer(0, 2**32 - 1)
