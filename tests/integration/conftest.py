@@ -1,17 +1,52 @@
 from __future__ import annotations
 
+import re
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from socketserver import BaseServer
+from typing import Any
 
 import pytest
 from tests.integration.harness import Family, LoopThread, Served, start
 from tests.makers import make_adapter, save_base, tiny_gpt2, tiny_llama
 from torch import nn
 
+from superpose_server.errors import ServerError
+
 # The thread of a server's metrics looks up twice a second whether it shall end; with a server a
 # test, most of the time would go into waiting for that.
 BaseServer.serve_forever.__defaults__ = (0.01,)
+
+
+ROOT = Path(__file__).parents[2]
+# Where things lie here, and what a stack trace holds.
+PLACES = (tempfile.gettempdir(), sys.prefix, str(ROOT), str(Path.home()))
+TELLTALE = re.compile("|".join((*map(re.escape, PLACES), "Traceback", 'File "')))
+
+
+@pytest.fixture(scope="session")
+def errors_made() -> Iterator[list[str]]:
+    """All that errors say which servers in this process make; each may be told to a client."""
+    made: list[str] = []
+    init = ServerError.__init__
+
+    def noting(self: ServerError, message: str, reason: str, **more: Any) -> None:
+        init(self, message, reason, **more)
+        made.append(f"{message} {self.metadata}")
+
+    ServerError.__init__ = noting  # type: ignore[method-assign]
+    yield made
+    ServerError.__init__ = init  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True)
+def no_error_tells_of_this_machine(errors_made: list[str]) -> Iterator[None]:
+    """Check it on every way to an error that any test here goes."""
+    errors_made.clear()
+    yield
+    assert [each for each in errors_made if TELLTALE.search(each)] == []
 
 
 @pytest.fixture(scope="session")

@@ -44,6 +44,7 @@ from superpose_proto.v1 import (
     mix_pb2,
     mix_pb2_grpc,
 )
+from superpose_server.door.access.access import Access
 
 Tokens = dict[str, dict[str, Any]]
 
@@ -468,3 +469,39 @@ def test_neither_tokens_nor_prompts_are_written_anywhere(
     for each in written:
         assert SECRET_PROMPT not in each
         assert secret("") not in each
+
+
+FAULT = "secret-of-the-machine in /srv/models/private"
+
+
+@pytest.mark.parametrize("step", ["check", "begin"])
+def test_a_fault_of_ours_tells_nothing_through_any_method_or_route(
+    server: Served, step: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every call passes there, so this is every call that fails as nobody foresaw."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError(FAULT)
+
+    monkeypatch.setattr(Access, step, fails)
+    health = [f"/grpc.health.v1.Health/{name}" for name in ("Check", "Watch")]
+    for method in (*methods(), *health):
+        call = raw(server).unary_stream(method)(b"", metadata=bearer("ops"), timeout=PATIENCE)
+        with pytest.raises(grpc.RpcError) as caught:
+            next(call)
+        error: Any = caught.value
+        assert (error.code().name, error.details()) == ("INTERNAL", "internal error"), method
+        assert reason(error) == "INTERNAL"
+        assert FAULT not in str(error.trailing_metadata()) + str(error.initial_metadata())
+    for method, path in routes(server):
+        if is_page(path):
+            continue
+        with closing(HTTPConnection(server.server.http_address, timeout=PATIENCE)) as connection:
+            url = re.sub(r"{.*?}", "x", path)
+            connection.request(method, url, headers=dict(bearer("ops")))
+            answer = connection.getresponse()
+            assert answer.status == 500, path
+            told = f"{answer.getheaders()} {answer.read().decode()}"
+        assert FAULT not in told
+        assert "internal error" in told or method == "HEAD"
+    assert FAULT in caplog.text  # Where it belongs.

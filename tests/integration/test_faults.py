@@ -142,7 +142,7 @@ def test_a_journal_that_cannot_be_written_leaves_the_old_mix(
     with monkeypatch.context() as patch:
         fail_nth(patch, where, name, nth)
         with pytest.raises(
-            FailedPreconditionError, match=r"journal .*mix\.json cannot be written \(No space"
+            FailedPreconditionError, match=r"the journal cannot be written \(No space"
         ) as caught:
             SET(served.client)
     assert caught.value.reason == "JOURNAL_WRITE_FAILED"

@@ -48,6 +48,7 @@ SERVICES = [
     "superpose.v1.MixService",
     "superpose.v1.AdapterService",
     "superpose.v1.ServerService",
+    "superpose.v1.AuditService",
 ]
 
 

@@ -81,7 +81,7 @@ def test_a_disk_that_refuses_changes_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(Path if where == "replace" else os, where, full)
         with pytest.raises(
-            FailedPrecondition, match=r"named_mixes\.json cannot be written .*space"
+            FailedPrecondition, match=r"names of mixes cannot be written \(No space"
         ):
             named.put(NamedMix("other", Mix()))
         with pytest.raises(FailedPrecondition, match="nothing has changed"):

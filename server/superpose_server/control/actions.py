@@ -215,7 +215,7 @@ class Operator:
                     self._store.set_name(domain, before.adapter.digest, before.adapter.warnings)
                 raise
         except StoreError as error:
-            raise FailedPrecondition(str(error), "STORE_WRITE_FAILED") from error
+            raise _store_failed(error) from error
         self._registry.put(registered)
         self._note(f"push {domain} {adapter.digest}", mix_before)
         registered.log_warnings()
@@ -251,7 +251,7 @@ class Operator:
         try:
             self._store.delete_name(domain)
         except StoreError as error:
-            raise FailedPrecondition(str(error), "STORE_WRITE_FAILED") from error
+            raise _store_failed(error) from error
         self._registry.remove(domain)
         self._note(f"delete {domain}")
         self._collect()
@@ -279,6 +279,16 @@ def _check_name(name: str, field: str = "domain") -> None:
         check_name(name)
     except ValueError as error:
         raise InvalidArgument(str(error), f"INVALID_{field.upper()}", field=field) from error
+
+
+def _store_failed(error: StoreError) -> FailedPrecondition:
+    """Return what a client is told; where on the disk it is, is for the log alone."""
+    _log.error("%s", error)
+    return FailedPrecondition(
+        "the store of pushed adapters cannot be written or read: free space or mend --state-dir, "
+        "as the server's log says, and try again",
+        "STORE_WRITE_FAILED",
+    )
 
 
 def _check_writable(registered: Registered) -> None:

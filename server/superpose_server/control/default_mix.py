@@ -79,9 +79,10 @@ class DefaultMix:
         try:
             self._journal.write(record_of(state))
         except OSError as error:
+            _log.error("the journal %s cannot be written: %s", self._journal.path, error)
             raise FailedPrecondition(
-                f"the journal {self._journal.path} cannot be written ({error.strerror or error}): "
-                "free space or mend the folder and try again; nothing has changed",
+                f"the journal cannot be written ({error.strerror or 'see the log'}): free space "
+                "or mend --state-dir and try again; nothing has changed",
                 "JOURNAL_WRITE_FAILED",
             ) from error
         try:

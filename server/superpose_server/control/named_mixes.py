@@ -7,6 +7,7 @@ and one that is deleted; requests for it are then refused until its domains are 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from superpose_server.control.checked_file import CheckedFile
 from superpose_server.errors import FailedPrecondition, NotFound
 
 MAX_NAMED_MIXES = 1000
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,10 @@ class NamedMixes:
         try:
             self._file.write({name: dict(mix.entries) for name, mix in mixes.items()})
         except OSError as error:
+            _log.error("%s cannot be written: %s", self._file.path, error)
             raise FailedPrecondition(
-                f"{self._file.path} cannot be written ({error.strerror or error}): "
-                "free space or mend the folder and try again; nothing has changed",
+                f"the names of mixes cannot be written ({error.strerror or 'see the log'}): free "
+                "space or mend --state-dir and try again; nothing has changed",
                 "NAMED_MIXES_WRITE_FAILED",
             ) from error
         self._mixes = mixes  # Readers hold the old mapping or the new one.

@@ -10,7 +10,7 @@ import grpc
 from superpose_server.door.access.access import Access
 from superpose_server.door.access.scopes import Needs
 from superpose_server.door.grpc.handlers import around
-from superpose_server.errors import ServerError, Unauthenticated
+from superpose_server.errors import Unauthenticated
 
 
 class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not at run time
@@ -30,7 +30,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  
             return handler
         try:
             token = self._access.check(_authorization(details), self._needs[details.method])
-        except ServerError as error:
+        except Exception as error:  # Whatever it is, gRPC would tell all of it.
             return _refusing(error)
 
         def begin(context: Any) -> None:
@@ -65,7 +65,7 @@ def _authorization(details: grpc.HandlerCallDetails) -> str | None:
     return values[0] if values else None
 
 
-def _refusing(error: ServerError) -> Any:
+def _refusing(error: Exception) -> Any:
     """Return a handler that raises `error`, whatever the call.
 
     One whose requests stream: so nothing of a request is read, as much as it may be.
