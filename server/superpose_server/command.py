@@ -91,6 +91,8 @@ async def _serve(config: ServerConfig) -> None:
     )
     if config.serves_http:
         ready += f" http={server.http_address}"
+    if config.admin_apart:
+        ready += f" admin={server.admin_address}"
     try:
         print(ready, flush=True)
     except OSError as error:  # Nobody reads it, which is no reason not to serve.

@@ -75,6 +75,13 @@ class ServerConfig:
         default="127.0.0.1:50051",
         metadata=_help("address of the gRPC server; port 0: any free one"),
     )
+    admin_listen: str = field(
+        default="none",
+        metadata=_help(
+            "address of a gRPC server of its own, where alone calls of scope admin are served; "
+            "none: they are served at --listen and --http-listen"
+        ),
+    )
     http_listen: str = field(
         default="none",
         metadata=_help("address of the HTTP server (OpenAI's API); none: there is none"),
@@ -269,7 +276,14 @@ class ServerConfig:
         addresses = {"listen": self.listen, "metrics-listen": self.metrics_listen}
         if self.serves_http:
             addresses["http-listen"] = self.http_listen
+        if self.admin_apart:
+            addresses["admin-listen"] = self.admin_listen
         return addresses
+
+    @property
+    def admin_apart(self) -> bool:
+        """True if calls of scope admin have an address of their own."""
+        return self.admin_listen != "none"
 
     @property
     def serves_http(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -505,3 +506,43 @@ def test_a_fault_of_ours_tells_nothing_through_any_method_or_route(
         assert FAULT not in told
         assert "internal error" in told or method == "HEAD"
     assert FAULT in caplog.text  # Where it belongs.
+
+
+@pytest.fixture(scope="module")
+def apart(
+    loop: LoopThread, gpt2: Family, tokens: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """A server with an address for operators, tokens, and nothing else."""
+    server = start(
+        loop,
+        gpt2.base,
+        tmp_path_factory.mktemp("apart") / "state",
+        http_listen="127.0.0.1:0",
+        admin_listen="127.0.0.1:0",
+        tokens=tokens,
+    )
+    yield server
+    server.stop()
+
+
+def test_admin_calls_are_served_at_their_own_address_alone(apart: Served) -> None:
+    elsewhere = ("PERMISSION_DENIED", "ADMIN_ELSEWHERE")
+    for method in methods():
+        refused_here = outcome(apart, method, "ops", b"") == elsewhere
+        assert refused_here is (method.rpartition("/")[2] in ADMIN), method
+    for method, path in routes(apart):
+        status, code, _ = asked(apart, method, re.sub(r"{.*?}", "x", path), "ops")
+        assert (status == 403) is ((method, path) in ADMIN_ENDPOINTS), (method, path)
+        assert code == "ADMIN_ELSEWHERE" or status != 403 or method == "HEAD"
+    with grpc.insecure_channel(apart.server.admin_address) as channel:
+        there = dataclasses.replace(apart, channel=channel)
+        for method in methods():
+            code, _ = outcome(there, method, "ops", b"")
+            assert code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"), method
+            assert outcome(there, method, None, b"")[1] == "TOKEN_MISSING"
+        health = health_pb2_grpc.HealthStub(raw(there))
+        assert health.Check(health_pb2.HealthCheckRequest()).status == 1
+        mixes: Any = mix_pb2_grpc.MixServiceStub(channel)
+        named = mix_pb2.NameMixRequest(name="nothing", mix=mix())
+        assert mixes.NameMix(named, metadata=bearer("ops")).named_mix.name == "nothing"
+    assert asked(apart, "GET", "/v1/models/nothing", "user")[0] == 200

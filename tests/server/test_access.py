@@ -101,6 +101,27 @@ def test_without_a_file_nothing_is_asked() -> None:
     assert Access(None).check(None, Scope.ADMIN) is None
 
 
+def test_where_admin_calls_are_served_elsewhere_they_are_refused_and_others_are_not(
+    access: Access, tmp_path: Path
+) -> None:
+    here = access.without_admin()
+    assert reason(here, "Bearer ops", Scope.ADMIN) == "ADMIN_ELSEWHERE"
+    assert reason(here, None, Scope.ADMIN) == "TOKEN_MISSING"
+    assert reason(here, "Bearer user", Scope.ADMIN) == "SCOPE_MISSING"
+    assert here.check("Bearer ops", Scope.INFERENCE) is not None
+    assert access.check("Bearer ops", Scope.ADMIN) is not None
+    assert reason(Access(None).without_admin(), None, Scope.ADMIN) == "ADMIN_ELSEWHERE"
+
+
+def test_limits_are_one_account_wherever_a_call_comes(tmp_path: Path) -> None:
+    path = tokens_file(tmp_path, ops={"scope": "admin", "rate": 1})
+    access = Access(path)
+    token = access.check("Bearer ops", Scope.ADMIN)
+    access.begin(token, "")
+    with pytest.raises(RateLimited):
+        access.without_admin().begin(token, "")
+
+
 def test_a_file_that_cannot_be_used_keeps_the_server_from_starting(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="adapterctl token new NAME"):
         Access(tmp_path / "none.json")

@@ -194,7 +194,7 @@ TOKENS = ("--tokens", "tokens.json")
         ((*TLS, "--tls-client-ca", "ca.pem"), "lacks --tokens"),
     ],
 )
-@pytest.mark.parametrize("flag", ["--listen", "--http-listen"])
+@pytest.mark.parametrize("flag", ["--listen", "--http-listen", "--admin-listen"])
 def test_other_machines_reach_no_door_without_tls_and_tokens(
     capsys: pytest.CaptureFixture[str], flag: str, given: tuple[str, ...], lacks: str
 ) -> None:

@@ -28,6 +28,7 @@ class Server:
     Attributes:
         address: HOST:PORT of the gRPC door, known after `start`.
         http_address: The same of the HTTP door; "" if there is none.
+        admin_address: The same of the one for operators; "" if there is none of its own.
         metrics_address: The same of the metrics.
     """
 
@@ -40,10 +41,15 @@ class Server:
         self.runtime = runtime
         self.address = ""
         self.http_address = ""
+        self.admin_address = ""
         self.metrics_address = ""
         inference = Inference(runtime)
         access = Access(runtime.config.tokens)
         tls = Tls.of(runtime.config)
+        self._admin: Door | None = None
+        if runtime.config.admin_apart:
+            self._admin = GrpcDoor(runtime, inference, access, tls, "admin-listen")
+            access = access.without_admin()
         self._grpc = GrpcDoor(runtime, inference, access, tls)
         self._http: Door | None = None
         if runtime.config.serves_http:
@@ -51,7 +57,8 @@ class Server:
             from superpose_server.door.http.door import HttpDoor
 
             self._http = HttpDoor(runtime, inference, access, tls)
-        self._doors: list[Door] = [door for door in (self._grpc, self._http) if door is not None]
+        doors = (self._grpc, self._http, self._admin)
+        self._doors: list[Door] = [door for door in doors if door is not None]
         self._tasks: set[asyncio.Future[None]] = set()
 
     async def start(self) -> None:
@@ -78,6 +85,8 @@ class Server:
         self.address = self.runtime.grpc_address = self._grpc.address
         if self._http is not None:
             self.http_address = self._http.address
+        if self._admin is not None:
+            self.admin_address = self._admin.address
         if not self.runtime.integrity.intact:  # Found by a call while the doors were opened.
             self._tell_intact(False)
 

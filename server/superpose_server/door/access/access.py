@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class Access:
             StartupError: The file cannot be used.
         """
         self._now = now
+        self._serves_admin = True
         self._used: dict[str, Use] = {}
         self._tokens: Reread[tuple[Token, ...]] | None = None
         if file is not None:
@@ -35,6 +37,12 @@ class Access:
                 self._tokens = Reread("tokens", [file], lambda: read_tokens(file))
             except TokenFileError as error:
                 raise StartupError(str(error)) from error
+
+    def without_admin(self) -> Access:
+        """Return the same, of one account with this, where no call of scope admin is served."""
+        other = copy(self)
+        other._serves_admin = False
+        return other
 
     def check(self, authorization: str | None, need: Scope | None) -> Token | None:
         """Return the token of a call; None where none is asked for.
@@ -45,8 +53,17 @@ class Access:
 
         Raises:
             Unauthenticated: There is no token, or none that is known, or it has expired.
-            PermissionDenied: The token is not for such calls.
+            PermissionDenied: The token is not for such calls, or they are served elsewhere.
         """
+        token = self._token(authorization, need)
+        if need is Scope.ADMIN and not self._serves_admin:
+            raise PermissionDenied(
+                "this call is served at the server's admin address alone, over gRPC: ask there",
+                "ADMIN_ELSEWHERE",
+            )
+        return token
+
+    def _token(self, authorization: str | None, need: Scope | None) -> Token | None:
         if self._tokens is None or need is None:
             return None
         tokens = self._tokens.get()

@@ -49,12 +49,21 @@ class GrpcDoor:
     """Serves superpose.v1; see `Door`."""
 
     def __init__(
-        self, runtime: Runtime, inference: Inference, access: Access, tls: Tls | None
+        self,
+        runtime: Runtime,
+        inference: Inference,
+        access: Access,
+        tls: Tls | None,
+        flag: str = "listen",
     ) -> None:
-        """Serve from these whom `access` lets in, over `tls` if there is one."""
+        """Serve from these whom `access` lets in, over `tls` if there is one.
+
+        `flag` is the one that says the address, without its dashes.
+        """
         self.address = ""
         self._tls = tls
-        self._config = runtime.config
+        self._flag = flag
+        self._listen = runtime.config.addresses[flag]
         described = [*_DESCRIPTORS, *health_pb2.DESCRIPTOR.services_by_name.values()]
         if runtime.config.reflection:
             described += describe_reflection()
@@ -89,8 +98,8 @@ class GrpcDoor:
 
     async def open(self) -> None:
         """See `Door`."""
-        listen = self._config.listen
-        host, _ = split_address("listen", listen)
+        listen = self._listen
+        host, _ = split_address(self._flag, listen)
         try:
             if self._tls is None:
                 port = self._server.add_insecure_port(listen)
@@ -98,7 +107,7 @@ class GrpcDoor:
                 port = self._server.add_secure_port(listen, server_credentials(self._tls))
         except RuntimeError as error:
             raise StartupError(
-                f"cannot listen on {listen}: choose a free port, or 0 for any"
+                f"cannot listen on --{self._flag} {listen}: choose a free port, or 0 for any"
             ) from error
         await self._server.start()
         self.address = join_address(host, port)
