@@ -21,7 +21,9 @@ from superpose_adapters.qa import read_rows
 from superpose_client import Client
 
 PROMPT = "Question: What are the treatments for stress ?\nAnswer:"
-ROWS = 3  # of each domain's held-out rows, for the curve
+# Of the curve: held-out rows of each of two domains, and tokens of each row.
+ROWS, TOKENS = 3, 48
+SLOWEST = 600_000  # ms that a picture may take to come about on a machine that does other work too
 DESKTOP = {"viewport": {"width": 1280, "height": 800}, "device_scale_factor": 1.5}
 PHONE = {"viewport": {"width": 360, "height": 740}, "device_scale_factor": 2, "has_touch": True}
 SCENES: dict[str, dict[str, Any]] = {
@@ -52,9 +54,10 @@ def show_sections(mixer: Mixer, bundle: Bundle) -> None:
     lines = [json.dumps({"question": row.question, "answer": row.answer}) for row in rows]
     curve = page.locator("#curve")
     curve.get_by_label("Measured on").fill("\n".join(lines))
+    curve.get_by_label("Tokens kept of a row").fill(str(TOKENS))
     curve.get_by_label("Over the weight of").select_option("medicine")
     mixer.button("Draw the curve").click()
-    expect(curve.get_by_role("slider")).to_be_visible()
+    expect(curve.get_by_role("slider")).to_be_visible(timeout=SLOWEST)
 
 
 def take(target: Page | Locator, picture: Path) -> None:
