@@ -25,7 +25,7 @@ PROMPT = "Question: What are the treatments for stress ?\nAnswer:"
 ROWS, TOKENS = 3, 48
 SLOWEST = 600_000  # ms that a picture may take to come about on a machine that does other work too
 DESKTOP = {"viewport": {"width": 1280, "height": 800}, "device_scale_factor": 1.5}
-PHONE = {"viewport": {"width": 360, "height": 740}, "device_scale_factor": 2, "has_touch": True}
+PHONE = {"viewport": {"width": 360, "height": 740}, "device_scale_factor": 1.5, "has_touch": True}
 SCENES: dict[str, dict[str, Any]] = {
     "light": {**DESKTOP, "color_scheme": "light"},
     "dark": {**DESKTOP, "color_scheme": "dark"},
@@ -44,7 +44,9 @@ def show_texts(mixer: Mixer) -> None:
 def show_sections(mixer: Mixer, bundle: Bundle) -> None:
     """Open interference, and a curve over a weight on held-out rows of two domains."""
     page = mixer.page
-    page.locator("#interference summary").first.click()
+    interference = page.locator("#interference")
+    interference.locator("summary").first.click()
+    expect(interference.get_by_role("table").first).to_be_visible(timeout=SLOWEST)
     page.locator("#curve summary").first.click()
     rows = [
         row

@@ -8,16 +8,24 @@ import sys
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import expect
 from tests.browser.mixer import Mixer
 from tests.integration.harness import PATIENCE, Served
 
 # Everything that a shell, JSON or Python might take for something else.
 PROMPT = 'Question: it\'s "5 $HOME `x` \\n" & ä\u2028 ?\nAnswer:'
+TEMPLATE = "{% for each in messages %}<{{ each['role'] }}>{{ each['content'] }}{% endfor %}"
 MIX = "medicine=1.25,math=-0.1"
 
 
-def run(*command: str) -> str:
-    """Return what a command prints."""
+def printed(way: str, written: str, folder: Path) -> str:
+    """Run what was copied, in a shell or by Python, and return what it prints."""
+    if way in ("adapterctl", "curl"):
+        command = ["bash", "-c", written]
+    else:
+        program = folder / "copied.py"
+        program.write_text(written)
+        command = [sys.executable, str(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -46,14 +54,32 @@ def test_it_runs_and_makes_the_text_of_the_page(
     mixer.page.get_by_label("Temperature").fill("0.7")
     mixer.write(PROMPT)
     written = copied(mixer, way)
-    if way in ("adapterctl", "curl"):
-        text = run("bash", "-c", written)
-    else:
-        program = tmp_path / "copied.py"
-        program.write_text(written)
-        text = run(sys.executable, str(program))
+    text = printed(way, written, tmp_path)
     if way == "curl":
         text = json.loads(text)["choices"][0]["text"]
     shown = mixer.text(3).text_content()
     assert shown
     assert text.rstrip("\n") == shown.rstrip("\n")
+
+
+@pytest.mark.parametrize("mixer", [CLIPBOARD], indirect=True)
+@pytest.mark.parametrize("way", ["adapterctl", "curl", "Python client", "OpenAI client"])
+def test_so_does_a_conversation_on_a_base_that_takes_them(
+    mixer: Mixer, served: Served, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switch = mixer.page.get_by_role("switch", name="As a conversation")
+    expect(switch).to_have_count(0)
+    monkeypatch.setattr(served.runtime.tokenizer.inner, "chat_template", TEMPLATE)
+    mixer.open()
+    switch.check()
+    said = PROMPT.replace("\n", " ")
+    mixer.write(said)
+    answer = served.client.generate(
+        [{"role": "user", "content": said}], mix="base", temperature=0, max_new_tokens=12
+    )
+    assert mixer.text(3).text_content() == answer.text
+    written = copied(mixer, way)
+    text = printed(way, written, tmp_path)
+    if way == "curl":
+        text = json.loads(text)["choices"][0]["message"]["content"]
+    assert text.strip() == answer.text.strip()

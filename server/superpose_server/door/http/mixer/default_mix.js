@@ -56,10 +56,11 @@ function Confirm({ store, asked, mix, onClose }) {
   const [problem, setProblem] = useState("");
   const dialog = useRef(/** @type {HTMLDialogElement | null} */ (null));
   useEffect(() => dialog.current?.showModal(), []);
+  const close = () => dialog.current?.close(); // The browser gives the focus back where it was.
   const set = async () => {
     const problem = await change(store, mix, seen);
     setProblem(problem);
-    if (problem === "") onClose();
+    if (problem === "") close();
   };
   return html`
     <dialog ref=${dialog} aria-labelledby="confirm-title" onClose=${onClose}>
@@ -84,7 +85,7 @@ function Confirm({ store, asked, mix, onClose }) {
       ${problem && html`<${Problem}>${problem}<//>`}
       <div class="actions">
         <button type="button" class="main" onClick=${set}>Set it</button>
-        <button type="button" onClick=${onClose}>Cancel</button>
+        <button type="button" onClick=${close}>Cancel</button>
       </div>
     </dialog>
   `;

@@ -129,7 +129,7 @@ function Text({ store, column, number, marks, running, onChoice }) {
         </optgroup>`}
       </select>
       <p class="under">${under ? html`<code>${under}</code>` : " "}</p>
-      <div class="text ${running && written?.finish === null ? "growing" : ""}" tabindex="0"
+      <div role="group" class="text ${running && written?.finish === null ? "growing" : ""}" tabindex="0"
         aria-label="What text ${number} says">
         ${pieces(written?.text ?? "").map((piece) => {
           const mark = piece.word && marks[++word];
