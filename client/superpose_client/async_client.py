@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
@@ -10,8 +10,10 @@ import grpc
 import grpc.aio
 
 from superpose_client import calls
-from superpose_client.call import DEFAULT_TARGET, Call, Calls, Stubs, as_method_of
-from superpose_client.channel import OfOneProcess, channel_options
+from superpose_client.attempts import Attempts
+from superpose_client.call import Call, Calls, as_method_of
+from superpose_client.channel import OfOneProcess
+from superpose_client.connection import DEFAULT_TARGET, RETRIES, Connection
 from superpose_client.errors import CallError, RequestCancelledError
 
 P = ParamSpec("P")
@@ -19,11 +21,9 @@ R = TypeVar("R")
 
 
 @contextmanager
-def _own_errors(stubs: Stubs, what: str) -> Iterator[None]:
+def _cancellation_told_apart(what: str) -> Iterator[None]:
     try:
         yield
-    except grpc.RpcError as error:
-        raise stubs.failed(error) from error
     except asyncio.CancelledError:
         # gRPC raises this for a cancelled call too, but here it must mean the task.
         task = asyncio.current_task()
@@ -35,17 +35,34 @@ def _own_errors(stubs: Stubs, what: str) -> Iterator[None]:
 class AsyncStream(OfOneProcess, Generic[R]):
     """The results of a streaming call. Leaving the loop, or the `with` block, cancels the call."""
 
-    def __init__(self, stubs: Stubs, call: Call[R]) -> None:
+    def __init__(self, connection: Connection, call: Call[R]) -> None:
         """Begin a call."""
-        self._stubs = stubs
-        self._call = stubs.start(call)
-        self._messages = aiter(self._call)
+        self._attempts = Attempts(connection, call)
+        self._cancelled = asyncio.Event()
         self._convert = call.convert
+        self._start()
+
+    def _start(self) -> None:
+        self._call = self._attempts.start()
+        self._messages = aiter(self._call)
 
     async def __anext__(self) -> R:
         """Wait for the next result."""
-        with _own_errors(self._stubs, "the stream"):
-            return self._convert(await anext(self._messages))
+        while True:
+            try:
+                with _cancellation_told_apart("the stream"):
+                    message = await anext(self._messages)
+            except grpc.RpcError as error:
+                pause = self._attempts.pause_after(error)
+            else:
+                self._attempts.answered()
+                return self._convert(message)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._cancelled.wait()
+            if self._cancelled.is_set():
+                raise RequestCancelledError("the stream was cancelled")
+            self._start()
 
     async def __aiter__(self) -> AsyncIterator[R]:
         """Yield the results that are left."""
@@ -63,6 +80,7 @@ class AsyncStream(OfOneProcess, Generic[R]):
 
     def cancel(self) -> None:
         """End the call; the server stops its work. Harmless after the end."""
+        self._cancelled.set()
         self._call.cancel()
 
     async def __aenter__(self) -> Self:
@@ -107,7 +125,7 @@ def _stream(
     make: Callable[P, Call[R]],
 ) -> Callable[Concatenate["AsyncClient", P], AsyncStream[R]]:
     def method(client: "AsyncClient", /, *arguments: P.args, **options: P.kwargs) -> AsyncStream[R]:
-        return AsyncStream(client._stubs, make(*arguments, **options))
+        return AsyncStream(client._connection, make(*arguments, **options))
 
     return as_method_of(make, method, AsyncStream)
 
@@ -119,18 +137,23 @@ class AsyncClient(OfOneProcess):
             async for chunk in client.stream("Question: What is 2 + 3?", mix="math"):
                 print(chunk.text, end="", flush=True)
 
-    A `mix`, a `timeout` and the errors are those of `Client`.
+    A `mix`, a `timeout`, `retries` and the errors are those of `Client`.
     """
 
-    def __init__(self, target: str = DEFAULT_TARGET, *, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout: float | None = None,
+        retries: int = RETRIES,
+    ) -> None:
         """Prepare the connection; the first call makes it."""
-        self._channel = grpc.aio.insecure_channel(target, options=channel_options(target))
-        self._stubs = Stubs(self._channel, target, timeout)
+        self._connection = Connection(grpc.aio, target, timeout=timeout, retries=retries)
 
     async def close(self) -> None:
         """Close the connection; running calls are cancelled."""
-        self._stubs.closed = True
-        await self._channel.close(None)
+        self._connection.closed = True
+        await self._connection.channel.close(None)
 
     async def __aenter__(self) -> Self:
         """Return the client."""
@@ -177,5 +200,13 @@ class AsyncClient(OfOneProcess):
     health = _method(calls.health)
 
     async def _run(self, call: Call[R]) -> R:
-        with _own_errors(self._stubs, "the call"):
-            return call.convert(await self._stubs.start(call))
+        attempts = Attempts(self._connection, call)
+        while True:
+            try:
+                with _cancellation_told_apart("the call"):
+                    response = await attempts.start()
+            except grpc.RpcError as error:
+                pause = attempts.pause_after(error)
+            else:
+                return call.convert(response)
+            await asyncio.sleep(pause)

@@ -11,8 +11,7 @@ from superpose_client.errors import NotPicklableError
 # Scores with the log-probability of every token are the largest.
 _MAX_ANSWER_BYTES = 2**28
 
-# No retry policy: the caller decides, because an add or a remove that is sent twice does not mean
-# what it meant once.
+# Without a retry policy: what may be sent again is decided in `attempts`.
 _OPTIONS = (
     # How large an adapter may be is the server's to say.
     ("grpc.max_send_message_length", -1),

@@ -1,5 +1,7 @@
 """The client for threads. `async_client` has the same calls for asyncio."""
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
@@ -7,9 +9,11 @@ from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
 import grpc
 
 from superpose_client import calls
-from superpose_client.call import DEFAULT_TARGET, Call, Calls, Stubs, as_method_of
-from superpose_client.channel import OfOneProcess, channel_options
-from superpose_client.errors import CallError
+from superpose_client.attempts import Attempts
+from superpose_client.call import Call, Calls, as_method_of
+from superpose_client.channel import OfOneProcess
+from superpose_client.connection import DEFAULT_TARGET, RETRIES, Connection
+from superpose_client.errors import CallError, RequestCancelledError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -18,18 +22,29 @@ R = TypeVar("R")
 class Stream(OfOneProcess, Generic[R]):
     """The results of a streaming call. Leaving the loop, or the `with` block, cancels the call."""
 
-    def __init__(self, stubs: Stubs, call: Call[R]) -> None:
+    def __init__(self, connection: Connection, call: Call[R]) -> None:
         """Begin a call."""
-        self._stubs = stubs
-        self._call = stubs.start(call)
+        self._attempts = Attempts(connection, call)
+        self._cancelled = threading.Event()
+        self._call = self._attempts.start()
         self._convert = call.convert
 
     def __next__(self) -> R:
         """Wait for the next result."""
-        try:
-            return self._convert(next(self._call))
-        except grpc.RpcError as error:
-            raise self._stubs.failed(error) from error
+        while True:
+            try:
+                message = next(self._call)
+            except grpc.RpcError as error:
+                pause = self._attempts.pause_after(error)
+            else:
+                self._attempts.answered()
+                return self._convert(message)
+            if self._cancelled.wait(pause):
+                raise RequestCancelledError("the stream was cancelled")
+            self._call = self._attempts.start()
+            # In between it may have been the call before that was cancelled.
+            if self._cancelled.is_set():
+                self._call.cancel()
 
     def __iter__(self) -> Iterator[R]:
         """Yield the results that are left."""
@@ -47,6 +62,7 @@ class Stream(OfOneProcess, Generic[R]):
 
     def cancel(self) -> None:
         """End the call; the server stops its work. Harmless after the end."""
+        self._cancelled.set()
         self._call.cancel()
 
     def __enter__(self) -> Self:
@@ -89,7 +105,7 @@ def _method(
 
 def _stream(make: Callable[P, Call[R]]) -> Callable[Concatenate["Client", P], Stream[R]]:
     def method(client: "Client", /, *arguments: P.args, **options: P.kwargs) -> Stream[R]:
-        return Stream(client._stubs, make(*arguments, **options))
+        return Stream(client._connection, make(*arguments, **options))
 
     return as_method_of(make, method, Stream)
 
@@ -105,18 +121,25 @@ class Client(OfOneProcess):
     is the default mix, {} or "base" the base model.
     A `timeout` is in seconds and math.inf means none; None is the client's own if it was given one,
     else 60 s, 600 s for calls that compute, and none for streams.
-    A failed call raises an `errors.CallError`. Nothing is ever sent twice.
+    A failed call raises an `errors.CallError`. Before that it is sent again, after a pause, at most
+    `retries` times and within its timeout, if the server was not there or said how long to wait,
+    and if the call changes nothing or has an `expected_generation`.
     """
 
-    def __init__(self, target: str = DEFAULT_TARGET, *, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout: float | None = None,
+        retries: int = RETRIES,
+    ) -> None:
         """Prepare the connection; the first call makes it."""
-        self._channel = grpc.insecure_channel(target, options=channel_options(target))
-        self._stubs = Stubs(self._channel, target, timeout)
+        self._connection = Connection(grpc, target, timeout=timeout, retries=retries)
 
     def close(self) -> None:
         """Close the connection; running calls are cancelled."""
-        self._stubs.closed = True
-        self._channel.close()
+        self._connection.closed = True
+        self._connection.channel.close()
 
     def __enter__(self) -> Self:
         """Return the client."""
@@ -163,8 +186,11 @@ class Client(OfOneProcess):
     health = _method(calls.health)
 
     def _run(self, call: Call[R]) -> R:
-        try:
-            response = self._stubs.start(call)
-        except grpc.RpcError as error:
-            raise self._stubs.failed(error) from error
-        return call.convert(response)
+        attempts = Attempts(self._connection, call)
+        while True:
+            try:
+                response = attempts.start()
+            except grpc.RpcError as error:
+                time.sleep(attempts.pause_after(error))
+            else:
+                return call.convert(response)

@@ -12,8 +12,11 @@
         ├── AlreadyExistsError             in the mix already, or the name is taken
         ├── FailedPreconditionError        something must be put right before the call can work
         ├── GenerationMismatchError        the mix is not at `expected_generation`
-        ├── ResourceExhaustedError         too large, or too much
-        │   └── QueueFullError             try again after `retry_after_seconds`
+        ├── UnauthenticatedError           the token is missing, unknown or expired
+        ├── PermissionDeniedError          the token does not allow this call
+        ├── ResourceExhaustedError         too large, or too much; has retry_after_seconds
+        │   ├── QueueFullError             the server takes no more at the moment
+        │   └── RateLimitedError           the token's limit is used up for the moment
         ├── UnavailableError               no server there, or it is shutting down
         ├── DeadlineExceededError          no answer in time; a change may still have landed
         ├── RequestCancelledError          cancelled on either side
@@ -88,6 +91,10 @@ class CallError(SuperposeError):
     """ErrorInfo.reason in UPPER_SNAKE; empty if the status is not of Superpose's making."""
     field_violations: tuple[FieldViolation, ...] = ()
 
+    def add(self, more: str) -> None:
+        """Let the message end with what the client knows beyond what the server said."""
+        self.args = (f"{self.message}; {more}",)
+
 
 class InvalidArgumentError(CallError):
     """The request can never work, whatever the state of the server."""
@@ -116,14 +123,26 @@ class GenerationMismatchError(CallError):
     digest: str | None = None
 
 
+class UnauthenticatedError(CallError):
+    """The server knows nobody by this token, or wants one."""
+
+
+class PermissionDeniedError(CallError):
+    """The server knows the token, which does not allow this call, or a domain of its mix."""
+
+
 class ResourceExhaustedError(CallError):
-    """A limit was hit: a message too large, or a full queue."""
+    """A limit was hit. None: the server did not say that waiting helps."""
+
+    retry_after_seconds: float | None = None
 
 
 class QueueFullError(ResourceExhaustedError):
-    """The server takes no more requests at the moment. None: it did not say for how long."""
+    """The server takes no more requests of this kind at the moment."""
 
-    retry_after_seconds: float | None = None
+
+class RateLimitedError(ResourceExhaustedError):
+    """The server takes no more requests of this token at the moment."""
 
 
 class UnavailableError(CallError):
@@ -156,6 +175,8 @@ _CLASSES: dict[grpc.StatusCode, type[CallError]] = {
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExistsError,
     grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
     grpc.StatusCode.ABORTED: GenerationMismatchError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
@@ -191,7 +212,9 @@ def from_rpc_error(error: grpc.RpcError, proxy: str | None = None) -> CallError:
     code = error.code()
     kind = _CLASSES.get(code, CallError)
     # gRPC itself uses RESOURCE_EXHAUSTED for messages over the limit, which no waiting helps.
-    if kind is ResourceExhaustedError and (retry is not None or info.reason == "QUEUE_FULL"):
+    if kind is ResourceExhaustedError and info.reason == "RATE_LIMITED":
+        kind = RateLimitedError
+    elif kind is ResourceExhaustedError and (retry is not None or info.reason == "QUEUE_FULL"):
         kind = QueueFullError
     message = error.details() or f"the call failed with status {code.name}"
     # gRPC says nothing of the proxy that it could not get through.
@@ -201,7 +224,7 @@ def from_rpc_error(error: grpc.RpcError, proxy: str | None = None) -> CallError:
     made.code = code
     made.reason = info.reason
     made.field_violations = tuple(violations)
-    if isinstance(made, QueueFullError) and retry is not None:
+    if isinstance(made, ResourceExhaustedError) and retry is not None:
         made.retry_after_seconds = retry.retry_delay.ToTimedelta().total_seconds()
     if isinstance(made, GenerationMismatchError):
         generation = info.metadata.get("generation", "")

@@ -25,8 +25,8 @@ class Caller(Protocol):
 
 
 class SyncCaller:
-    def __init__(self, address: str, timeout: float | None = None) -> None:
-        self._client = Client(address, timeout=timeout)
+    def __init__(self, address: str, **options: Any) -> None:
+        self._client = Client(address, **options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
@@ -45,11 +45,11 @@ class SyncCaller:
 
 
 class AsyncCaller:
-    def __init__(self, address: str, timeout: float | None = None) -> None:
+    def __init__(self, address: str, **options: Any) -> None:
         self._runner = asyncio.Runner()
 
         async def connect() -> AsyncClient:
-            return AsyncClient(address, timeout=timeout)
+            return AsyncClient(address, **options)
 
         self._client = self._runner.run(connect())
 

@@ -6,6 +6,7 @@ replaces through `answers`.
 
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -367,6 +368,7 @@ class FakeServer:
     def __init__(self, socket: Path | None = None) -> None:
         self.answers = default_answers()
         self.requests: list[Any] = []
+        self.arrivals: list[float] = []  # as time.monotonic has it
         self.seconds_left: list[float | None] = []
         # Set when a stream ends before all its parts were taken.
         self.cancelled = threading.Event()
@@ -403,6 +405,7 @@ class FakeServer:
         self._server.stop(grace=None).wait()
 
     def respond(self, method: str, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        self.arrivals.append(time.monotonic())
         self.requests.append(request)
         # gRPC counts from the far future where the client set no deadline.
         left = context.time_remaining()

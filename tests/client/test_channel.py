@@ -58,14 +58,14 @@ class Turnstile:
 def test_a_server_that_returns_is_found_at_once(make: Made, tmp_path: Path) -> None:
     path = tmp_path / "s"
     turnstile = Turnstile(path)
-    client = make(f"unix:{path}", timeout=10)
+    client = make(f"unix:{path}", timeout=10, retries=0)
     while turnstile.turned_away < 5:
         with pytest.raises(errors.UnavailableError):
             client.mix()
     turnstile.end()
     with FakeServer(path):
         back = time.monotonic()
-        new = make(f"unix:{path}", timeout=10)
+        new = make(f"unix:{path}", timeout=10, retries=0)
         new.mix()  # It has no part in what the other went through.
         assert time.monotonic() - back < 0.5
         new.close()
@@ -130,7 +130,7 @@ def test_a_proxy_that_is_in_the_way_is_named(make: Made, monkeypatch: pytest.Mon
         for name in ("grpc_proxy", "https_proxy", "no_grpc_proxy", "no_proxy"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("http_proxy", f"http://name:word@{address}")
-        client = make("192.0.2.1:50051", timeout=20)
+        client = make("192.0.2.1:50051", timeout=20, retries=0)
         with pytest.raises(errors.UnavailableError) as caught:
             client.mix()
         client.close()

@@ -34,8 +34,8 @@ from tests.client.fake_server import (
 from typer.testing import CliRunner
 
 from superpose_client import results, screens
-from superpose_client.call import DEFAULT_TARGET
 from superpose_client.cli import app
+from superpose_client.connection import DEFAULT_TARGET
 from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2
 
 Code = grpc.StatusCode

@@ -1,11 +1,12 @@
 import inspect
 import pickle
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
 import pytest
-from tests.client.callers import Caller
+from tests.client.callers import AsyncCaller, Caller, SyncCaller
 from tests.client.fake_server import Failure, FakeServer, Hang
 
 from superpose_client import errors
@@ -13,6 +14,14 @@ from superpose_client.client import Client
 from superpose_client.errors import CallError, FieldViolation
 
 Code = grpc.StatusCode
+
+
+@pytest.fixture(params=[SyncCaller, AsyncCaller], ids=["sync", "async"])
+def caller(request: pytest.FixtureRequest, server: FakeServer) -> Iterator[Caller]:
+    """Hears the error of the only attempt."""
+    made = request.param(server.address, retries=0)
+    yield made
+    made.close()
 
 
 def error_of(caller: Caller, server: FakeServer, answer: Failure) -> CallError:
@@ -38,7 +47,9 @@ def error_of(caller: Caller, server: FakeServer, answer: Failure) -> CallError:
         (Code.UNIMPLEMENTED, errors.UnimplementedError),
         (Code.INTERNAL, errors.InternalError),
         (Code.UNKNOWN, errors.InternalError),
-        (Code.PERMISSION_DENIED, CallError),
+        (Code.UNAUTHENTICATED, errors.UnauthenticatedError),
+        (Code.PERMISSION_DENIED, errors.PermissionDeniedError),
+        (Code.OUT_OF_RANGE, CallError),
     ],
 )
 def test_each_status_is_a_class(
@@ -60,6 +71,16 @@ def test_a_full_queue_says_when_to_come_again(caller: Caller, server: FakeServer
     )
     assert isinstance(error, errors.QueueFullError)
     assert error.retry_after_seconds == 1.25
+
+
+def test_a_token_that_is_used_up_says_when_to_come_again(
+    caller: Caller, server: FakeServer
+) -> None:
+    error = error_of(
+        caller, server, Failure(Code.RESOURCE_EXHAUSTED, reason="RATE_LIMITED", retry_after=30)
+    )
+    assert type(error) is errors.RateLimitedError
+    assert error.retry_after_seconds == 30
 
 
 def test_a_full_queue_that_says_nothing_more(caller: Caller, server: FakeServer) -> None:

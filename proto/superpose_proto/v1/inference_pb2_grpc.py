@@ -26,7 +26,10 @@ if _version_not_supported:
 
 
 class InferenceServiceStub(object):
-    """Text under a mix. A request keeps the mix that it was accepted with until it ends.
+    """In all services: a call without side effects says so (idempotency_level), and clients may send it
+    again after UNAVAILABLE. What does not say so is sent once, FitMix for what it costs.
+
+    Text under a mix. A request keeps the mix that it was accepted with until it ends.
     """
 
     def __init__(self, channel):
@@ -58,7 +61,10 @@ class InferenceServiceStub(object):
 
 
 class InferenceServiceServicer(object):
-    """Text under a mix. A request keeps the mix that it was accepted with until it ends.
+    """In all services: a call without side effects says so (idempotency_level), and clients may send it
+    again after UNAVAILABLE. What does not say so is sent once, FitMix for what it costs.
+
+    Text under a mix. A request keeps the mix that it was accepted with until it ends.
     """
 
     def Generate(self, request, context):
@@ -121,7 +127,10 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService(object):
-    """Text under a mix. A request keeps the mix that it was accepted with until it ends.
+    """In all services: a call without side effects says so (idempotency_level), and clients may send it
+    again after UNAVAILABLE. What does not say so is sent once, FitMix for what it costs.
+
+    Text under a mix. A request keeps the mix that it was accepted with until it ends.
     """
 
     @staticmethod

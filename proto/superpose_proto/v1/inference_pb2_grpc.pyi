@@ -90,7 +90,11 @@ _InferenceServiceFitMixType = typing_extensions.TypeVar(
 )
 
 class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _InferenceServiceGenerateStreamType, _InferenceServiceScoreType, _InferenceServiceFitMixType]):
-    """Text under a mix. A request keeps the mix that it was accepted with until it ends."""
+    """In all services: a call without side effects says so (idempotency_level), and clients may send it
+    again after UNAVAILABLE. What does not say so is sent once, FitMix for what it costs.
+
+    Text under a mix. A request keeps the mix that it was accepted with until it ends.
+    """
 
     @typing.overload
     def __init__(self: InferenceServiceStub[
@@ -165,7 +169,11 @@ InferenceServiceAsyncStub: typing_extensions.TypeAlias = InferenceServiceStub[
 ]
 
 class InferenceServiceServicer(metaclass=abc.ABCMeta):
-    """Text under a mix. A request keeps the mix that it was accepted with until it ends."""
+    """In all services: a call without side effects says so (idempotency_level), and clients may send it
+    again after UNAVAILABLE. What does not say so is sent once, FitMix for what it costs.
+
+    Text under a mix. A request keeps the mix that it was accepted with until it ends.
+    """
 
     @abc.abstractmethod
     def Generate(
