@@ -144,7 +144,8 @@ async def measure_levels(
 ) -> tuple[float, list[Level]]:
     """Raise the rate until the server is saturated; return the capacity and what was seen."""
     levels: list[Level] = []
-    async with AsyncClient(address) as client:
+    # What is refused counts as refused.
+    async with AsyncClient(address, retries=0) as client:
         target = ServerTarget(client)
         tell("how much a full batch gets through")
         full = await capacity(target, traffic)
@@ -288,7 +289,7 @@ class Soak:
 
 async def run_soak(server: ServerProcess, traffic: Traffic, seconds: float, tell: Tell) -> Soak:
     """Saturate the server for `seconds`."""
-    async with AsyncClient(server.address) as client:
+    async with AsyncClient(server.address, retries=0) as client:
         target = ServerTarget(client)
         tell("how much a full batch gets through")
         rate = SOAK_SHARE * await capacity(target, traffic)

@@ -14,9 +14,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from superpose_client.access import Access
     from superpose_client.async_client import AsyncClient, AsyncStream
     from superpose_client.client import Client, Stream
     from superpose_client.errors import (
+        AccessError,
         AdapterFolderError,
         AlreadyExistsError,
         CallError,
@@ -79,6 +81,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Access",
+    "AccessError",
     "AdapterFiles",
     "AdapterFolderError",
     "AdapterInfo",
@@ -151,7 +155,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        for module in ("errors", "mix", "requests", "results", "client", "async_client"):
+        for module in ("access", "errors", "mix", "requests", "results", "client", "async_client"):
             home = import_module(f"superpose_client.{module}")
             if name in vars(home):
                 return vars(home)[name]

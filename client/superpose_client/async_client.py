@@ -4,12 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, Unpack
 
 import grpc
 import grpc.aio
 
 from superpose_client import calls
+from superpose_client.access import Access
 from superpose_client.attempts import Attempts
 from superpose_client.call import Call, Calls, as_method_of
 from superpose_client.channel import OfOneProcess
@@ -137,7 +138,7 @@ class AsyncClient(OfOneProcess):
             async for chunk in client.stream("Question: What is 2 + 3?", mix="math"):
                 print(chunk.text, end="", flush=True)
 
-    A `mix`, a `timeout`, `retries` and the errors are those of `Client`.
+    A `mix`, a `timeout`, all options and the errors are those of `Client`.
     """
 
     def __init__(
@@ -146,9 +147,16 @@ class AsyncClient(OfOneProcess):
         *,
         timeout: float | None = None,
         retries: int = RETRIES,
+        **access: Unpack[Access],
     ) -> None:
-        """Prepare the connection; the first call makes it."""
-        self._connection = Connection(grpc.aio, target, timeout=timeout, retries=retries)
+        """Prepare the connection; the first call makes it.
+
+        Raises:
+            AccessError: A token, certificate or CA cannot be used, or the token would go out
+                unencrypted.
+            OSError: A file of theirs cannot be read.
+        """
+        self._connection = Connection(grpc.aio, target, timeout, retries, access)
 
     async def close(self) -> None:
         """Close the connection; running calls are cancelled."""

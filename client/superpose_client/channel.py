@@ -75,6 +75,12 @@ def proxy_of(target: str) -> str | None:
     return f"the proxy {urlsplit(value).netloc.rpartition('@')[2] or value} of {variable}"
 
 
+def stays_here(target: str) -> bool:
+    """Return whether what is sent to a gRPC target never leaves this machine."""
+    host = _host(target)
+    return target.startswith(("unix:", "unix-abstract:")) if host is None else _is_here(host)
+
+
 def _host(target: str) -> str | None:
     """Return the host of a gRPC target, without brackets; None if it is no host's."""
     scheme, colon, rest = target.partition(":")

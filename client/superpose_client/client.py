@@ -4,11 +4,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Concatenate, Generic, ParamSpec, Self, TypeVar
+from typing import Concatenate, Generic, ParamSpec, Self, TypeVar, Unpack
 
 import grpc
 
 from superpose_client import calls
+from superpose_client.access import Access
 from superpose_client.attempts import Attempts
 from superpose_client.call import Call, Calls, as_method_of
 from superpose_client.channel import OfOneProcess
@@ -124,6 +125,7 @@ class Client(OfOneProcess):
     A failed call raises an `errors.CallError`. Before that it is sent again, after a pause, at most
     `retries` times and within its timeout, if the server was not there or said how long to wait,
     and if the call changes nothing or has an `expected_generation`.
+    Tokens, certificates and CAs are options too, explained by `Access`.
     """
 
     def __init__(
@@ -132,9 +134,16 @@ class Client(OfOneProcess):
         *,
         timeout: float | None = None,
         retries: int = RETRIES,
+        **access: Unpack[Access],
     ) -> None:
-        """Prepare the connection; the first call makes it."""
-        self._connection = Connection(grpc, target, timeout=timeout, retries=retries)
+        """Prepare the connection; the first call makes it.
+
+        Raises:
+            AccessError: A token, certificate or CA cannot be used, or the token would go out
+                unencrypted.
+            OSError: A file of theirs cannot be read.
+        """
+        self._connection = Connection(grpc, target, timeout, retries, access)
 
     def close(self) -> None:
         """Close the connection; running calls are cancelled."""

@@ -2,6 +2,7 @@
 
     SuperposeError
     ├── MixSyntaxError (also ValueError)   bad MIX syntax; nothing was sent
+    ├── AccessError (also ValueError)      a token, certificate or CA is of no use; not sent
     ├── AdapterFolderError                 a folder is no adapter that can be pushed
     ├── MixChangedError                    the parts of one score saw different mixes
     ├── ClientClosedError                  a call of a client that was closed
@@ -63,6 +64,10 @@ class SuperposeError(Exception):
 
 class MixSyntaxError(SuperposeError, ValueError):
     """A text is not in MIX syntax."""
+
+
+class AccessError(SuperposeError, ValueError):
+    """What a client should be let in with cannot be used, or would go out unencrypted."""
 
 
 class AdapterFolderError(SuperposeError):

@@ -363,11 +363,17 @@ def verification(*, ok: bool) -> mix_pb2.VerifyWeightsResponse:
 
 
 class FakeServer:
-    """Runs while its `with` block does; `address` is on loopback, or the `socket` in a folder."""
+    """Runs while its `with` block does; `address` is on loopback, or the `socket` in a folder.
 
-    def __init__(self, socket: Path | None = None) -> None:
+    With `credentials` it speaks TLS.
+    """
+
+    def __init__(
+        self, socket: Path | None = None, credentials: grpc.ServerCredentials | None = None
+    ) -> None:
         self.answers = default_answers()
         self.requests: list[Any] = []
+        self.authorizations: list[str | None] = []
         self.arrivals: list[float] = []  # as time.monotonic has it
         self.seconds_left: list[float | None] = []
         # Set when a stream ends before all its parts were taken.
@@ -383,7 +389,11 @@ class FakeServer:
         server_pb2_grpc.add_ServerServiceServicer_to_server(servicer, self._server)
         audit_pb2_grpc.add_AuditServiceServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
-        port = self._server.add_insecure_port(f"unix:{socket}" if socket else "127.0.0.1:0")
+        address = f"unix:{socket}" if socket else "127.0.0.1:0"
+        if credentials is None:
+            port = self._server.add_insecure_port(address)
+        else:
+            port = self._server.add_secure_port(address, credentials)
         self.address = f"unix:{socket}" if socket else f"127.0.0.1:{port}"
 
     @property
@@ -407,6 +417,8 @@ class FakeServer:
     def respond(self, method: str, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         self.arrivals.append(time.monotonic())
         self.requests.append(request)
+        metadata = dict(context.invocation_metadata())
+        self.authorizations.append(cast("str | None", metadata.get("authorization")))
         # gRPC counts from the far future where the client set no deadline.
         left = context.time_remaining()
         self.seconds_left.append(None if left is None or left > 1e6 else left)

@@ -11,7 +11,7 @@ from tests.client.test_cli import COMMANDS
 import superpose_client
 
 PACKAGE = Path(superpose_client.__file__).parent
-PUBLIC_MODULES = ["async_client", "client", "errors", "mix", "requests", "results"]
+PUBLIC_MODULES = ["access", "async_client", "client", "errors", "mix", "requests", "results"]
 # Public in their modules for the other modules' sake.
 INTERNAL = {
     "MAX_SCORE_ITEMS",

@@ -269,7 +269,8 @@ def start(
         loop,
         server,
         recorder,
-        Client(server.address, timeout=PATIENCE),
+        # Tests hear the first answer.
+        Client(server.address, timeout=PATIENCE, retries=0),
         grpc.insecure_channel(server.address),
     )
 
@@ -404,7 +405,7 @@ class ServerProcess:
         return self.ready["address"]
 
     def client(self) -> Client:
-        return Client(self.address, timeout=PATIENCE)
+        return Client(self.address, timeout=PATIENCE, retries=0)
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
