@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from superpose_client.errors import (
         AccessError,
         AdapterFolderError,
+        AddressError,
         AlreadyExistsError,
         CallError,
         ClientClosedError,
@@ -87,6 +88,7 @@ __all__ = [
     "AdapterFolderError",
     "AdapterInfo",
     "AdapterSource",
+    "AddressError",
     "AlreadyExistsError",
     "Analysis",
     "AsyncClient",

@@ -14,7 +14,7 @@ from superpose_client.access import Access
 from superpose_client.attempts import Attempts
 from superpose_client.call import Call, Calls, as_method_of
 from superpose_client.channel import OfOneProcess
-from superpose_client.connection import DEFAULT_TARGET, RETRIES, Connection
+from superpose_client.connection import DEFAULT_TARGET, RETRIES, Connections, Target
 from superpose_client.errors import CallError, RequestCancelledError
 
 P = ParamSpec("P")
@@ -36,9 +36,9 @@ def _cancellation_told_apart(what: str) -> Iterator[None]:
 class AsyncStream(OfOneProcess, Generic[R]):
     """The results of a streaming call. Leaving the loop, or the `with` block, cancels the call."""
 
-    def __init__(self, connection: Connection, call: Call[R]) -> None:
+    def __init__(self, connections: Connections, call: Call[R]) -> None:
         """Begin a call."""
-        self._attempts = Attempts(connection, call)
+        self._attempts = Attempts(connections, call)
         self._cancelled = asyncio.Event()
         self._convert = call.convert
         self._start()
@@ -126,24 +126,25 @@ def _stream(
     make: Callable[P, Call[R]],
 ) -> Callable[Concatenate["AsyncClient", P], AsyncStream[R]]:
     def method(client: "AsyncClient", /, *arguments: P.args, **options: P.kwargs) -> AsyncStream[R]:
-        return AsyncStream(client._connection, make(*arguments, **options))
+        return AsyncStream(client._connections, make(*arguments, **options))
 
     return as_method_of(make, method, AsyncStream)
 
 
 class AsyncClient(OfOneProcess):
-    """A connection to a Superpose server, for one event loop; make it inside a coroutine.
+    """A connection to a Superpose server, or to several, for one event loop.
 
         async with AsyncClient() as client:
             async for chunk in client.stream("Question: What is 2 + 3?", mix="math"):
                 print(chunk.text, end="", flush=True)
 
-    A `mix`, a `timeout`, all options and the errors are those of `Client`.
+    Make it inside a coroutine. A `mix`, a `timeout`, all options and the errors are those of
+    `Client`.
     """
 
     def __init__(
         self,
-        target: str = DEFAULT_TARGET,
+        target: Target = DEFAULT_TARGET,
         *,
         timeout: float | None = None,
         retries: int = RETRIES,
@@ -152,16 +153,18 @@ class AsyncClient(OfOneProcess):
         """Prepare the connection; the first call makes it.
 
         Raises:
+            AddressError: An address is empty.
             AccessError: A token, certificate or CA cannot be used, or the token would go out
                 unencrypted.
             OSError: A file of theirs cannot be read.
         """
-        self._connection = Connection(grpc.aio, target, timeout, retries, access)
+        self._connections = Connections(grpc.aio, target, timeout, retries, access)
 
     async def close(self) -> None:
         """Close the connection; running calls are cancelled."""
-        self._connection.closed = True
-        await self._connection.channel.close(None)
+        for connection in self._connections.all:
+            connection.closed = True
+            await connection.channel.close(None)
 
     async def __aenter__(self) -> Self:
         """Return the client."""
@@ -208,7 +211,7 @@ class AsyncClient(OfOneProcess):
     health = _method(calls.health)
 
     async def _run(self, call: Call[R]) -> R:
-        attempts = Attempts(self._connection, call)
+        attempts = Attempts(self._connections, call)
         while True:
             try:
                 with _cancellation_told_apart("the call"):

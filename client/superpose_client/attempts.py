@@ -4,7 +4,7 @@ Two ends of a call may be followed by another attempt: UNAVAILABLE, after a paus
 drawn at random, so that clients that were cut off together do not come back together; and
 RESOURCE_EXHAUSTED where the server says how long to wait (RetryInfo). Never after the first part of
 a stream, never a call that would mean something else twice (`services.may_be_repeated`), and never
-beyond the call's own timeout.
+beyond the call's own timeout. Of several servers each is asked once before a pause.
 
 gRPC has retries too, which a service config turns on by method. They cannot tell a change with an
 `expected_generation` from one without, do not read RetryInfo, would repeat a message that was too
@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 
 from superpose_client.call import Call
-from superpose_client.connection import Connection
+from superpose_client.connection import Connections
 from superpose_client.errors import (
     CallError,
     GenerationMismatchError,
@@ -36,15 +36,21 @@ LONGEST_PAUSE = 5.0
 class Attempts:
     """The attempts of one call, which share its timeout."""
 
-    def __init__(self, connection: Connection, call: Call[Any]) -> None:
-        """Send nothing yet."""
-        given = (call.timeout, connection.timeout, call.usual_timeout)
+    def __init__(self, connections: Connections, call: Call[Any]) -> None:
+        """Send nothing yet.
+
+        Raises:
+            AddressError: The call is about one server, and there are several.
+        """
+        given = (call.timeout, connections.timeout, call.usual_timeout)
         seconds = next(timeout for timeout in given if timeout is not None)
         service, method = call.method.split(".")
         self._may_go_on = may_be_repeated(SERVICES[service].method(method), call.request)
-        self._connection = connection
+        self._connections = connections.for_call(call)
+        self._retries = connections.retries
         self._call = call
         self._deadline = time.monotonic() + seconds
+        self._sent = 0
         self._pauses = 0
         self._cut_off = False
 
@@ -54,6 +60,8 @@ class Attempts:
         Raises:
             ClientClosedError: The client was closed.
         """
+        self._connection = self._connections[self._sent % len(self._connections)]
+        self._sent += 1
         return self._connection.start(self._call, self._seconds_left())
 
     def answered(self) -> None:
@@ -80,18 +88,19 @@ class Attempts:
         return pause
 
     def _pause_after(self, failed: CallError) -> float | None:
-        if self._pauses == self._connection.retries:
-            return None
-        pause = min(FIRST_PAUSE * 2.0**self._pauses, LONGEST_PAUSE) * random.uniform(0.5, 1)
-        if isinstance(failed, ResourceExhaustedError):
-            if failed.retry_after_seconds is None:
-                return None
-            # Not before, and not all at once.
-            pause += failed.retry_after_seconds
+        hint = 0.0
+        if isinstance(failed, ResourceExhaustedError) and failed.retry_after_seconds is not None:
+            hint = failed.retry_after_seconds
         elif not isinstance(failed, UnavailableError):
             return None
+        if self._sent % len(self._connections):
+            return 0.0
+        if self._pauses == self._retries:
+            return None
+        growing = min(FIRST_PAUSE * 2.0**self._pauses, LONGEST_PAUSE)
         self._pauses += 1
-        return pause
+        # Not before the hint, and not all at once after it.
+        return hint + growing * random.uniform(0.5, 1)
 
     def _seconds_left(self) -> float:
         return max(0.0, self._deadline - time.monotonic())

@@ -1,6 +1,7 @@
 """How a client reaches its server: the options of the channel, and the proxy between, if one is."""
 
 import ipaddress
+import json
 import os
 import re
 from typing import NoReturn
@@ -27,6 +28,22 @@ _OPTIONS = (
     ("grpc.dns_min_time_between_resolutions_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),
 )
+# Of a server beside others, which may take its requests: a call does not wait for one that is not
+# there, nor goes to one that is there but does not serve.
+_OPTIONS_OF_SEVERAL = (
+    # How long an address that answers nothing holds up the first call; by default 20 s.
+    ("grpc.min_reconnect_backoff_ms", 3000),
+    # gRPC watches the health of servers only where a policy chooses between addresses.
+    (
+        "grpc.service_config",
+        json.dumps(
+            {
+                "loadBalancingConfig": [{"round_robin": {}}],
+                "healthCheckConfig": {"serviceName": "superpose.v1.InferenceService"},
+            }
+        ),
+    ),
+)
 # Those of gRPC, in its order.
 _PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 _NO_PROXY_VARIABLES = ("no_grpc_proxy", "no_proxy")
@@ -47,9 +64,10 @@ class OfOneProcess:
         )
 
 
-def channel_options(target: str) -> tuple[tuple[str, int], ...]:
-    """Return gRPC's options of a channel to `target`, which knows its proxy."""
-    return (*_OPTIONS, ("grpc.enable_http_proxy", int(proxy_of(target) is not None)))
+def channel_options(address: str, one_of_several: bool) -> tuple[tuple[str, int | str], ...]:
+    """Return gRPC's options of a channel to `address`, which knows its proxy."""
+    proxied = ("grpc.enable_http_proxy", int(proxy_of(address) is not None))
+    return (*_OPTIONS, proxied, *(_OPTIONS_OF_SEVERAL if one_of_several else ()))
 
 
 def proxy_of(target: str) -> str | None:

@@ -13,7 +13,7 @@ from superpose_client.access import Access
 from superpose_client.attempts import Attempts
 from superpose_client.call import Call, Calls, as_method_of
 from superpose_client.channel import OfOneProcess
-from superpose_client.connection import DEFAULT_TARGET, RETRIES, Connection
+from superpose_client.connection import DEFAULT_TARGET, RETRIES, Connections, Target
 from superpose_client.errors import CallError, RequestCancelledError
 
 P = ParamSpec("P")
@@ -23,9 +23,9 @@ R = TypeVar("R")
 class Stream(OfOneProcess, Generic[R]):
     """The results of a streaming call. Leaving the loop, or the `with` block, cancels the call."""
 
-    def __init__(self, connection: Connection, call: Call[R]) -> None:
+    def __init__(self, connections: Connections, call: Call[R]) -> None:
         """Begin a call."""
-        self._attempts = Attempts(connection, call)
+        self._attempts = Attempts(connections, call)
         self._cancelled = threading.Event()
         self._call = self._attempts.start()
         self._convert = call.convert
@@ -106,13 +106,13 @@ def _method(
 
 def _stream(make: Callable[P, Call[R]]) -> Callable[Concatenate["Client", P], Stream[R]]:
     def method(client: "Client", /, *arguments: P.args, **options: P.kwargs) -> Stream[R]:
-        return Stream(client._connection, make(*arguments, **options))
+        return Stream(client._connections, make(*arguments, **options))
 
     return as_method_of(make, method, Stream)
 
 
 class Client(OfOneProcess):
-    """A connection to a Superpose server; threads may share it.
+    """A connection to a Superpose server, or to several; threads may share it.
 
         with Client() as client:
             client.add("math")
@@ -126,11 +126,14 @@ class Client(OfOneProcess):
     `retries` times and within its timeout, if the server was not there or said how long to wait,
     and if the call changes nothing or has an `expected_generation`.
     Tokens, certificates and CAs are options too, explained by `Access`.
+    With several addresses, a list or "host:1,host:2", `generate`, `stream`, `score` and `fit` go to
+    each server in turn, and past those that are not there or do not serve. Every other call is
+    about one server and needs a client of one address: servers do not tell each other of changes.
     """
 
     def __init__(
         self,
-        target: str = DEFAULT_TARGET,
+        target: Target = DEFAULT_TARGET,
         *,
         timeout: float | None = None,
         retries: int = RETRIES,
@@ -139,16 +142,18 @@ class Client(OfOneProcess):
         """Prepare the connection; the first call makes it.
 
         Raises:
+            AddressError: An address is empty.
             AccessError: A token, certificate or CA cannot be used, or the token would go out
                 unencrypted.
             OSError: A file of theirs cannot be read.
         """
-        self._connection = Connection(grpc, target, timeout, retries, access)
+        self._connections = Connections(grpc, target, timeout, retries, access)
 
     def close(self) -> None:
         """Close the connection; running calls are cancelled."""
-        self._connection.closed = True
-        self._connection.channel.close()
+        for connection in self._connections.all:
+            connection.closed = True
+            connection.channel.close()
 
     def __enter__(self) -> Self:
         """Return the client."""
@@ -195,7 +200,7 @@ class Client(OfOneProcess):
     health = _method(calls.health)
 
     def _run(self, call: Call[R]) -> R:
-        attempts = Attempts(self._connection, call)
+        attempts = Attempts(self._connections, call)
         while True:
             try:
                 response = attempts.start()

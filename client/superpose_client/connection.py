@@ -1,6 +1,8 @@
-"""What a client is connected to."""
+"""What a client is connected to: a server, or several that take turns."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -9,43 +11,43 @@ from superpose_client.access import Access
 from superpose_client.call import Call
 from superpose_client.channel import channel_options, proxy_of
 from superpose_client.credentials import Credentials
-from superpose_client.errors import CallError, ClientClosedError, from_rpc_error
+from superpose_client.errors import AddressError, CallError, ClientClosedError, from_rpc_error
 from superpose_client.services import SERVICES
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 RETRIES = 4
 
+Target = str | Sequence[str]
+
+
+def addresses_of(target: Target) -> list[str]:
+    """Return the addresses of a target, in which commas stand between them.
+
+    Raises:
+        AddressError: One is empty.
+    """
+    texts = [target] if isinstance(target, str) else target
+    addresses = [address.strip() for text in texts for address in text.split(",")]
+    if not addresses or not all(addresses):
+        raise AddressError(f"{target!r} are no addresses, as in host:1,host:2: one is empty")
+    return addresses
+
 
 class Connection:
-    """The channel to a server, of `grpc` or of `grpc.aio`, and the stubs of all services on it."""
+    """A channel to one server, of `grpc` or of `grpc.aio`, and the stubs of all services on it."""
 
     def __init__(
-        self, library: Any, target: str, timeout: float | None, retries: int, access: Access
+        self, library: Any, address: str, credentials: Credentials, one_of_several: bool
     ) -> None:
-        """Prepare it; the first call makes it. See `Client`.
-
-        Args:
-            library: `grpc` or `grpc.aio`.
-            target: Address of the server.
-            timeout: In seconds, of calls that have none of their own.
-            retries: Pauses after which a call may be sent again.
-            access: How the server lets the client in.
-
-        Raises:
-            AccessError: It cannot be used.
-            OSError: One of its files cannot be read.
-        """
+        """Prepare it; the first call makes it."""
         self.closed = False
-        self.timeout = timeout
-        self.retries = retries
-        self._proxy = proxy_of(target)
-        credentials = Credentials.of(access, [target])
-        options = channel_options(target)
+        options = channel_options(address, one_of_several)
         if credentials.channel is None:
-            self.channel = library.insecure_channel(target, options=options)
+            self.channel = library.insecure_channel(address, options=options)
         else:
-            self.channel = library.secure_channel(target, credentials.channel, options=options)
+            self.channel = library.secure_channel(address, credentials.channel, options=options)
         self._metadata = credentials.metadata
+        self._proxy = proxy_of(address)
         self._stubs = {name: service.stub(self.channel) for name, service in SERVICES.items()}
 
     def start(self, call: Call[Any], seconds: float) -> Any:
@@ -56,9 +58,9 @@ class Connection:
         """
         service, method = call.method.split(".")
         stub = getattr(self._stubs[service], method)
+        # gRPC writes no deadline as None, and takes no infinity.
+        timeout = None if math.isinf(seconds) else seconds
         try:
-            # gRPC writes no deadline as None, and takes no infinity.
-            timeout = None if math.isinf(seconds) else seconds
             return stub(call.request, timeout=timeout, metadata=self._metadata)
         except (ValueError, grpc.aio.UsageError) as error:
             if not self.closed:
@@ -68,3 +70,57 @@ class Connection:
     def failed(self, error: grpc.RpcError) -> CallError:
         """Return the exception for a call that failed."""
         return from_rpc_error(error, self._proxy)
+
+
+class Connections:
+    """The connections of a client.
+
+    gRPC can balance load over one name's addresses, but not over several names, each of which has
+    its own certificate. So each address has a channel; gRPC watches the health of its server, fails
+    at once what is sent to one that is not there or does not serve, and `Attempts` goes on to the
+    next.
+    """
+
+    def __init__(
+        self,
+        library: Any,
+        target: Target,
+        timeout: float | None,
+        retries: int,
+        access: Access,
+    ) -> None:
+        """Prepare them. See `Client`.
+
+        Args:
+            library: `grpc` or `grpc.aio`.
+            target: Addresses.
+            timeout: In seconds, of calls that have none of their own.
+            retries: Pauses after which a call may be sent again.
+            access: How the servers let the client in.
+
+        Raises:
+            AddressError: An address is empty.
+            AccessError: The access cannot be used.
+            OSError: One of its files cannot be read.
+        """
+        self.timeout = timeout
+        self.retries = retries
+        self.addresses = addresses_of(target)
+        credentials = Credentials.of(access, self.addresses)
+        several = len(self.addresses) > 1
+        self.all = [Connection(library, each, credentials, several) for each in self.addresses]
+        self._turns = itertools.count()
+
+    def for_call(self, call: Call[Any]) -> list[Connection]:
+        """Return the connections that may carry a call, from the one whose turn it is.
+
+        Raises:
+            AddressError: The call is about one server, and there are several.
+        """
+        if len(self.all) > 1 and not call.method.startswith("Inference."):
+            raise AddressError(
+                f"{call.method} is about one server, not about whichever of "
+                f"{', '.join(self.addresses)} has its turn: give one address"
+            )
+        first = next(self._turns) % len(self.all)
+        return [*self.all[first:], *self.all[:first]]

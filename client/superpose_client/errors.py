@@ -3,6 +3,7 @@
     SuperposeError
     ├── MixSyntaxError (also ValueError)   bad MIX syntax; nothing was sent
     ├── AccessError (also ValueError)      a token, certificate or CA is of no use; not sent
+    ├── AddressError (also ValueError)     an address is missing, or more than one is too many
     ├── AdapterFolderError                 a folder is no adapter that can be pushed
     ├── MixChangedError                    the parts of one score saw different mixes
     ├── ClientClosedError                  a call of a client that was closed
@@ -68,6 +69,10 @@ class MixSyntaxError(SuperposeError, ValueError):
 
 class AccessError(SuperposeError, ValueError):
     """What a client should be let in with cannot be used, or would go out unencrypted."""
+
+
+class AddressError(SuperposeError, ValueError):
+    """A client has too few addresses, or too many for a call; nothing was sent."""
 
 
 class AdapterFolderError(SuperposeError):

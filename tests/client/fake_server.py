@@ -18,7 +18,7 @@ import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from superpose_proto.v1 import (
@@ -388,13 +388,24 @@ class FakeServer:
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(servicer, self._server)
         server_pb2_grpc.add_ServerServiceServicer_to_server(servicer, self._server)
         audit_pb2_grpc.add_AuditServiceServicer_to_server(servicer, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
+        self._health = health.HealthServicer()
+        self.serve(True)
+        health_pb2_grpc.add_HealthServicer_to_server(
+            cast(Any, _HealthServicer(servicer, self._health)), self._server
+        )
         address = f"unix:{socket}" if socket else "127.0.0.1:0"
         if credentials is None:
             port = self._server.add_insecure_port(address)
         else:
             port = self._server.add_secure_port(address, credentials)
         self.address = f"unix:{socket}" if socket else f"127.0.0.1:{port}"
+
+    def serve(self, serving: bool) -> None:
+        """Tell those who watch whether texts are served."""
+        status = health_pb2.HealthCheckResponse
+        self._health.set(
+            "superpose.v1.InferenceService", status.SERVING if serving else status.NOT_SERVING
+        )
 
     @property
     def request(self) -> Any:
@@ -463,3 +474,11 @@ class _Servicer:
             return answer
 
         return stream if method in STREAMS else unary
+
+
+class _HealthServicer:
+    """Answers as the fake does, and is watched as gRPC's own."""
+
+    def __init__(self, answers: Any, watched: health.HealthServicer) -> None:
+        self.Check = answers.Check
+        self.Watch = watched.Watch
