@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 from superpose_client.errors import NotPicklableError
 
+# gRPC's, of a target that has none.
+_DEFAULT_PORT = 443
 # Scores with the log-probability of every token are the largest.
 _MAX_ANSWER_BYTES = 2**28
 
@@ -99,18 +101,25 @@ def stays_here(target: str) -> bool:
     return target.startswith(("unix:", "unix-abstract:")) if host is None else _is_here(host)
 
 
-def _host(target: str) -> str | None:
-    """Return the host of a gRPC target, without brackets; None if it is no host's."""
+def host_and_port(target: str) -> tuple[str, int] | None:
+    """Return the host of a gRPC target, without brackets, and the port; None if it is no host's."""
     scheme, colon, rest = target.partition(":")
     if colon and scheme in ("unix", "unix-abstract", "vsock"):
         return None
     if colon and scheme in ("dns", "ipv4", "ipv6"):
         target = re.sub("^//[^/]*/", "", rest)
-    bracketed = re.match(r"\[([^\]]*)\]", target)
-    if bracketed:
-        return bracketed[1]
-    # More colons than one are an IPv6 address without a port.
-    return target if target.count(":") > 1 else target.partition(":")[0]
+    if bracketed := re.match(r"\[([^\]]*)\](.*)", target):
+        host, port = bracketed[1], bracketed[2].removeprefix(":")
+    elif target.count(":") > 1:  # An IPv6 address without a port.
+        host, port = target, ""
+    else:
+        host, _, port = target.partition(":")
+    return host, int(port) if port.isdecimal() else _DEFAULT_PORT
+
+
+def _host(target: str) -> str | None:
+    place = host_and_port(target)
+    return None if place is None else place[0]
 
 
 def _is_here(host: str) -> bool:

@@ -93,7 +93,7 @@ class Chat:
             typer.echo("/help shows the commands, Ctrl-D ends.")
         while True:
             try:
-                with one_line_errors(self._session.server, changes=False):
+                with one_line_errors(self._session.settings, changes=False):
                     line = input("> " if interactive else "")
                     if line.strip() == "/quit":
                         return

@@ -6,11 +6,11 @@ after Ctrl-C. gRPC and rich are imported by the commands that need them, not by 
 
 import inspect
 import io
-import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from copy import copy
 from enum import StrEnum
 from pathlib import Path
 from typing import (
@@ -21,10 +21,13 @@ from typing import (
     ParamSpec,
     TypedDict,
     Unpack,
+    get_args,
+    get_type_hints,
 )
 
 import typer
 
+from superpose_client.common_options import AccessOptions, AllOptions, settings_of, within
 from superpose_client.keywords import spelled_out
 from superpose_client.one_line_errors import one_line_errors
 from superpose_client.session import Session, Shown
@@ -48,9 +51,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 
-# The default of the client, which is not imported for the help.
-DEFAULT_SERVER = "127.0.0.1:50051"
-
 _UINT32 = 2**32 - 1
 _UINT64 = 2**64 - 1
 
@@ -67,36 +67,6 @@ app = typer.Typer(
 app.add_typer(token_app)
 
 
-def _within(most: float) -> Callable[[float | None], float | None]:
-    """Return a check of an option's value. Typer's own would print the bounds in the help."""
-
-    def check(value: float | None) -> float | None:
-        if value is not None and not 0 <= value <= most:
-            raise typer.BadParameter(f"{value} is not between 0 and {most}")
-        return value
-
-    return check
-
-
-ServerOption = Annotated[
-    str | None,
-    typer.Option(
-        "--server",
-        metavar="ADDR",
-        help=f"Address of the server. [default: SUPERPOSE_SERVER, or {DEFAULT_SERVER}]",
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
-TimeoutOption = Annotated[
-    float | None,
-    typer.Option(
-        "--timeout",
-        metavar="SECONDS",
-        callback=_within(math.inf),
-        help="Longest wait for an answer. [default: 60, 600 for calls that compute, "
-        "none for streams]",
-    ),
-]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The domain.")]
 PromptArgument = Annotated[
     str,
@@ -110,7 +80,7 @@ ExpectedOption = Annotated[
     typer.Option(
         "--expected-generation",
         metavar="N",
-        callback=_within(_UINT64),
+        callback=within(_UINT64),
         help="Change nothing unless the default mix has this generation.",
     ),
 ]
@@ -135,21 +105,28 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def _defaults(
+def _take(function: Callable[..., None], parameters: Iterable[inspect.Parameter]) -> None:
+    """Let Typer, which reads the options from the signature, see these."""
+    keywords = [each.replace(kind=each.KEYWORD_ONLY) for each in parameters]
+    function.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    function.__annotations__ = {each.name: each.annotation for each in keywords}
+
+
+def _before(
     context: typer.Context,
-    server: ServerOption = None,
-    as_json: JsonOption = False,
-    timeout: TimeoutOption = None,
     version: Annotated[
         bool,
         typer.Option(
             "--version", is_eager=True, callback=_print_version, help="Print the version."
         ),
     ] = False,
+    **common: Unpack[AllOptions],
 ) -> None:
-    # These options stand on every command too; there, what is given here is the default.
-    context.obj = (server, as_json, timeout)
+    context.obj = common
+
+
+_take(_before, spelled_out(_before).parameters.values())
+app.callback()(_before)
 
 
 def command(
@@ -157,42 +134,46 @@ def command(
 ) -> Callable[[Callable[Concatenate[Session, P], object]], None]:
     """Register a command, which returns what is to be shown, or None if it has shown all itself.
 
-    Its options are its own parameters, then --server, --json and --timeout. `changes` is whether it
-    changes something, which may happen after its timeout too.
+    Its options are its own parameters, then those that are common. `changes` is whether it changes
+    something, which may happen after its timeout too.
     """
 
     def register(function: Callable[Concatenate[Session, P], object]) -> None:
-        def run(
-            context: typer.Context,
-            server: ServerOption = None,
-            as_json: JsonOption = False,
-            timeout: TimeoutOption = None,
-            **arguments: Any,
-        ) -> None:
-            default_server, default_json, default_timeout = context.obj
-            server = server or default_server or os.environ.get("SUPERPOSE_SERVER")
-            server = server or DEFAULT_SERVER
-            timeout = default_timeout if timeout is None else timeout
+        def run(context: typer.Context, **given: Any) -> None:
+            behind: Any = {option: given.pop(option) for option in common}
+            settings = settings_of(context.obj, **behind)
             call: Callable[..., Any] = function
-            with one_line_errors(server, changes):
+            with one_line_errors(settings, changes):
                 from superpose_client.client import Client
 
-                with Client(server, timeout=timeout) as client:
-                    session = Session(client, server, as_json or default_json, timeout)
-                    result = call(session, **arguments)
+                access = settings.access()
+                with Client(settings.server, timeout=settings.timeout, **access) as client:
+                    session = Session(client, settings)
+                    result = call(session, **given)
                 if result is not None:
                     session.show(result)
 
-        # Typer reads the options from the signature: the command's own, then the common ones.
+        context, _given = inspect.signature(run).parameters.values()
         own = list(spelled_out(function).parameters.values())[1:]
-        context, *common, _arguments = inspect.signature(run).parameters.values()
-        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (context, *own, *common)]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        _before, *all_common = spelled_out(settings_of).parameters.values()
+        common = [option.name for option in all_common]
+        hidden = get_type_hints(AccessOptions)
+        _take(
+            run,
+            [context, *own, *(_hidden(o) if o.name in hidden else o for o in all_common)],
+        )
         run.__doc__ = function.__doc__
         app.command(name)(run)
 
     return register
+
+
+def _hidden(option: inspect.Parameter) -> inspect.Parameter:
+    """Return an option that the help does not show."""
+    kind, shown = get_args(option.annotation)
+    unseen = copy(shown)
+    unseen.hidden = True
+    return option.replace(annotation=Annotated[kind, unseen])
 
 
 @command("status")
@@ -343,23 +324,23 @@ class TextFlags(TypedDict):
         int | None,
         typer.Option(
             metavar="N",
-            callback=_within(_UINT32),
+            callback=within(_UINT32),
             help="[default: 64, or what the context leaves if that is less]",
         ),
     ]
     min_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", callback=_within(_UINT32), help="[default: 0]")
+        int | None, typer.Option(metavar="N", callback=within(_UINT32), help="[default: 0]")
     ]
     temperature: Annotated[
         float | None, typer.Option(metavar="T", help="0 is greedy. [default: 0]")
     ]
     top_k: Annotated[
-        int | None, typer.Option(metavar="K", callback=_within(_UINT32), help="[default: 0, off]")
+        int | None, typer.Option(metavar="K", callback=within(_UINT32), help="[default: 0, off]")
     ]
     top_p: Annotated[float | None, typer.Option(metavar="P", help="[default: 1, off]")]
     min_p: Annotated[float | None, typer.Option(metavar="P", help="[default: 0, off]")]
     seed: Annotated[
-        int | None, typer.Option(metavar="N", callback=_within(_UINT64), help="[default: random]")
+        int | None, typer.Option(metavar="N", callback=within(_UINT64), help="[default: random]")
     ]
     stop: Annotated[
         list[str] | None,
@@ -391,7 +372,7 @@ class GenerateFlags(TextFlags):
         int | None,
         typer.Option(
             metavar="N",
-            callback=_within(_UINT32),
+            callback=within(_UINT32),
             help="Show those of the N likeliest tokens in each place, at most 20. [default: 0]",
         ),
     ]
@@ -479,7 +460,7 @@ def _score(
         typer.Option(
             "--max-length",
             metavar="N",
-            callback=_within(_UINT32),
+            callback=within(_UINT32),
             help="Tokens kept of each text. [default: the context length]",
         ),
     ] = None,
@@ -529,7 +510,7 @@ def _fit(
         typer.Option(
             "--max-length",
             metavar="N",
-            callback=_within(_UINT32),
+            callback=within(_UINT32),
             help="Tokens kept of each text. [default: the context length]",
         ),
     ] = None,
@@ -538,7 +519,7 @@ def _fit(
         typer.Option(
             "--budget",
             metavar="N",
-            callback=_within(_UINT32),
+            callback=within(_UINT32),
             help="Mixes that may be scored. [default: 20, and 10 for each domain]",
         ),
     ] = None,
@@ -555,7 +536,7 @@ def _fit(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", callback=_within(_UINT64), help="Of the search.")
+        int, typer.Option("--seed", metavar="N", callback=within(_UINT64), help="Of the search.")
     ] = 0,
     make_default: Annotated[
         bool, typer.Option("--set", help="Make what is found the default mix.")
@@ -611,7 +592,7 @@ def _audit(
         typer.Option(
             "--limit",
             metavar="N",
-            callback=_within(_UINT32),
+            callback=within(_UINT32),
             help="At most. [default: 100]",
         ),
     ] = None,
@@ -626,7 +607,7 @@ def _audit(
 @command("health")
 def _health(session: Session) -> Shown:
     """Succeed if the server takes requests; wait 5 s by default."""
-    status = session.client.health(timeout=5 if session.timeout is None else None)
+    status = session.client.health(timeout=5 if session.settings.timeout is None else None)
     fault = None if status == "SERVING" else "the server does not take requests"
     return Shown(str(status), json={"status": status}, fault=fault)
 
@@ -685,6 +666,8 @@ def _read_biases(pairs: Iterable[str]) -> dict[int, float]:
 def main() -> None:
     """Run `adapterctl`."""
     _open_streams()
+    # Its own lines would stand beside the one that says what went wrong.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Generated text goes to terminals of any encoding.
         sys.stdout.reconfigure(errors="replace")

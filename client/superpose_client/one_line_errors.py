@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
+from superpose_client.common_options import Settings
 from superpose_client.control_characters import without_control_characters
 
 if TYPE_CHECKING:
@@ -22,8 +23,11 @@ def fail(message: str, status: int = 1) -> NoReturn:
 
 
 @contextmanager
-def one_line_errors(server: str, changes: bool) -> Iterator[None]:
-    """Turn what a command may run into, and no fault of its own, into a line and a status."""
+def one_line_errors(settings: Settings, changes: bool) -> Iterator[None]:
+    """Turn what a command may run into, and no fault of its own, into a line and a status.
+
+    `changes` is whether the command changes something.
+    """
     from superpose_client.errors import CallError, MixSyntaxError, SuperposeError
 
     try:
@@ -38,7 +42,7 @@ def one_line_errors(server: str, changes: bool) -> Iterator[None]:
     except MixSyntaxError as error:
         fail(error.message, 2)
     except CallError as error:
-        fail(_describe(error, server, changes))
+        fail(_describe(error, settings, changes))
     except UnicodeError:
         fail("the text is not valid UTF-8")
     except OSError as error:
@@ -48,19 +52,32 @@ def one_line_errors(server: str, changes: bool) -> Iterator[None]:
         fail(error.message)
 
 
-def _describe(error: "CallError", server: str, changes: bool) -> str:
+def _describe(error: "CallError", settings: Settings, changes: bool) -> str:
     """Return the message of a failed call, with what its details tell beyond it."""
     from superpose_client import errors
 
-    text = error.message
+    text, server = error.message, settings.server
     # Without a reason it is gRPC that speaks, not the server.
     if isinstance(error, errors.UnavailableError) and not error.reason:
-        text = f"cannot reach a server at {server}; is superpose-server running? ({text})"
+        fault = _tls_fault(settings)
+        text = fault or f"cannot reach a server at {server}; is superpose-server running? ({text})"
     elif isinstance(error, errors.DeadlineExceededError) and not error.reason:
         text = f"no answer from {server} in time; see --timeout ({text})"
         if changes:
             text += ". The change may still take place; look before you repeat it"
+    elif isinstance(error, errors.UnauthenticatedError) and not settings.access()["token"]:
+        text += "; give one by --token-file or SUPERPOSE_TOKEN"
     for violation in error.field_violations:
         if violation.description not in text:
             text += f"; {violation.field}: {violation.description}"
     return text
+
+
+def _tls_fault(settings: Settings) -> str | None:
+    from superpose_client.connection import addresses_of
+    from superpose_client.tls_fault import tls_fault
+
+    for address in addresses_of(settings.server):
+        if fault := tls_fault(address, settings.access()):
+            return f"no connection to {address}: {fault}"
+    return None

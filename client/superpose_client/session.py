@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from superpose_client.common_options import Settings
 from superpose_client.control_characters import without_control_characters
 from superpose_client.one_line_errors import fail
 
@@ -21,12 +22,15 @@ ENDED_EARLY = "the server ended the text before its end"
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What a command works with. `timeout` is None where the user gave none."""
+    """What a command works with."""
 
     client: "Client"
-    server: str
-    json: bool
-    timeout: float | None
+    settings: Settings
+
+    @property
+    def json(self) -> bool:
+        """Whether results are printed as JSON."""
+        return self.settings.json
 
     def show(self, result: object) -> None:
         """Print a result."""

@@ -150,7 +150,7 @@ def _file(given: Path | None) -> Path:
 
 
 def _wants_json(context: typer.Context, here: bool) -> bool:
-    return here or bool(context.obj[1])  # What stands before the command; see `cli`.
+    return here or bool(context.obj["as_json"])  # What stands before the command; see `cli`.
 
 
 @contextmanager

@@ -846,7 +846,7 @@ def test_where_the_server_is(
 
 
 def test_the_default_address_is_that_of_the_client() -> None:
-    from superpose_client.cli import DEFAULT_SERVER
+    from superpose_client.common_options import DEFAULT_SERVER
 
     assert DEFAULT_SERVER == DEFAULT_TARGET
 
