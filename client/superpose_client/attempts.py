@@ -31,6 +31,7 @@ from superpose_client.services import SERVICES, may_be_repeated
 
 FIRST_PAUSE = 0.1  # seconds, at most; it doubles up to the longest
 LONGEST_PAUSE = 5.0
+LONGEST_HINT = 30.0  # what the server may ask for beyond that; longer waits are the caller's
 
 
 class Attempts:
@@ -95,7 +96,7 @@ class Attempts:
             return None
         if self._sent % len(self._connections):
             return 0.0
-        if self._pauses == self._retries:
+        if hint > LONGEST_HINT or self._pauses == self._retries:
             return None
         growing = min(FIRST_PAUSE * 2.0**self._pauses, LONGEST_PAUSE)
         self._pauses += 1

@@ -176,12 +176,21 @@ def test_all_attempts_share_one_timeout(caller: Caller, server: FakeServer) -> N
 
 
 def test_a_pause_beyond_the_timeout_is_not_begun(caller: Caller, server: FakeServer) -> None:
-    server.answers["GetMix"] = Failure(Code.RESOURCE_EXHAUSTED, reason="X", retry_after=3600)
+    server.answers["GetMix"] = Failure(Code.RESOURCE_EXHAUSTED, reason="X", retry_after=20)
     begun = time.monotonic()
     with pytest.raises(errors.QueueFullError) as caught:
-        caller.mix(timeout=30)
-    assert time.monotonic() - begun < 15
-    assert caught.value.retry_after_seconds == 3600
+        caller.mix(timeout=15)
+    assert time.monotonic() - begun < 10
+    assert caught.value.retry_after_seconds == 20
+    assert len(server.requests) == 1
+
+
+def test_a_long_wait_is_left_to_the_caller(caller: Caller, server: FakeServer) -> None:
+    failure = Failure(Code.RESOURCE_EXHAUSTED, reason="RATE_LIMITED", retry_after=31)
+    server.answers["GenerateStream"] = failure
+    with pytest.raises(errors.RateLimitedError) as caught:
+        caller.collect("stream", "x")
+    assert caught.value.retry_after_seconds == 31
     assert len(server.requests) == 1
 
 
@@ -196,7 +205,7 @@ def test_a_stream_is_not_begun_again_after_its_first_part(
 
 def _stream_in_a_pause(server: FakeServer) -> None:
     server.answers["GenerateStream"] = Failure(
-        Code.RESOURCE_EXHAUSTED, reason="QUEUE_FULL", retry_after=3600
+        Code.RESOURCE_EXHAUSTED, reason="QUEUE_FULL", retry_after=30
     )
 
 
