@@ -550,10 +550,16 @@ def _fit(
     About a third of each file is held out, and tells what the weights are worth. Changes nothing,
     unless --set or --name is given.
     """
+    from superpose_client.connection import addresses_of
     from superpose_client.errors import InvalidArgumentError
     from superpose_client.files_fitted import FilesFitted
     from superpose_client.score_file import ScoreFileError, read_texts, with_places
 
+    # Before the search, which takes minutes.
+    if (make_default or name is not None) and len(addresses_of(session.settings.server)) > 1:
+        raise typer.BadParameter(
+            "--set and --name are about one server: give one address", param_hint="--server"
+        )
     low, high = _read_bounds(bounds)
     read = [read_texts(file) for file in files]
     placed = [each for texts in read for each in texts]

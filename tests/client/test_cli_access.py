@@ -187,6 +187,17 @@ def test_texts_go_to_several_servers(ctl: Ctl, server: FakeServer) -> None:
         assert len(server.requests) == len(other.requests) == 1
 
 
+@pytest.mark.parametrize("option", ["--set", "--name=x"])
+def test_a_fit_that_would_change_one_of_several_is_not_begun(
+    ctl: Ctl, server: FakeServer, token_file: Path, option: str
+) -> None:
+    servers = f"{server.address},{server.address}"
+    result = ctl("--server", servers, "fit", str(token_file), "--domains=math", option)
+    assert result.exit_code == 2
+    assert "give one address" in result.stderr
+    assert server.requests == []
+
+
 def test_a_process_says_one_line_and_grpc_none(authority: CA, tmp_path: Path) -> None:
     other = file_of(CA(), tmp_path / "other.pem")
     with FakeServer(credentials=server_credentials(authority)) as server:
