@@ -185,9 +185,9 @@ def test_on_a_terminal(server: FakeServer) -> None:
             "five",
         ]
         # At the prompt Ctrl-C gives up the line.
-        prompts = terminal.plain.count("> ")
+        terminal.see("> ", times=6)
         terminal.interrupt()
-        terminal.see("> ", times=prompts + 1)
+        terminal.see("> ", times=7)
         terminal.press("\x04")
         assert terminal.end() == 0
     assert "Traceback" not in terminal.plain
