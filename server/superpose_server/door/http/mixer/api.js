@@ -3,6 +3,8 @@
  * the same header fields. Addresses are relative to the page, whatever proxy stands before it.
  */
 
+import { token } from "./token.js";
+
 /** What the server said, or that it could not be reached; `message` is one line for people. */
 export class ApiError extends Error {
   /**
@@ -91,6 +93,7 @@ function dataOf(event) {
 async function send(method, path, body, { ifMatch, signal }) {
   /** @type {Record<string, string>} */
   const headers = {};
+  if (token() !== "") headers["Authorization"] = `Bearer ${token()}`;
   if (body !== undefined) headers["Content-Type"] = "application/json";
   if (ifMatch !== undefined) headers["If-Match"] = `"${ifMatch}"`;
   let answer;

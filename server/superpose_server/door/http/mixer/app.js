@@ -7,6 +7,7 @@ import { Names } from "./names.js";
 import { Panel } from "./panel.js";
 import { SECTIONS } from "./sections.js";
 import { Sliders } from "./sliders.js";
+import { Unlock } from "./unlock.js";
 import { useStore } from "./store.js";
 import { Texts } from "./texts.js";
 import { html } from "./vendor/htm-preact.js";
@@ -15,6 +16,7 @@ import { html } from "./vendor/htm-preact.js";
 export function App({ store }) {
   return html`
     <${Header} store=${store} />
+    <${Unlock} store=${store} />
     <${Live} store=${store} />
     <main>
       <${Panel} id="mix" title="Mix" hint="Each weight scales a domain's delta; 0 leaves it out.">

@@ -2,11 +2,13 @@
  * Keeps the state in step with the server: changes of the default mix are pushed to the page, load
  * and lists are asked for now and then. None of it reaches the engine, so an open page costs no
  * pass. A hidden tab does neither: browsers allow few connections to a server, and tabs share them.
+ * Nor does one whose token the server refuses, until it gets another.
  */
 
-import { ask, events } from "./api.js";
+import { ApiError, ask, events } from "./api.js";
 import { answered, EMPTY, watched } from "./history.js";
 import { mixOf, mixOfState } from "./mix.js";
+import { keepToken } from "./token.js";
 
 /** @typedef {import("./state.js").Store} Store */
 
@@ -23,7 +25,7 @@ export function follow(store) {
   /** @type {AbortController | null} */
   let following = null;
   const look = () => {
-    if (document.hidden) {
+    if (document.hidden || store.get().refusal !== "") {
       following?.abort();
       following = null;
     } else if (following === null) {
@@ -33,7 +35,27 @@ export function follow(store) {
     }
   };
   document.addEventListener("visibilitychange", look);
+  store.subscribe(look);
   look();
+}
+
+/**
+ * Go on with another token.
+ * @param {Store} store @param {string} token
+ */
+export function unlock(store, token) {
+  keepToken(token);
+  store.set({ connection: "connecting", refusal: "" });
+}
+
+/**
+ * Take in that the server wants a token, or another, if that is what went wrong.
+ * @param {Store} store @param {unknown} error
+ */
+function lock(store, error) {
+  if (error instanceof ApiError && error.status === 401) {
+    store.set({ connection: "refused", refusal: error.message });
+  }
 }
 
 /**
@@ -87,8 +109,9 @@ async function watchMix(store, signal) {
         wait = FIRST_RETRY;
       }
     } catch (error) {
-      if (signal.aborted) return;
+      if (!signal.aborted) lock(store, error);
     }
+    if (signal.aborted) return;
     store.set({ connection: "lost" });
     await pause(wait, signal);
     wait = Math.min(wait * 2, LAST_RETRY);
@@ -114,7 +137,8 @@ async function watchLoad(store, signal) {
       });
       last = now;
       if (count % LISTS_EVERY === 0) await loadLists(store, signal);
-    } catch {
+    } catch (error) {
+      if (!signal.aborted) lock(store, error);
       last = null; // That the server is lost, the stream of its mixes tells.
     }
     await pause(LOAD_EVERY, signal);

@@ -4,6 +4,7 @@ import { textRequest } from "./generation.js";
 import { formatMix } from "./mix.js";
 import { say } from "./state.js";
 import { useStore } from "./store.js";
+import { token } from "./token.js";
 import { html, useState } from "./vendor/htm-preact.js";
 
 /**
@@ -15,10 +16,15 @@ import { html, useState } from "./vendor/htm-preact.js";
  * @property {Mix} mix
  * @property {URL} site  Where the page came from.
  * @property {string} grpc  HOST:PORT of gRPC.
+ * @property {boolean} [token]  Whether to send a token, which adapterctl takes by itself from where the
+ *   others do.
  */
 
 // What adapterctl asks if it is told no other.
 const DEFAULT_GRPC = "127.0.0.1:50051";
+// Where a token is looked for, which is not written out for others to see.
+const TOKEN = "SUPERPOSE_TOKEN";
+const HELD = `os.environ["${TOKEN}"]`;
 
 /** @type {ReadonlyMap<string, (asked: Asked) => string>} By name of the way. */
 export const WAYS = new Map([
@@ -36,7 +42,7 @@ export function CopyAs({ store }) {
   const [way, setWay] = useState("adapterctl");
   const [open, setOpen] = useState(false);
   const site = new URL(".", document.baseURI);
-  const asked = { prompt, mix, site, grpc: reachable(listening, site) };
+  const asked = { prompt, mix, site, grpc: reachable(listening, site), token: token() !== "" };
   const written = /** @type {(asked: Asked) => string} */ (WAYS.get(way))(asked);
   const copy = async () => {
     try {
@@ -87,22 +93,24 @@ function asAdapterctl({ prompt, mix, grpc }) {
 }
 
 /** @param {Asked} asked */
-function asCurl({ prompt, mix, site }) {
+function asCurl({ prompt, mix, site, token }) {
   const { path, body } = textRequest(prompt, mix);
   return [
     `curl ${shell(new URL(path, site).href)}`,
     "-H 'Content-Type: application/json'",
+    ...(token ? [`-H "Authorization: Bearer $${TOKEN}"`] : []),
     `-d ${shell(JSON.stringify(body))}`,
   ].join(" \\\n  ");
 }
 
 /** @param {Asked} asked */
-function asPython({ prompt, mix, grpc }) {
+function asPython({ prompt, mix, grpc, token }) {
   const { text, chat, maxTokens, temperature, seed } = prompt;
-  return `from superpose_client import Client
+  const [os, held] = token ? ["import os\n\n", `, token=${HELD}`] : ["", ""];
+  return `${os}from superpose_client import Client
 
 prompt = ${chat ? `[{"role": "user", "content": ${python(text)}}]` : python(text)}
-with Client(${python(grpc)}) as client:
+with Client(${python(grpc)}${held}) as client:
     for chunk in client.stream(
         prompt,
         mix=${python(formatMix(mix))},
@@ -115,13 +123,14 @@ with Client(${python(grpc)}) as client:
 }
 
 /** @param {Asked} asked */
-function asOpenAI({ prompt, mix, site }) {
+function asOpenAI({ prompt, mix, site, token }) {
   const { text, chat, maxTokens, temperature, seed } = prompt;
   const call = chat ? "chat.completions" : "completions";
   const said = chat ? `messages=[{"role": "user", "content": ${python(text)}}]` : `prompt=${python(text)}`;
-  return `from openai import OpenAI
+  const [os, key] = token ? ["import os\n\n", HELD] : ["", python("none")];
+  return `${os}from openai import OpenAI
 
-client = OpenAI(base_url=${python(new URL("v1", site).href)}, api_key="none")
+client = OpenAI(base_url=${python(new URL("v1", site).href)}, api_key=${key})
 answer = client.${call}.create(
     model=${python(formatMix(mix))},
     ${said},

@@ -7,7 +7,7 @@ import { html } from "./vendor/htm-preact.js";
 
 /** @typedef {import("./state.js").Store} Store */
 
-const WORDS = { connecting: "connecting", live: "ready", lost: "server lost, trying again" };
+const WORDS = { connecting: "connecting", live: "ready", lost: "server lost, trying again", refused: "token needed" };
 
 /** @param {{store: Store}} props */
 export function Header({ store }) {

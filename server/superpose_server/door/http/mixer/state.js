@@ -13,7 +13,9 @@ import { BASE, mixOf } from "./mix.js";
  * @property {number} seed
  *
  * @typedef {object} State
- * @property {"connecting" | "live" | "lost"} connection
+ * @property {"connecting" | "live" | "lost" | "refused"} connection
+ * @property {string} refusal  Why the server does not answer to the token that the page has, or to
+ *   none; "": it does.
  * @property {any} server  GetServerInfoResponse; null before it has come.
  * @property {number | null} tokensPerSecond  Of all rows of the server; null if not known yet.
  * @property {import("./history.js").State | null} resident  The mix that is in the weights.
@@ -30,6 +32,7 @@ import { BASE, mixOf } from "./mix.js";
 /** @type {State} */
 export const INITIAL = {
   connection: "connecting",
+  refusal: "",
   server: null,
   tokensPerSecond: null,
   resident: null,
