@@ -36,7 +36,8 @@ class Stream(OfOneProcess, Generic[R]):
             try:
                 message = next(self._call)
             except grpc.RpcError as error:
-                pause = self._attempts.pause_after(error)
+                # A call that was cancelled needs no pause, and ends the same in one and before it.
+                pause = 0.0 if self._cancelled.is_set() else self._attempts.pause_after(error)
             else:
                 self._attempts.answered()
                 return self._convert(message)

@@ -376,6 +376,7 @@ class FakeServer:
         self.authorizations: list[str | None] = []
         self.arrivals: list[float] = []  # as time.monotonic has it
         self.seconds_left: list[float | None] = []
+        self.asked = threading.Event()  # Set at the first request.
         # Set when a stream ends before all its parts were taken.
         self.cancelled = threading.Event()
         self._server = grpc.server(
@@ -428,6 +429,7 @@ class FakeServer:
     def respond(self, method: str, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         self.arrivals.append(time.monotonic())
         self.requests.append(request)
+        self.asked.set()
         metadata = dict(context.invocation_metadata())
         self.authorizations.append(cast("str | None", metadata.get("authorization")))
         # gRPC counts from the far future where the client set no deadline.

@@ -18,7 +18,7 @@ from tests.client.fake_server import Failure, FakeServer, chunks
 import superpose_proto.v1
 from superpose_client import errors
 from superpose_client.async_client import AsyncClient
-from superpose_client.client import Client
+from superpose_client.client import Client, Stream
 
 Code = grpc.StatusCode
 CUT_OFF = Failure(Code.UNAVAILABLE, "the connection is gone")
@@ -209,11 +209,16 @@ def _stream_in_a_pause(server: FakeServer) -> None:
     )
 
 
+def cancel_when_asked(server: FakeServer, stream: Stream[Any]) -> None:
+    server.asked.wait()
+    stream.cancel()
+
+
 def test_a_pause_ends_with_its_stream(server: FakeServer) -> None:
     _stream_in_a_pause(server)
     with Client(server.address) as client:
         stream = client.stream("x")
-        threading.Timer(0.05, stream.cancel).start()
+        threading.Thread(target=cancel_when_asked, args=[server, stream]).start()
         with pytest.raises(errors.RequestCancelledError, match="the stream was cancelled"):
             next(stream)
     assert len(server.requests) == 1
@@ -225,9 +230,11 @@ def test_a_pause_ends_with_its_asyncio_stream(server: FakeServer) -> None:
     async def use() -> None:
         async with AsyncClient(server.address) as client:
             stream = client.stream("x")
-            asyncio.get_running_loop().call_later(0.05, stream.cancel)
+            first = asyncio.ensure_future(anext(stream))
+            await asyncio.to_thread(server.asked.wait)
+            stream.cancel()
             with pytest.raises(errors.RequestCancelledError, match="the stream was cancelled"):
-                await anext(stream)
+                await first
 
     asyncio.run(use())
     assert len(server.requests) == 1
