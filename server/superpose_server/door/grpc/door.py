@@ -107,7 +107,7 @@ class GrpcDoor:
                 port = self._server.add_secure_port(listen, server_credentials(self._tls))
         except RuntimeError as error:
             raise StartupError(
-                f"cannot listen on --{self._flag} {listen}: choose a free port, or 0 for any"
+                f"cannot listen on {listen}: choose a free port with --{self._flag}, or 0 for any"
             ) from error
         await self._server.start()
         self.address = join_address(host, port)
