@@ -41,6 +41,75 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+class RevertibleFile:
+    """A small file that is replaced as a whole, and whose last replacement can be taken back.
+
+    What it held before is kept beside it, as a copy: taking a write back then needs no space, and
+    no file system needs hard links for it. Whatever instant the process stops at, the file is there
+    as it was before a write, or as it is after it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Use `path`, in a folder that exists and that nobody else writes to.
+
+        What a write has left that was cut short is removed.
+
+        Raises:
+            OSError: It cannot be removed.
+        """
+        self.path = path
+        self._previous = path.with_name(f"{path.name}.previous")
+        self._fresh = path.with_name(f"{path.name}.tmp")
+        self._fresh.unlink(missing_ok=True)
+
+    def read(self) -> bytes | None:
+        """Return what was written last, or None if nothing ever was.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def write(self, data: bytes) -> None:
+        """Make `data` durable; on an error the file is as it was.
+
+        Raises:
+            OSError: No space, no permission, or a failing disk.
+        """
+        try:
+            write_synced(self._fresh, data)
+            before = self.read()
+            if before is None:
+                self._previous.unlink(missing_ok=True)
+            else:
+                write_synced(self._previous, before)
+            self._fresh.replace(self.path)
+        except OSError:
+            self._fresh.unlink(missing_ok=True)
+            raise
+        try:
+            sync(self.path.parent)
+        except OSError:
+            # Not known to be durable, so it must not be in force either.
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        """Take the last write back; to be called once after it.
+
+        Raises:
+            OSError: The disk refuses.
+        """
+        if self._previous.exists():
+            self._previous.replace(self.path)
+        else:
+            self.path.unlink(missing_ok=True)
+        sync(self.path.parent)
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a file, in place of what is there; its folder is made if need be.
 

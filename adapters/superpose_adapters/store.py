@@ -3,11 +3,13 @@
     <state>/adapters/lock                       held while the store is open
     <state>/adapters/objects/<digest>/...       the two files of an adapter, never changed
     <state>/adapters/names.json                 {domain: digest, or digest and warnings}
+    <state>/adapters/names.json.previous        what it held before
     <state>/adapters/temporary/...              what is being written
 
 Invariant: whatever instant the machine stops at, `names.json` is whole and every digest in it has a
 whole object. So an object is made durable first and named afterwards, and every change appears by
-one rename. What a crash left in `temporary` is removed when the store is next opened.
+one rename. What a crash left unfinished is removed when the store is next opened, and an object
+that it left without a name when `collect` is next called.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from filelock import lock_descriptor
 from superpose_adapters.adapter import Adapter, AdapterError
 from superpose_adapters.base.facts import BaseFacts
 from superpose_adapters.digest import canonical_json
-from superpose_adapters.durable import sync, write_synced
+from superpose_adapters.durable import RevertibleFile, sync, write_synced
 from superpose_adapters.layout import Layout
 from superpose_adapters.mix_syntax import RESERVED_NAMES, check_name
 from superpose_adapters.peft.folder import (
@@ -76,6 +78,7 @@ class AdapterStore:
                 )
             shutil.rmtree(self._temporary, ignore_errors=True)
             self._temporary.mkdir(exist_ok=True)
+            self._file = RevertibleFile(self._index)
             self._names = self._read_names()
         except OSError as error:
             self.close()
@@ -245,10 +248,11 @@ class AdapterStore:
         return True
 
     def _read_names(self) -> dict[str, _Named]:
-        try:
-            names: Any = json.loads(self._index.read_bytes())
-        except FileNotFoundError:
+        written = self._file.read()
+        if written is None:
             return {}
+        try:
+            names: Any = json.loads(written)
         except (ValueError, RecursionError) as error:
             raise self._damaged(self._index, "it is not JSON") from error
         if not isinstance(names, dict):
@@ -270,30 +274,14 @@ class AdapterStore:
         return read
 
     def _write_names(self, names: Mapping[str, _Named]) -> None:
-        fresh, former = self._temporary / "names.json", self._temporary / "former.json"
+        content = {
+            domain: [digest, *warnings] if warnings else digest
+            for domain, (digest, warnings) in names.items()
+        }
         try:
-            content = {
-                domain: [digest, *warnings] if warnings else digest
-                for domain, (digest, warnings) in names.items()
-            }
-            write_synced(fresh, canonical_json(content))
-            if self._index.exists():
-                os.link(self._index, former)
-            fresh.replace(self._index)
-            try:
-                sync(self._folder)
-            except OSError:
-                # Not known to be durable, so it must not be in force either.
-                if former.exists():
-                    former.replace(self._index)
-                else:
-                    self._index.unlink()
-                raise
+            self._file.write(canonical_json(content))
         except OSError as error:
             raise self._refused(error) from error
-        finally:
-            fresh.unlink(missing_ok=True)
-            former.unlink(missing_ok=True)
         self._names = dict(names)
 
     def _refused(self, error: OSError) -> StoreError:

@@ -164,6 +164,7 @@ class Runtime:
             self.adapter_limits,
             self.audit,
         )
+        self._operator.collect()
         threads = torch.get_num_threads()
         self._operator_thread = ThreadPoolExecutor(1, "operator", compute_with, (1,))
         self._operator_thread.submit(torch.get_num_threads).result()

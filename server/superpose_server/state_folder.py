@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 from superpose_server.config import ServerConfig
@@ -22,10 +21,12 @@ def check_state_folder(config: ServerConfig) -> None:
         StartupError: It cannot be made, or not be written.
     """
     folder = config.state_dir or _home()
+    # Of one name, so that what a kill leaves is not there for good.
+    trial = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"x")
+        trial.write_bytes(b"x")
+        trial.unlink(missing_ok=True)  # Another server that starts may have been quicker.
     except OSError as error:
         why = "it is a file" if isinstance(error, FileExistsError) else error.strerror
         raise StartupError(

@@ -9,8 +9,15 @@ from pathlib import Path
 
 import pytest
 from tests.full_disk import files_of_at_most
+from tests.instants import Instants, plant, tree
 
-from superpose_adapters.durable import naming, new_folder, replacing, write_file
+from superpose_adapters.durable import (
+    RevertibleFile,
+    naming,
+    new_folder,
+    replacing,
+    write_file,
+)
 
 Write = Callable[[Path], None]
 
@@ -141,3 +148,42 @@ def test_an_error_that_names_its_file_passes_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught, naming(tmp_path):
         raise error
     assert caught.value is error
+
+
+# A file whose last write can be taken back.
+
+
+@pytest.mark.parametrize("before", [None, b"first"])
+def test_a_write_and_its_taking_back_are_whole_at_any_instant(
+    tmp_path: Path, before: bytes | None
+) -> None:
+    def change(file: RevertibleFile) -> None:
+        file.write(b"second")
+
+    def undo(file: RevertibleFile) -> None:
+        file.write(b"second")
+        file.undo()
+
+    for number, action in enumerate((change, undo), start=1):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        file = RevertibleFile(folder / "it")
+        if before is not None:
+            file.write(b"zeroth")
+            file.write(before)
+        instants = Instants(folder)
+        with instants.collected():
+            action(file)
+            instants.next()
+        for at, instant in enumerate(instants.found):
+            left = folder / f"left-{at}"
+            plant(instant.state, left)
+            again = RevertibleFile(left / "it")
+            assert again.read() in (before, b"second")
+            assert set(tree(left)) <= {"it", "it.previous"}
+            again.write(b"third")
+            again.undo()
+            assert again.read() == (instant.state.get("it"))
+    assert file.read() == before
+    # Cut short in the new file, in the copy of the old one, before and after the rename.
+    assert len(instants.found) >= (4 if before is None else 6)

@@ -259,7 +259,6 @@ class Fault:
         self.fail_at = fail_at
         for owner, name in [
             (os, "fsync"),
-            (os, "link"),
             (Path, "replace"),
             (Path, "rename"),
             (Path, "mkdir"),

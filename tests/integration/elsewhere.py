@@ -40,6 +40,7 @@ def take_away() -> None:
     # As the base of all loops has it: NotImplementedError.
     del asyncio.SelectorEventLoop.add_signal_handler
     _open_no_folders()
+    _link_nothing()
     _flush_only_what_may_be_written()
     _have_no_libc()
     _have_no_proc()
@@ -58,6 +59,15 @@ def _open_no_folders() -> None:
 
     os.open = opened
     shutil._use_fd_functions = False  # type: ignore[attr-defined]
+
+
+def _link_nothing() -> None:
+    """Be on a file system without links, as FAT is, and many that a network brings."""
+
+    def refused(*arguments: Any, **_: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), *map(str, arguments))
+
+    os.link = os.symlink = refused
 
 
 def _flush_only_what_may_be_written() -> None:

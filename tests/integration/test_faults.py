@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.instants import watching
 from tests.integration.harness import PROMPT, Family, Fingerprint, Served
 
 from superpose_client import Client, FailedPreconditionError, InternalError
@@ -132,8 +134,8 @@ def fail_nth(monkeypatch: pytest.MonkeyPatch, where: object, name: str, nth: int
 
 @pytest.mark.parametrize(
     ("where", "name", "nth"),
-    [(os, "fsync", 1), (os, "link", 1), (Path, "replace", 1), (os, "fsync", 2)],
-    ids=["file", "link", "rename", "folder"],
+    [(os, "fsync", 1), (os, "fsync", 2), (Path, "replace", 1), (os, "fsync", 3)],
+    ids=["file", "copy", "rename", "folder"],
 )
 def test_a_journal_that_cannot_be_written_leaves_the_old_mix(
     served: Served, monkeypatch: pytest.MonkeyPatch, where: object, name: str, nth: int
@@ -147,6 +149,46 @@ def test_a_journal_that_cannot_be_written_leaves_the_old_mix(
             SET(served.client)
     assert caught.value.reason == "JOURNAL_WRITE_FAILED"
     check_serves(served, before)
+
+
+CHANGES: dict[str, Callable[[Client, Family], object]] = {
+    "set": lambda client, _: client.set({"b": 1.0, "c": -0.5}),
+    "name": lambda client, _: client.name_mix("qa", {"b": 2.0}),
+    "push": lambda client, family: client.push("d", family.adapters["a2"]),
+    "replace": lambda client, family: client.push("a", family.adapters["a2"], replace=True),
+    "delete": lambda client, _: client.delete("c"),
+}
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES], ids=["read only", "not permitted"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_folder_that_refuses_from_any_call_on_changes_nothing(
+    served: Served, gpt2: Family, change: str, code: int
+) -> None:
+    def state() -> tuple[object, ...]:
+        client = served.client
+        return client.mix(), client.adapters(), client.named_mixes(), client.info().weights_intact
+
+    before = state()
+    for patience in itertools.count():
+        calls = itertools.count()
+
+        def refuse(event: str, subject: Any, patience: int = patience, calls: Any = calls) -> None:
+            if next(calls) >= patience:
+                raise OSError(code, os.strerror(code), str(subject))
+
+        try:
+            with watching(refuse):
+                CHANGES[change](served.client, gpt2)
+        except FailedPreconditionError as error:
+            assert os.strerror(code) in str(error)  # noqa: PT017
+            assert "\n" not in str(error)  # noqa: PT017
+            assert state() == before
+        else:
+            break
+    assert patience > 2  # It was refused at some of its calls.
+    assert state() != before
+    assert served.client.verify().ok
 
 
 def test_a_replacement_whose_fold_fails_leaves_the_old_adapter(

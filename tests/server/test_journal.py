@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import stat
@@ -141,11 +142,12 @@ def no_space(*_: object, **__: object) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def fail_fsync_of(kind: Callable[[int], bool]) -> Callable[[int], None]:
+def fail_fsync_of(kind: Callable[[int], bool], nth: int = 0) -> Callable[[int], None]:
     real = os.fsync
+    calls = itertools.count()
 
     def fsync(descriptor: int) -> None:
-        if kind(os.fstat(descriptor).st_mode):
+        if kind(os.fstat(descriptor).st_mode) and next(calls) == nth:
             no_space()
         real(descriptor)
 
@@ -169,16 +171,16 @@ def fail_write(monkeypatch: pytest.MonkeyPatch) -> None:
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "write": fail_write,
     "file_fsync": lambda m: m.setattr(os, "fsync", fail_fsync_of(stat.S_ISREG)),
-    "link": lambda m: m.setattr(os, "link", no_space),
+    "copy": lambda m: m.setattr(os, "fsync", fail_fsync_of(stat.S_ISREG, nth=1)),
     "rename": lambda m: m.setattr(Path, "replace", no_space),
     "folder_fsync": lambda m: m.setattr(os, "fsync", fail_fsync_of(stat.S_ISDIR)),
 }
 
 
-# Nothing is linked at the first write.
+# Nothing is copied at the first write.
 @pytest.mark.parametrize(
     ("fault", "before"),
-    [(fault, OLD) for fault in FAULTS] + [(fault, None) for fault in FAULTS if fault != "link"],
+    [(fault, OLD) for fault in FAULTS] + [(fault, None) for fault in FAULTS if fault != "copy"],
 )
 def test_a_write_that_fails_keeps_the_old_record(
     journal: Journal, monkeypatch: pytest.MonkeyPatch, fault: str, before: Record | None

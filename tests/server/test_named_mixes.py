@@ -69,7 +69,7 @@ def test_there_are_so_many_names_and_no_more(tmp_path: Path) -> None:
     assert [each.name for each in NamedMixes(tmp_path).all()] == ["b", "qa"]
 
 
-@pytest.mark.parametrize("where", ["fsync", "link", "replace"])
+@pytest.mark.parametrize("where", ["fsync", "replace"])
 def test_a_disk_that_refuses_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

@@ -219,7 +219,7 @@ class Operator:
         self._registry.put(registered)
         self._note(f"push {domain} {adapter.digest}", mix_before)
         registered.log_warnings()
-        self._collect()
+        self.collect()
         return registered, state
 
     def _rebind(self, registered: Registered) -> MixState:
@@ -254,9 +254,13 @@ class Operator:
             raise _store_failed(error) from error
         self._registry.remove(domain)
         self._note(f"delete {domain}")
-        self._collect()
+        self.collect()
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
+        """Remove stored adapters that nothing names any more.
+
+        After every push and delete, and at the start, since a kill may have come before.
+        """
         in_use = {registered.adapter.digest for registered in self._registry.all()}
         in_use |= {entry.adapter.digest for entry in self._default.state.mix.entries}
         try:

@@ -1,18 +1,13 @@
-"""A small JSON file with a checksum: whole, or known not to be.
-
-A write is durable before it returns (temporary file, fsync, rename, fsync of the folder); what was
-there before is kept beside it until the next write, so that taking a write back needs no space.
-"""
+"""A small JSON file with a checksum: whole, or known not to be."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from superpose_adapters.digest import canonical_digest
-from superpose_adapters.durable import sync, write_synced
+from superpose_adapters.durable import RevertibleFile
 
 _FORMAT = 1
 
@@ -25,18 +20,20 @@ class CheckedFile:
     """One file of the state folder, which holds one JSON value, its body."""
 
     def __init__(self, path: Path, what: str, without: str) -> None:
-        """Use `path`, in a folder that exists.
+        """Use `path`, in a folder that exists and that nobody else writes to.
 
         Args:
             path: The file.
             what: What the file is, to people.
             without: What a server does that finds no such file.
+
+        Raises:
+            OSError: What a write has left that was cut short cannot be removed.
         """
         self.path = path
+        self._file = RevertibleFile(path)
         self._what = what
         self._without = without
-        self._previous = path.with_name(f"{path.name}.previous")
-        self._temporary = path.with_name(f"{path.name}.tmp")
 
     def read(self) -> Any | None:
         """Return the body that was written last, or None if none ever was.
@@ -45,13 +42,13 @@ class CheckedFile:
             FileDamaged: The file is not whole, or of another format.
         """
         try:
-            text = self.path.read_text()
-        except FileNotFoundError:
-            return None
-        except (OSError, UnicodeDecodeError) as error:
+            written = self._file.read()
+        except OSError as error:
             raise self.damaged(f"it cannot be read ({error})") from error
+        if written is None:
+            return None
         try:
-            stored = json.loads(text)
+            stored = json.loads(written)
             body, checksum, found = stored["body"], stored["checksum"], stored["format"]
             intact = canonical_digest(body) == checksum
         except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -78,25 +75,8 @@ class CheckedFile:
         text = json.dumps(
             {"format": _FORMAT, "body": body, "checksum": canonical_digest(body)}, indent=1
         )
-        try:
-            write_synced(self._temporary, text.encode())
-            self._previous.unlink(missing_ok=True)
-            if self.path.exists():
-                os.link(self.path, self._previous)
-            self._temporary.replace(self.path)
-        except OSError:
-            self._temporary.unlink(missing_ok=True)
-            raise
-        try:
-            sync(self.path.parent)
-        except OSError:
-            self.undo()
-            raise
+        self._file.write(text.encode())
 
     def undo(self) -> None:
-        """Take the last write back."""
-        if self._previous.exists():
-            self._previous.replace(self.path)
-        else:
-            self.path.unlink(missing_ok=True)
-        sync(self.path.parent)
+        """Take the last write back; see `RevertibleFile`."""
+        self._file.undo()
