@@ -302,7 +302,13 @@ class Runtime:
         if registered is not None and registered.adapter.digest == entry.adapter_digest:
             return registered.adapter
         if entry.adapter_digest in self._store:
-            return self._pushed(entry.domain, entry.adapter_digest)
+            adapter = self._pushed(entry.domain, entry.adapter_digest)
+            if registered is not None and registered.source is Source.PUSHED:
+                # Name and mix change one after the other, so that a kill may come between.
+                _log.warning("%s was being replaced and is what it was before", entry.domain)
+                self._store.set_name(entry.domain, adapter.digest, adapter.warnings)
+                self.registry.put(replace(registered, adapter=adapter))
+            return adapter
         if registered is not None:
             found = f"now has digest {registered.adapter.digest[:12]}"
         elif entry.domain in self._left_out:

@@ -188,12 +188,7 @@ class Operator:
         if before is not None and same:
             said_already = before.adapter.warnings == adapter.warnings
             if said_already or before.source is not Source.PUSHED:
-                # After a crash within a replace the default mix may hold the old adapter still.
-                mix_before = self._default.state
-                state = self._rebind(before)
-                if state.generation != mix_before.generation:
-                    self._note(f"push {domain} {adapter.digest}", mix_before)
-                return before, state
+                return before, self._default.state
         if before is not None and not same:
             _check_writable(before)
             if not replace:
