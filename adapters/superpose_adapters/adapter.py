@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from superpose_adapters.digest import hash_bytes
+
 Reason = Literal[
     "NAME_INVALID",
     "PATH_ESCAPE",
@@ -53,11 +55,24 @@ class Factors:
     a: Tensor
     b: Tensor
     scaling: float
+    _hashes: tuple[str, str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Remember what the factors are, as they are kept in memory for a long time."""
+        object.__setattr__(self, "_hashes", self._hash())
 
     @property
     def rank(self) -> int:
         """The rank r of this module's delta."""
         return self.a.shape[0]
+
+    @property
+    def whole(self) -> bool:
+        """True if no bit of them has changed since they were made; reads them all."""
+        return self._hashes == self._hash()
+
+    def _hash(self) -> tuple[str, str]:
+        return hash_bytes(self.a), hash_bytes(self.b)
 
 
 @dataclass(frozen=True, eq=False)

@@ -326,6 +326,7 @@ class Verification(FromMessage, message=mix_pb2.VerifyWeightsResponse):
     damaged_resident: tuple[str, ...]
     damaged_base: tuple[str, ...]
     longest_stall_seconds: float
+    damaged_adapters: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -277,6 +277,8 @@ def _(result: Verification) -> RenderableType:
             damage.append(("resident", _names(result.damaged_resident)))
         if result.damaged_base:
             damage.append(("base", _names(result.damaged_base)))
+        if result.damaged_adapters:
+            damage.append(("adapters", _names(result.damaged_adapters)))
     return Group(
         verdict,
         _fields(

@@ -1,7 +1,7 @@
 """`superpose-server`: read the configuration, serve until a signal ends it.
 
-Exits with 0 after that, 1 if the server cannot start, 2 for usage; a signal before the ready line
-kills it.
+Exits with 0 after that, 1 if the server cannot start, 2 for usage, 3 if what it holds in memory is
+damaged and only another start mends it; a signal before the ready line kills it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from superpose_adapters.bundled import BUNDLES, resolve_base
 from superpose_server.config import ServerConfig, parse_config, split_address
 from superpose_server.door.access.access import Access
 from superpose_server.door.tls import Tls
-from superpose_server.errors import StartupError
+from superpose_server.errors import BeyondRepair, StartupError
 from superpose_server.starting import start_or_die
 from superpose_server.state_folder import check_state_folder
 
 # Of the extra `http`, by the names that they are imported by.
 _HTTP_PACKAGES = ("starlette", "uvicorn", "httptools", "python_multipart")
+_BEYOND_REPAIR = 3
 _log = logging.getLogger(__name__)
 
 
@@ -98,9 +99,17 @@ async def _serve(config: ServerConfig) -> None:
     except OSError as error:  # Nobody reads it, which is no reason not to serve.
         _log.warning("not told on standard output (%s): %s", error.strerror, ready)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    await ending.wait()
+    ends = [asyncio.ensure_future(event.wait()) for event in (ending, server.failed)]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    for end in ends:
+        end.cancel()
+    why = server.runtime.integrity.hopeless
+    if why:
+        _log.critical("FATAL: %s: ending, so that another start reads it again", why)
     _log.info("stopping grace=%g", config.grace)
     await server.stop(config.grace)
+    if why:
+        raise BeyondRepair(f"{why}: start the server again")
 
 
 def _event_loop(config: ServerConfig) -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -140,3 +149,6 @@ def run() -> None:
     except StartupError as error:
         _log.debug("the server cannot start", exc_info=error)
         sys.exit(f"superpose-server: {error}")
+    except BeyondRepair as error:
+        print(f"superpose-server: {error}", file=sys.stderr)
+        sys.exit(_BEYOND_REPAIR)

@@ -171,6 +171,13 @@ class ServerConfig:
             "transformers"
         ),
     )
+    verify_every: float | None = field(
+        default=None,
+        metadata=_help(
+            "seconds between two checks of the weights, beside what is served, bit by bit; 0: "
+            "none; without it once a minute, or as often as takes 0.5 % of the time"
+        ),
+    )
     grace: float = field(default=30, metadata=_help("seconds that running requests get at SIGTERM"))
     log_level: Literal["debug", "info", "warning", "error"] = field(
         default="info", metadata=_help("what stderr gets")
@@ -229,6 +236,11 @@ class ServerConfig:
             )
         if self.cache_mib is not None and self.cache_mib < 1:
             raise ValueError(f"--cache-mib is {self.cache_mib}: use at least 1")
+        every = self.verify_every
+        if every is not None and not (math.isfinite(every) and every >= 0):
+            raise ValueError(
+                f"--verify-every is {every:g}: use seconds, or 0 for no checks of the weights"
+            )
         if not (math.isfinite(self.grace) and self.grace >= 0):
             raise ValueError(f"--grace is {self.grace:g}: use 0 or more seconds")
         for name in self.http_host:

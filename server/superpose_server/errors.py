@@ -25,6 +25,10 @@ class StartupError(Exception):
     """The server cannot start; one line that names the thing and the remedy."""
 
 
+class BeyondRepair(Exception):
+    """What the server holds in memory is damaged, and only another start mends it; one line."""
+
+
 class SelfCheckError(StartupError):
     """A base does not mean here what it means in transformers; the message continues "base X: "."""
 

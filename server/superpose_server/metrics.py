@@ -10,6 +10,7 @@ from superpose_adapters.mix import BoundMix
 from superpose_server.control.default_mix import MixState
 from superpose_server.engine.observer import EngineObserver
 from superpose_server.engine.sequence import FinishReason, Sequence
+from superpose_server.weights.resident import Findings
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _FOLD_SECONDS = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
@@ -41,8 +42,11 @@ class Metrics(EngineObserver):
         self._fold = self._histogram("fold_duration_seconds", "Time of a fold", _FOLD_SECONDS)
         self._folds = self._counter("folds", "Folds of the resident weights", "result")
         self._corrected = self._counter("corrected_rows", "Rows decoded with a correction")
-        self._verified = self._gauge("weights_verified", "0 after a verification failed")
+        self._verified = self._gauge("weights_verified", "0 while weights are known to be damaged")
         self._verified.set(1)
+        self._checks = self._counter("weight_checks", "Checks of the weights", "result")
+        self._mended = self._counter("weights_mended", "Times that damaged weights became whole")
+        self._damaged = False
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"superpose_{name}", text, labels, registry=self.registry)
@@ -109,6 +113,13 @@ class Metrics(EngineObserver):
         self._info.clear()
         self._info.labels(state.mix.digest).set(1)
 
-    def verified(self, ok: bool) -> None:
-        """Show the outcome of a verification."""
-        self._verified.set(ok)
+    def checked(self, found: Findings) -> None:
+        """Count a check of the weights."""
+        self._checks.labels("ok" if found.ok else "damaged").inc()
+        if found.ok and self._damaged:
+            self._mended.inc()
+        self._damaged = not found.ok
+
+    def intact(self, intact: bool) -> None:
+        """Show whether the weights can be served."""
+        self._verified.set(intact)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from superpose_server.control.actions import Operator
 from superpose_server.control.audit import Audit
 from superpose_server.control.checked_file import FileDamaged
 from superpose_server.control.default_mix import DefaultMix, MixState
+from superpose_server.control.guard import Guard
 from superpose_server.control.integrity import Integrity
 from superpose_server.control.journal import Journal, JournalEntry
 from superpose_server.control.named_mixes import NamedMixes
@@ -135,7 +136,7 @@ class Runtime:
             torch.device("cpu") if self.config.base_copy == "host" else None,
         )
         self.integrity = Integrity(self._weights)
-        self.integrity.follow(self.metrics.verified)
+        self.integrity.follow(self.metrics.intact)
         for registered in self.registry.all():
             self._weights.keep_base(registered.adapter)
         journal = Journal(state_dir)
@@ -174,6 +175,8 @@ class Runtime:
         self.metrics.resident(self.engine.resident)
         self.default_mix.watch(self.metrics.mix_changed)
         self.engine.start()
+        self.guard = Guard(self.engine, self.integrity, self.config.verify_every)
+        self.guard.start()
         _log.info(
             "loaded base=%s digest=%s dtype=%s device=%s cache_mib=%.1f base_copy_mib=%.1f "
             "slots=%d context=%d "
@@ -345,20 +348,13 @@ class Runtime:
             done.exception()  # Whoever asked for it may be gone, and nobody else has to read it.
 
     async def verify(self) -> JobResult[Verification]:
-        """Verify the weights and remember the outcome, even if nobody waits for it."""
-        job = self.engine.verify()
-
-        def note(done: Future[JobResult[Verification]]) -> None:
-            if not done.cancelled() and done.exception() is None:
-                self.integrity.note(done.result().value.ok)
-
-        # On the engine thread, so that findings are noted in the order in which they were made.
-        job.add_done_callback(note)
-        return await asyncio.shield(asyncio.wrap_future(job))
+        """Verify the weights, to the end even if nobody waits for it."""
+        return await asyncio.shield(asyncio.wrap_future(self.engine.verify()))
 
     async def finish(self, grace: float) -> None:
         """Refuse what is new; let actions and rows end within `grace` seconds."""
         self.ending.set()
+        await asyncio.to_thread(self.guard.stop)
         deadline = time.monotonic() + grace
         if self._actions:
             await asyncio.wait(set(self._actions), timeout=grace)
@@ -367,6 +363,7 @@ class Runtime:
 
     def close(self) -> None:
         """End the threads and let another server have the state folder."""
+        self.guard.stop()
         # First the engine, for which an action may be waiting.
         self.engine.stop()
         self._operator_thread.shutdown(wait=True, cancel_futures=True)

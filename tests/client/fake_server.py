@@ -358,6 +358,7 @@ def verification(*, ok: bool) -> mix_pb2.VerifyWeightsResponse:
         device="cpu",
         damaged_resident=[] if ok else ["transformer.h.0.attn.c_attn.weight"],
         damaged_base=[] if ok else ["transformer.wte.weight"],
+        damaged_adapters=[] if ok else ["ef" * 32],
         longest_stall_seconds=0.0042,
     )
 

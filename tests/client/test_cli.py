@@ -311,6 +311,7 @@ def test_a_failed_verification_is_printed_and_fails(
     assert "the weights are not what they should be" in one_line(result)
     assert "transformer.h.0.attn.c_attn.weight" in result.stdout
     assert "transformer.wte.weight" in result.stdout
+    assert "ef" * 32 in result.stdout
     if options:
         assert json.loads(result.stdout)["ok"] is False
 

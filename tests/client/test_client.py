@@ -554,6 +554,7 @@ def test_verify(caller: Caller, server: FakeServer) -> None:
     assert not damaged.ok
     assert damaged.damaged_resident == ("transformer.h.0.attn.c_attn.weight",)
     assert damaged.damaged_base == ("transformer.wte.weight",)
+    assert damaged.damaged_adapters == ("ef" * 32,)
 
 
 def test_adapters(caller: Caller, server: FakeServer) -> None:

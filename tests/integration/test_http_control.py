@@ -433,15 +433,14 @@ def test_an_upload_is_bounded_while_it_arrives(served: Served, http: Http, gpt2:
 
 def test_probes_follow_what_is_served(served: Served, http: Http) -> None:
     serving, not_serving = {"status": "SERVING"}, {"status": "NOT_SERVING"}
-    integrity = served.runtime.integrity
     assert http.ask("GET", "/readyz").json == serving
-    integrity.note(False)
+    served.weights.intact = False
     try:
         answer = http.ask("GET", "/readyz")
         assert (answer.status, answer.json) == (503, not_serving)
         assert http.ask("GET", "/healthz").json == serving
     finally:
-        integrity.note(True)
+        served.weights.intact = True
     assert http.ask("GET", "/readyz").status == 200
     assert http.ask("HEAD", "/healthz").body == b""
 

@@ -255,6 +255,6 @@ def test_a_text_that_the_server_ends_early_says_so(served: Served, http: Http) -
 
 
 def test_nothing_is_served_from_damaged_weights(served: Served, http: Http) -> None:
-    served.runtime.integrity.note(False)
+    served.weights.intact = False
     assert complete(http).outcome == (500, "WEIGHTS_DAMAGED")
     assert http.ask("GET", "/v1/models").status == 200

@@ -126,9 +126,14 @@ CALLS: list[Callable[[Client], object]] = [
 
 
 def test_damaged_weights_serve_nothing_until_they_are_whole_again(served: Served) -> None:
+    served.runtime.guard.stop()  # Which would mend them at once.
     scores = served.score_bits()
+    stream = served.client.stream(PROMPT, max_new_tokens=900, ignore_eos=True)
+    next(stream)
     flip(served.parameters()[ADAPTED].data)
     assert not served.client.verify().ok
+    with pytest.raises(DataLossError, match="found damaged"):
+        list(stream)
     assert not served.client.info().weights_intact
     served.wait_for_health("superpose.v1.InferenceService", "NOT_SERVING")
     assert served.client.health("superpose.v1.MixService") == "SERVING"

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from prometheus_client import generate_latest
 from tests.server.helpers import GREEDY, Bench, random_adapter
 
@@ -11,6 +10,7 @@ from superpose_adapters.mix import BoundEntry, BoundMix
 from superpose_server.control.default_mix import MixState
 from superpose_server.engine.engine import Engine
 from superpose_server.metrics import Metrics
+from superpose_server.weights.resident import Findings
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -98,12 +98,16 @@ def test_the_default_mix_has_one_digest_at_a_time() -> None:
     assert value(metrics, "mix_info", digest=first.digest) is None
 
 
-@pytest.mark.parametrize("ok", [True, False])
-def test_verifications_are_shown(ok: bool) -> None:
+def test_checks_of_the_weights_are_counted() -> None:
     metrics = Metrics()
     assert value(metrics, "weights_verified") == 1
-    metrics.verified(ok)
-    assert value(metrics, "weights_verified") == ok
+    for intact in (True, False, False, True):
+        metrics.checked(Findings() if intact else Findings(damaged_resident=("a",)))
+        metrics.intact(intact)
+        assert value(metrics, "weights_verified") == intact
+    assert value(metrics, "weight_checks_total", result="ok") == 2
+    assert value(metrics, "weight_checks_total", result="damaged") == 2
+    assert value(metrics, "weights_mended_total") == 1
 
 
 def test_refused_requests_are_counted_by_reason() -> None:

@@ -231,14 +231,14 @@ def test_every_flipped_bit_is_found(base: Path) -> None:
     for name, parameter in parameters.items():
         flip_bit(parameter, parameter.numel() - 1)  # in a panel that is not full: what fills it
         found = verify(case.weights)
-        assert found.damaged_resident == (name,)
-        assert found.damaged_base == ()
+        assert found.findings.damaged_resident == (name,)
+        assert found.findings.damaged_base == ()
         assert found.resident_hash != clean.resident_hash
         flip_bit(parameter, parameter.numel() - 1)
     for module, kept in case.weights._base.items():
         flip_bit(kept, 5)
         found = verify(case.weights)
-        assert f"{module}.weight" in found.damaged_base
+        assert f"{module}.weight" in found.findings.damaged_base
         flip_bit(kept, 5)
     assert verify(case.weights) == clean
 

@@ -281,7 +281,7 @@ def test_parameters_folded_together_change_and_verify_as_alone(
     damaged = f"{prepared.groups[0][-1]}.weight"
     with torch.no_grad():
         live[damaged].view(-1)[3] += 1.0
-    assert case.verify().damaged_resident == (damaged,)
+    assert case.verify().findings.damaged_resident == (damaged,)
     case.fold(BoundMix("base"))
     assert_same_bits(case.bits(), case.start)
 
@@ -412,7 +412,8 @@ def test_verify_names_the_live_parameter_of_which_one_bit_was_flipped(
         flip_bit(parameter, parameter.numel() - 1)
         found = case.verify()
         assert not found.ok
-        assert (found.damaged_resident, found.damaged_base) == ((name,), ())
+        assert found.findings.damaged_resident == (name,)
+        assert found.findings.damaged_base == ()
         assert found.resident_hash != clean.resident_hash
         flip_bit(parameter, parameter.numel() - 1)
     assert case.verify() == clean
@@ -428,9 +429,9 @@ def test_verify_names_the_kept_base_of_which_one_bit_was_flipped(folded: bool) -
         flip_bit(case.weights._base[module])
         found = case.verify()
         assert not found.ok
-        assert found.damaged_base == (f"{module}.weight",)
+        assert found.findings.damaged_base == (f"{module}.weight",)
         if not folded:
-            assert found.damaged_resident == ()  # what is live is the base, and whole
+            assert found.findings.damaged_resident == ()  # what is live is the base, and whole
         flip_bit(case.weights._base[module])
     assert case.verify().ok
 

@@ -492,8 +492,11 @@ class VerifyWeightsResponse(google.protobuf.message.Message):
     DAMAGED_RESIDENT_FIELD_NUMBER: builtins.int
     DAMAGED_BASE_FIELD_NUMBER: builtins.int
     LONGEST_STALL_SECONDS_FIELD_NUMBER: builtins.int
+    DAMAGED_ADAPTERS_FIELD_NUMBER: builtins.int
     ok: builtins.bool
-    """True if every resident parameter equals a fresh fold and every base parameter its hash."""
+    """True if every resident parameter equals a fresh fold, and every base parameter and adapter its
+    hash.
+    """
     base_digest: builtins.str
     """sha256 (hex) of the checkpoint."""
     resident_hash: builtins.str
@@ -513,6 +516,10 @@ class VerifyWeightsResponse(google.protobuf.message.Message):
     def damaged_base(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Parameters whose kept base differs from its hash at load."""
 
+    @property
+    def damaged_adapters(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Digests of adapters whose factors, in use or kept, differ from their hash at load."""
+
     def __init__(
         self,
         *,
@@ -525,9 +532,10 @@ class VerifyWeightsResponse(google.protobuf.message.Message):
         damaged_resident: collections.abc.Iterable[builtins.str] | None = ...,
         damaged_base: collections.abc.Iterable[builtins.str] | None = ...,
         longest_stall_seconds: builtins.float = ...,
+        damaged_adapters: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["mix", b"mix"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["base_digest", b"base_digest", "damaged_base", b"damaged_base", "damaged_resident", b"damaged_resident", "device", b"device", "dtype", b"dtype", "longest_stall_seconds", b"longest_stall_seconds", "mix", b"mix", "ok", b"ok", "resident_hash", b"resident_hash"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_digest", b"base_digest", "damaged_adapters", b"damaged_adapters", "damaged_base", b"damaged_base", "damaged_resident", b"damaged_resident", "device", b"device", "dtype", b"dtype", "longest_stall_seconds", b"longest_stall_seconds", "mix", b"mix", "ok", b"ok", "resident_hash", b"resident_hash"]) -> None: ...
 
 Global___VerifyWeightsResponse: typing_extensions.TypeAlias = VerifyWeightsResponse
 

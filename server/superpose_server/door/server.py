@@ -30,6 +30,7 @@ class Server:
         http_address: The same of the HTTP door; "" if there is none.
         admin_address: The same of the one for operators; "" if there is none of its own.
         metrics_address: The same of the metrics.
+        failed: Set when nothing but a new start helps; `runtime.integrity.hopeless` says why.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -43,6 +44,7 @@ class Server:
         self.http_address = ""
         self.admin_address = ""
         self.metrics_address = ""
+        self.failed = asyncio.Event()
         inference = Inference(runtime)
         access = Access(runtime.config.tokens)
         tls = Tls.of(runtime.config)
@@ -104,6 +106,8 @@ class Server:
         self.metrics_address = f"{host}:{metrics.server_port}"
 
     def _tell_intact(self, intact: bool) -> None:
+        if self.runtime.integrity.hopeless:
+            self.failed.set()
         for door in self._doors:
             task = asyncio.ensure_future(door.tell_intact(intact))
             self._tasks.add(task)  # The loop alone would not keep it alive.

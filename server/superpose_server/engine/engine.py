@@ -42,7 +42,12 @@ from superpose_server.errors import (
 )
 from superpose_server.model.model import Model
 from superpose_server.model.threads import compute_with
-from superpose_server.weights.resident import PreparedMix, ResidentWeights, Verification
+from superpose_server.weights.resident import (
+    Findings,
+    PreparedMix,
+    ResidentWeights,
+    Verification,
+)
 
 Part = SequenceOf[Scheduled]
 T = TypeVar("T")
@@ -131,19 +136,53 @@ class Engine:
         return self._run(score_slices(self.runner, rows, mixes, self._prefill_tokens))
 
     def verify(self) -> Future[JobResult[Verification]]:
-        """Compare the weights with a fresh fold, and the base with its hash."""
-        return self._run(self._weights.verify())
+        """Compare the weights with a fresh fold, and what they are made of with its hashes.
+
+        From the first damage on rows and scores end with a DataLoss, since what they have read was
+        damaged, until a check finds nothing.
+
+        Raises:
+            QueueFull: Too many jobs wait.
+            ShuttingDown: The engine takes no more.
+        """
+
+        def slices() -> Generator[bool, None, Verification]:
+            found = yield from self.runner.verify()
+            self._observe(self._observer.checked, found.findings)
+            return found
+
+        return self._run(slices(), needs_weights=False)
+
+    def check(self) -> Future[JobResult[Findings]]:
+        """The same, without a hash of all weights, and however the mix changes meanwhile."""
+        return self._look_after(self.runner.check)
+
+    def mend(self) -> Future[JobResult[Findings]]:
+        """Write the weights anew from the kept base and the adapters, and check them."""
+        return self._look_after(self.runner.mend)
+
+    def _look_after(
+        self, look: Callable[[], Generator[bool, None, Findings]]
+    ) -> Future[JobResult[Findings]]:
+        def slices() -> Generator[bool, None, Findings]:
+            found = yield from look()
+            self._observe(self._observer.checked, found)
+            return found
+
+        return self._run(slices(), needs_weights=False, bounded=False)
 
     def measure_fold_error(self, prepared: PreparedMix) -> Future[JobResult[float]]:
         """Measure what folding `prepared` would lose, without folding it."""
         return self._run(self._weights.measure_fold_error(prepared))
 
-    def _run(self, slices: Generator[bool, None, T]) -> Future[JobResult[T]]:
-        job = Job(slices)
+    def _run(
+        self, slices: Generator[bool, None, T], *, needs_weights: bool = True, bounded: bool = True
+    ) -> Future[JobResult[T]]:
+        job = Job(slices, needs_weights=needs_weights)
         with self._wake:
             if self._stopping:
                 raise ShuttingDown
-            if len(self._jobs) > self._scheduler.max_queue:
+            if bounded and len(self._jobs) > self._scheduler.max_queue:
                 raise QueueFull(len(self._jobs), RETRY_AFTER_SECONDS)
             self._jobs.append(job)
             self._wake.notify()
@@ -219,6 +258,8 @@ class Engine:
             self._end_all(ShuttingDown())
         self._drop_cancelled()
         self._admit()
+        if not self._weights.intact:
+            self._end_rows(_damaged())
         self._run_rows(self._scheduler.schedule(self._prefill_tokens))
         self._do_slice()
 
@@ -457,7 +498,9 @@ class Engine:
         if self._jobs:
             # It stays in the queue meanwhile, so that the engine is not taken for idle.
             job = self._jobs[0]
-            if not job.run_slice():
+            if job.needs_weights and not self._weights.intact:
+                self._jobs.popleft().fail(_damaged())
+            elif not job.run_slice():
                 self._jobs.popleft()
                 self._forget()
             elif job.yields:
@@ -465,6 +508,15 @@ class Engine:
 
     def _end_all(self, error: Exception) -> None:
         """End every row, job and fold, with no work on the device, which may be what failed."""
+        self._end_rows(error)
+        while self._jobs:
+            self._jobs.popleft().fail(error)
+        while self._folds:
+            self._folds.popleft()[1].set_exception(error)
+        self.runner.forget()
+
+    def _end_rows(self, error: Exception) -> None:
+        """End every row, those that wait too."""
         stopping = isinstance(error, ShuttingDown)
         for row in self._scheduler.drop_waiting(cancelled_only=False):
             self._tell(row, Chunk(error=error))
@@ -474,8 +526,11 @@ class Engine:
         for row in self._scheduler.drop_running():
             if not row.ended:
                 self._tell(row, row.abort() if stopping else Chunk(error=error))
-        while self._jobs:
-            self._jobs.popleft().fail(error)
-        while self._folds:
-            self._folds.popleft()[1].set_exception(error)
-        self.runner.forget()
+
+
+def _damaged() -> DataLoss:
+    return DataLoss(
+        "the weights were found damaged, and what was made of them may be wrong: try again in a "
+        "moment, when they are mended",
+        "WEIGHTS_DAMAGED",
+    )

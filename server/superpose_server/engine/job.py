@@ -13,10 +13,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class JobResult(Generic[T]):
-    """What a job returned, and the longest time in seconds that it kept the engine busy."""
+    """What a job returned, and for how long it kept the engine busy.
+
+    Attributes:
+        value: What it returned.
+        longest_stall_seconds: Its longest slice.
+        seconds: All of its slices together.
+    """
 
     value: T
     longest_stall_seconds: float
+    seconds: float
 
 
 class Job(Generic[T]):
@@ -26,12 +33,14 @@ class Job(Generic[T]):
 
     Attributes:
         yields: What it yielded last.
+        needs_weights: Whether damaged weights would spoil its result.
     """
 
-    def __init__(self, slices: Generator[bool, None, T]) -> None:
+    def __init__(self, slices: Generator[bool, None, T], *, needs_weights: bool = True) -> None:
         """Wrap `slices`, which runs on the engine thread alone."""
         self._slices = slices
-        self._longest = 0.0
+        self.needs_weights = needs_weights
+        self._longest = self._seconds = 0.0
         self.yields = True
         self.future: Future[JobResult[T]] = Future()
 
@@ -45,7 +54,7 @@ class Job(Generic[T]):
             self.yields = next(self._slices)
         except StopIteration as end:
             self._measure(started)
-            self._resolve(JobResult(end.value, self._longest), None)
+            self._resolve(JobResult(end.value, self._longest, self._seconds), None)
             return False
         except Exception as error:
             self._resolve(None, error)
@@ -59,7 +68,9 @@ class Job(Generic[T]):
         self._resolve(None, error)
 
     def _measure(self, started: float) -> None:
-        self._longest = max(self._longest, time.perf_counter() - started)
+        took = time.perf_counter() - started
+        self._longest = max(self._longest, took)
+        self._seconds += took
 
     def _resolve(self, result: JobResult[T] | None, error: Exception | None) -> None:
         # The caller may have cancelled in the meantime; then nobody waits for the result.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from superpose_adapters.mix import BoundMix
 from superpose_server.engine.sequence import FinishReason, Sequence
+from superpose_server.weights.resident import Findings
 
 
 class EngineObserver:
@@ -26,6 +27,9 @@ class EngineObserver:
 
     def weights_lost(self, error: Exception) -> None:
         """A fold left the weights as no mix at all."""
+
+    def checked(self, found: Findings) -> None:
+        """The weights were compared with what they should be."""
 
 
 class Observers(EngineObserver):
@@ -64,3 +68,8 @@ class Observers(EngineObserver):
         """See `EngineObserver`."""
         for observer in self._observers:
             observer.weights_lost(error)
+
+    def checked(self, found: Findings) -> None:
+        """See `EngineObserver`."""
+        for observer in self._observers:
+            observer.checked(found)

@@ -7,7 +7,8 @@ corrected. How a pass is run, compiled, captured or with hooks, is decided here 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -21,7 +22,7 @@ from superpose_server.model.graphs import CaptureError, GpuCapture, Step
 from superpose_server.model.model import Model
 from superpose_server.model.passes import Way
 from superpose_server.weights.corrections import Corrections
-from superpose_server.weights.resident import ResidentWeights
+from superpose_server.weights.resident import Findings, ResidentWeights, Verification
 
 _log = logging.getLogger(__name__)
 
@@ -129,6 +130,38 @@ class Runner:
     def forget(self, in_use: Sequence[BoundMix] = ()) -> None:
         """Let go of adapters that are in none of `in_use`; see `Corrections.forget`."""
         self._corrections.forget(in_use)
+
+    def check(self) -> Generator[bool, None, Findings]:
+        """Check the weights, and what is kept to correct by; see `ResidentWeights.check`."""
+        copies = yield from self._check_copies()
+        return self._conclude((yield from self._weights.check()), copies)
+
+    def verify(self) -> Generator[bool, None, Verification]:
+        """The same, with a hash of the weights; see `ResidentWeights.verify`."""
+        copies = yield from self._check_copies()
+        found = yield from self._weights.verify()
+        return replace(found, findings=self._conclude(found.findings, copies))
+
+    def mend(self) -> Generator[bool, None, Findings]:
+        """Make anew whatever can be, and check it.
+
+        Raises:
+            DataLoss: The weights are no mix at all.
+        """
+        self._corrections.clear()
+        self._weights.mend()
+        return (yield from self.check())
+
+    def _check_copies(self) -> Generator[bool, None, tuple[str, ...]]:
+        damaged = yield from self._corrections.check(self._weights.adapters)
+        self._weights.intact &= not damaged
+        return damaged
+
+    def _conclude(self, found: Findings, copies: tuple[str, ...]) -> Findings:
+        adapters = tuple(dict.fromkeys((*found.damaged_adapters, *copies)))
+        found = replace(found, damaged_adapters=adapters)
+        self._weights.intact = found.ok
+        return found
 
     def _pass(
         self, spans: Sequence[Span], wanted: Sequence[int], mixes: Sequence[BoundMix]

@@ -246,11 +246,13 @@ class Inference:
     def _check_serving(self) -> None:
         if self._runtime.ending.is_set():
             raise ShuttingDown
-        if not self._runtime.integrity.intact:
+        integrity = self._runtime.integrity
+        if not integrity.intact:
+            remedy = "try again in a moment, when they are mended"
+            if integrity.hopeless:
+                remedy = "restart the server"
             raise DataLoss(
-                "the weights failed their last verification: set another mix and verify again, "
-                "or restart the server",
-                "WEIGHTS_DAMAGED",
+                f"the weights failed their last verification: {remedy}", "WEIGHTS_DAMAGED"
             )
 
     def resolve(self, mix: Mix | None) -> MixState:

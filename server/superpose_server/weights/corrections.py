@@ -8,7 +8,7 @@ correction: no LoRA arithmetic and not even a hook on any module.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
@@ -118,6 +118,26 @@ class Corrections:
         needed = {adapter for mix in in_use for adapter in mix.weights}
         if not needed.issuperset(self._stacked):
             self._stacked, self._stack = (), None
+
+    def check(self, adapters: Iterable[Adapter]) -> Generator[bool, None, tuple[str, ...]]:
+        """Return the digests of those of `adapters` whose factors are kept here with other bits.
+
+        Yields after each adapter. Gates and tables are not looked at: they last as long as a batch.
+        """
+        damaged = []
+        for adapter in adapters:
+            stacks = [stack for stack in (self._pool, self._stack) if stack is not None]
+            if not (self._factors.whole(adapter) and all(s.whole(adapter) for s in stacks)):
+                damaged.append(adapter.digest)
+            yield True
+        return tuple(damaged)
+
+    def clear(self) -> None:
+        """Drop everything, so that whatever is needed is made anew from the adapters."""
+        self.forget()
+        self._factors = KernelFactors(_dtype_of(self._modules))
+        if self._pool is not None:
+            self._pool.clear()
 
     def _make_plan(self, rows: Sequence[BoundMix], resident: BoundMix) -> Correction | None:
         differences = [self._gates_of(mix, resident) for mix in rows]

@@ -86,20 +86,33 @@ class FactorStack:
         used = max((columns.stop for columns in self._columns.values()), default=0)
         if used + sum(adapter.rank for adapter in new) > self.ranks:
             return False
-        largest = torch.finfo(self._all.dtype).max
         for adapter in new:
-            rows = torch.zeros(adapter.rank, self._all.shape[1], dtype=torch.float32)
-            for name, factors in adapter.modules.items():
-                # Finite, since rows whose gate is 0 are multiplied by it too.
-                a = factors.a.clamp(-largest, largest)
-                b = (factors.b.double() * factors.scaling).float().clamp(-largest, largest)
-                rows[: len(a), self._places[name, 0]] = a
-                rows[: len(a), self._places[name, 1]] = b.T
             columns = slice(used, used + adapter.rank)
-            self._all[columns] = rows.to(self._all)
+            self._all[columns] = self._arrange(adapter)
             self._columns[adapter.digest] = columns
             used = columns.stop
         return True
+
+    @torch.inference_mode()
+    def whole(self, adapter: Adapter) -> bool:
+        """Return whether what is here of an adapter, if anything is, is what it should be."""
+        columns = self._columns.get(adapter.digest)
+        if columns is None:
+            return True
+        kept, fresh = self._all[columns], self._arrange(adapter)
+        return torch.equal(kept.view(torch.int8), fresh.view(torch.int8))
+
+    def _arrange(self, adapter: Adapter) -> Tensor:
+        """Return the ranks (rank, features of all modules) of an adapter."""
+        largest = torch.finfo(self._all.dtype).max
+        rows = torch.zeros(adapter.rank, self._all.shape[1], dtype=torch.float32)
+        for name, factors in adapter.modules.items():
+            # Finite, since rows whose gate is 0 are multiplied by it too.
+            a = factors.a.clamp(-largest, largest)
+            b = (factors.b.double() * factors.scaling).float().clamp(-largest, largest)
+            rows[: len(a), self._places[name, 0]] = a
+            rows[: len(a), self._places[name, 1]] = b.T
+        return rows.to(self._all)
 
     def spread(self, adapters: Sequence[Adapter], gates: Tensor) -> Tensor:
         """Return gates (rows, ranks) from those (rows, adapters) of adapters that are here."""

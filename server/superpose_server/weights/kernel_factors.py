@@ -57,6 +57,15 @@ class KernelFactors:
             raise ValueError(f"factors of {module} are for modules of different sizes: {sizes}")
         return pairs
 
+    def whole(self, adapter: Adapter) -> bool:
+        """Return whether what is kept of an adapter, if anything is, is what it should be."""
+        return all(
+            torch.equal(kept.a.view(torch.int8), fresh.a.view(torch.int8))
+            and torch.equal(kept.b.view(torch.int8), fresh.b.view(torch.int8))
+            for name, kept in self._pairs.get(adapter, {}).items()
+            for fresh in (self._arrange(name, adapter.modules[name]),)
+        )
+
     def _arrange(self, module: str, factors: Factors) -> Pair:
         (ranks, inputs), (outputs, of_b) = factors.a.shape, factors.b.shape
         if ranks != of_b:

@@ -11,12 +11,13 @@ import logging
 import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from superpose_adapters.adapter import Adapter
-from superpose_adapters.digest import canonical_digest, hash_bytes
+from superpose_adapters.digest import canonical_digest, hash_bytes, hash_slices
 from superpose_adapters.fold import concatenate_factors
 from superpose_adapters.geometry import (
     MAX_FOLD_ERROR,
@@ -43,6 +44,7 @@ _VERIFY_ATTEMPTS = 8
 # Elements of a parameter on a CPU that are measured at a time: float64 scratch for all of them is
 # some 200 MiB for GPT-2 Small, which the allocator would keep.
 _MEASURED = 1 << 14
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _log = logging.getLogger(__name__)
 
@@ -73,24 +75,48 @@ class PreparedMix:
 
 
 @dataclass(frozen=True)
-class Verification:
-    """What `verify` found; see `VerifyWeightsResponse`."""
+class Findings:
+    """What a check of the weights found.
 
-    mix: BoundMix
-    resident_hash: str
-    damaged_resident: tuple[str, ...]
-    damaged_base: tuple[str, ...]
+    Attributes:
+        damaged_resident: Live parameters that are not what they should be.
+        damaged_base: Parameters whose kept base is not what it was at load.
+        damaged_adapters: Digests of adapters whose factors are not what they were at load.
+        lost: Parameters and adapters of which there is no whole copy here to mend them from.
+    """
+
+    damaged_resident: tuple[str, ...] = ()
+    damaged_base: tuple[str, ...] = ()
+    damaged_adapters: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
         """True if no bit differs."""
-        return not (self.damaged_resident or self.damaged_base)
+        return not (self.damaged_resident or self.damaged_base or self.damaged_adapters)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found of the weights of one mix; see `VerifyWeightsResponse`."""
+
+    mix: BoundMix
+    resident_hash: str
+    findings: Findings
+
+    @property
+    def ok(self) -> bool:
+        """True if no bit differs."""
+        return self.findings.ok
 
 
 class ResidentWeights:
     """The live parameters of a model, and the base that they are folded from.
 
-    `lost` is set when a fold left them as no mix at all, and unset by whoever finds them right.
+    Attributes:
+        intact: Whether texts may be made of them. Unset when a check finds damage, or a fold has
+            left them as no mix at all; set by whoever finds everything right.
+        resident: The mix that they hold.
 
     `prepare` may run on any one thread at a time; all else belongs to the engine thread.
     """
@@ -125,8 +151,12 @@ class ResidentWeights:
         self._live = {
             name: self._parameters[f"{name}.weight"] for name, m in layout.items() if not m.tied
         }
-        self._hashes = {name: self._hash(name, p) for name, p in self._parameters.items()}
-        self.lost = False
+        # Of the bits in memory; only the hash that `verify` reports is of the checkpoint's layout.
+        self._hashes = {name: hash_bytes(p) for name, p in self._parameters.items()}
+        # Those whose factors a fold or a correction may read, each by its identity: of two with one
+        # digest each has factors of its own.
+        self._adapters: WeakValueDictionary[int, Adapter] = WeakValueDictionary()
+        self.intact = True
         self.base_digest = base_digest
         self.resident = PreparedMix(BoundMix(base_digest))
 
@@ -135,12 +165,18 @@ class ResidentWeights:
         """Bytes of the kept base parameters."""
         return sum(t.numel() * t.element_size() for t in self._base.values())
 
+    @property
+    def adapters(self) -> list[Adapter]:
+        """Those that were seen and are in use still."""
+        return list(self._adapters.values())
+
     @torch.inference_mode()
     def keep_base(self, adapter: Adapter) -> None:
         """Keep the base of every module that `adapter` adapts, so that adding it later is quick.
 
         Runs where `prepare` may run.
         """
+        self._adapters[id(adapter)] = adapter
         new = adapter.modules.keys() - self._base.keys()
         for module in adapter.modules:
             self._keep_base(module)
@@ -155,6 +191,7 @@ class ResidentWeights:
             FailedPrecondition: The folded weights would not be finite.
         """
         weights = mix.weights
+        self._adapters.update({id(adapter): adapter for adapter in weights})
         factors: dict[str, Pair] = {}
         for module in sorted({name for adapter in weights for name in adapter.modules}):
             self._keep_base(module)
@@ -264,57 +301,133 @@ class ResidentWeights:
         try:
             self._copy_base(list(self._base))
         except Exception as error:
-            self.lost = True
+            self.intact = False
             raise DataLoss(
                 "a fold failed and the base could not be put back: restart the server",
                 "WEIGHTS_DAMAGED",
             ) from error
         self.resident = PreparedMix(BoundMix(self.base_digest))
 
-    def verify(self) -> Generator[bool, None, Verification]:
-        """Compare every live bit with a fresh fold and every base bit with its hash at load.
+    def mend(self) -> None:
+        """Write every parameter that was ever folded anew, from the kept base and the adapters.
 
-        Yields after a few parameters, so that the engine can step in between; begins anew when the
-        resident mix changes meanwhile.
+        Whether that has helped, a check tells.
+
+        Raises:
+            DataLoss: Not even the base could be copied; the weights are no mix at all.
+        """
+        # Prepared factors may be what is damaged. No base is kept anew here: all were folded once.
+        self._restore(self.prepare(self.resident.mix))
+
+    def check(self) -> Generator[bool, None, Findings]:
+        """Compare every live bit with a fresh fold, and base and factors with their hashes at load.
+
+        Each parameter is compared with the mix that is resident when its turn comes, so that
+        changes of the mix do not matter. Yields after a few MiB, so that the engine can step in
+        between. `intact` is false from the first damage on, for rows that run meanwhile.
+        """
+        resident: list[str] = []
+        base: list[str] = []
+        lost: list[str] = []
+        todo = dict.fromkeys(self._parameters)
+        while todo:
+            # All of a group, as each rounds as it does in this company.
+            group = self._folded_with(next(iter(todo)))
+            damaged = self._damaged_of(group)
+            yield True
+            for name in todo.keys() & set(group):
+                kept = name.removesuffix(".weight") in self._base
+                whole = yield from self._is_base_whole(name)
+                if whole is None:  # Its base is kept from now on: look again.
+                    continue
+                del todo[name]
+                if not whole:
+                    lost.append(name)
+                    (base if kept else resident).append(name)
+                if name in damaged and (whole or self._was_changed(name)):
+                    resident.append(name)
+                self.intact &= whole and name not in damaged
+        adapters = []
+        for adapter in self.adapters:
+            if not (yield from _is_whole(adapter)):
+                adapters.append(adapter.digest)
+                self.intact = False
+        return Findings(tuple(resident), tuple(base), tuple(adapters), (*lost, *adapters))
+
+    def verify(self) -> Generator[bool, None, Verification]:
+        """Check the weights and hash them, all under one mix; see `check`.
+
+        Begins anew when the resident mix changes meanwhile.
 
         Raises:
             FailedPrecondition: The resident mix changed again and again.
         """
         for _ in range(_VERIFY_ATTEMPTS):
             resident = self.resident
-            found = yield from self._verify_against(resident)
-            if found is not None:
-                return found
+            findings = yield from self.check()
+            hashes = {}
+            for name, parameter in self._parameters.items():
+                if self.resident is not resident:
+                    break
+                hashes[name] = self._hash(name, parameter)
+                yield True
+            if self.resident is resident or not findings.ok:
+                return Verification(resident.mix, canonical_digest(hashes), findings)
         raise FailedPrecondition(
             f"the mix changed {_VERIFY_ATTEMPTS} times while the weights were verified: verify "
             "again when it rests",
             "MIX_KEEPS_CHANGING",
         )
 
-    def _verify_against(self, resident: PreparedMix) -> Generator[bool, None, Verification | None]:
-        kept = set(self._base)
-        expected = dict(self._hashes)
-        for group in resident.groups:
-            for module, fresh in zip(group, self._fresh(group, resident.factors), strict=True):
-                name = f"{module}.weight"
-                expected[name] = self._hash(name, fresh)
+    def _folded_with(self, name: str) -> list[str]:
+        """Return the parameters that are folded together with one now, or that one alone."""
+        module = name.removesuffix(".weight")
+        group = next((group for group in self.resident.groups if module in group), None)
+        return [name] if group is None else [f"{module}.weight" for module in group]
+
+    @torch.inference_mode()
+    def _damaged_of(self, group: Sequence[str]) -> set[str]:
+        """Return which of the parameters of a group are not what base and adapters make of them.
+
+        One whose base was never kept was never folded: only its hash tells.
+        """
+        modules = [name.removesuffix(".weight") for name in group]
+        if not set(modules) <= self._base.keys():
+            return set()
+        expected = [self._base[module] for module in modules]
+        if modules[0] in self.resident.factors:
+            expected = self._fresh(modules, self._arranged(modules))
+        pairs = zip(group, modules, expected, strict=True)
+        return {name for name, module, bits in pairs if not _same_bits(self._live[module], bits)}
+
+    def _was_changed(self, name: str) -> bool:
+        """Return whether a live parameter is damaged, whose kept base is: only it can tell now."""
+        folded = name.removesuffix(".weight") in self.resident.factors
+        return folded or hash_bytes(self._parameters[name]) != self._hashes[name]
+
+    def _is_base_whole(self, name: str) -> Generator[bool, None, bool | None]:
+        """Return whether a base parameter has its hash; None if it became a kept one meanwhile."""
+        module = name.removesuffix(".weight")
+        kept = self._base.get(module)
+        slices = hash_slices(self._parameters[name] if kept is None else kept)
+        while True:
+            try:
+                next(slices)
+            except StopIteration as end:
+                return bool(end.value == self._hashes[name])
             yield True
-            if self.resident is not resident:
+            if self._base.get(module) is not kept:
                 return None
-        hashes, damaged_resident, damaged_base = {}, [], []
-        for name, parameter in self._parameters.items():
-            module = name.removesuffix(".weight")
-            hashes[name] = self._hash(name, parameter)
-            if module in kept and self._hash(name, self._base[module]) != self._hashes[name]:
-                damaged_base.append(name)
-            if hashes[name] != expected[name]:
-                damaged_resident.append(name)
-            yield True
-            if self.resident is not resident:
-                return None
-        return Verification(
-            resident.mix, canonical_digest(hashes), tuple(damaged_resident), tuple(damaged_base)
-        )
+
+    def _arranged(self, modules: Iterable[str]) -> dict[str, Pair]:
+        """Return the factors of the resident mix for some modules, from the adapters themselves."""
+        weights = self.resident.mix.weights
+        pairs = {module: concatenate_factors(weights, module) for module in modules}
+        return {
+            module: self._formats[module].arrange(*pair)
+            for module, pair in pairs.items()
+            if pair is not None
+        }
 
     @torch.inference_mode()
     def _fresh(self, group: Sequence[str], factors: Mapping[str, Pair]) -> list[Tensor]:
@@ -346,6 +459,21 @@ class ResidentWeights:
         if total > 0:
             return math.sqrt(lost / total)
         return 1.0 if mix_norm(prepared.mix.weights) > 0 else 0.0
+
+
+def _is_whole(adapter: Adapter) -> Generator[bool, None, bool]:
+    """Return whether no bit of an adapter's factors has changed."""
+    whole = True
+    for factors in adapter.modules.values():
+        whole &= factors.whole
+        yield True
+    return whole
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    # As integers: 0.0 and -0.0 differ, and a NaN is equal to itself.
+    integers = _INTEGERS[one.element_size()]
+    return torch.equal(one.detach().view(integers), other.to(one.device).view(integers))
 
 
 def _energy(parameter: Tensor) -> float:

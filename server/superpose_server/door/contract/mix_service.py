@@ -97,7 +97,7 @@ class MixService(mix_pb2_grpc.MixServiceServicer):
     async def VerifyWeights(
         self, request: pb.VerifyWeightsRequest, context: Any
     ) -> pb.VerifyWeightsResponse:
-        """Compare the resident weights with a fresh fold, and the base with its hash."""
+        """Compare the resident weights with a fresh fold, base and adapters with their hashes."""
         verified = await self._inference.verify()
         found = verified.found
         model = self._runtime.model
@@ -108,8 +108,9 @@ class MixService(mix_pb2_grpc.MixServiceServicer):
             resident_hash=found.resident_hash,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
-            damaged_resident=found.damaged_resident,
-            damaged_base=found.damaged_base,
+            damaged_resident=found.findings.damaged_resident,
+            damaged_base=found.findings.damaged_base,
+            damaged_adapters=found.findings.damaged_adapters,
             longest_stall_seconds=verified.longest_stall_seconds,
         )
 

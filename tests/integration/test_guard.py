@@ -1,0 +1,226 @@
+"""Damage that nobody asks about is found while texts are made, and mended, or the server ends."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.integration.harness import (
+    PATIENCE,
+    PROMPT,
+    Family,
+    LoopThread,
+    Served,
+    start,
+    wait_until,
+)
+from torch import Tensor
+
+from superpose_client import CallError, DataLossError
+from superpose_server import command
+from superpose_server.control.guard import Guard
+from superpose_server.weights.resident import ResidentWeights
+
+INFERENCE = "superpose.v1.InferenceService"
+ADAPTED = "transformer.h.0.attn.c_attn"
+EVERY = 0.2
+STREAMS = 16
+
+
+def spoil(tensor: Tensor) -> None:
+    """Flip a bit of an exponent: the number is 256 times as large, or as small."""
+    with torch.inference_mode():
+        tensor.view(-1)[7:8].view(torch.int32).bitwise_xor_(1 << 26)
+
+
+@pytest.fixture
+def guarded(loop: LoopThread, gpt2: Family, tmp_path: Path) -> Any:
+    served = start(loop, gpt2.base, tmp_path / "state", verify_every=EVERY)
+    try:
+        gpt2.push_all(served.client)
+        served.client.add("a")
+        yield served
+    finally:
+        served.stop()
+
+
+def test_a_bit_that_flips_while_16_streams_run_is_found_and_mended(guarded: Served) -> None:
+    served, weights = guarded, guarded.weights
+    expected, hashes = served.greedy(), served.hashes()
+    # What the engine's thread did and found, in its own order.
+    events: list[tuple[str, object, float]] = []
+    served.runtime.integrity.follow(lambda ok: events.append(("found", ok, time.monotonic())))
+    observer = served.recorder
+    observer.finished = lambda row, why: events.append(("text", row, 0.0))  # type: ignore[method-assign]
+    observer.failed = lambda row, error: events.append(("error", error, 0.0))  # type: ignore[method-assign]
+    enough, ended = threading.Event(), []
+
+    def ask() -> None:
+        """Make texts one after the other, as every client does that tries again."""
+        while not enough.is_set():
+            try:
+                served.greedy(tokens=40)
+            except CallError as error:
+                ended.append(error)
+
+    clients = [threading.Thread(target=ask) for _ in range(STREAMS)]
+    for client in clients:
+        client.start()
+    wait_until(lambda: served.runtime.engine.running == STREAMS, "all streams run")
+    flipped = time.monotonic()
+    spoil(weights._live[ADAPTED])
+    wait_until(lambda: ("found", False) in [event[:2] for event in events], "it is found")
+    wait_until(lambda: events[-1][:2] == ("found", True), "it is mended")
+    wait_until(lambda: events[-1][0] == "text" or len(events) > 1000, "texts are made again")
+    enough.set()
+    for client in clients:
+        client.join(PATIENCE)
+
+    found = next(i for i, event in enumerate(events) if event[:2] == ("found", False))
+    mended = next(i for i, event in enumerate(events) if i > found and event[0] == "found")
+    assert events[mended][1] is True
+    assert events[found][2] - flipped < EVERY + 1.0  # The check itself, on a slow machine.
+    # From there on no text ends but with an error, until it is mended.
+    assert {kind for kind, *_ in events[found:mended]} <= {"found", "error"}
+    errors = [event[1] for event in events if event[0] == "error"]
+    assert len(errors) >= STREAMS
+    assert {getattr(error, "reason", None) for error in errors} == {"WEIGHTS_DAMAGED"}
+    assert {type(error) for error in ended} == {DataLossError}
+    after = [event[1] for event in events[mended:] if event[0] == "text"]
+    assert after
+    assert all(tuple(row.tokens[: len(expected)]) == expected for row in after)  # type: ignore[attr-defined]
+    assert served.hashes() == hashes
+    assert served.client.verify().ok
+    served.wait_for_health(INFERENCE, "SERVING")
+    metric = served.runtime.metrics.registry.get_sample_value
+    assert metric("superpose_weight_checks_total", {"result": "damaged"}) == 1
+    assert metric("superpose_weights_mended_total") == 1
+    assert metric("superpose_weights_verified") == 1
+
+
+def live(served: Served) -> Tensor:
+    return served.weights._live[ADAPTED]
+
+
+def prepared(served: Served) -> Tensor:
+    """Factors that the next fold of the same mix would be made of."""
+    spoil(live(served))
+    return served.weights.resident.factors[ADAPTED][1]
+
+
+def copy(served: Served) -> Tensor:
+    """Factors that rows of another mix are corrected by."""
+    held = iter(served.client.stream(PROMPT, mix="b", max_new_tokens=900, ignore_eos=True))
+    next(held)
+    served.copies = held  # type: ignore[attr-defined]  # Runs on.
+    stack = served.runtime.engine.runner._corrections._stack
+    assert stack is not None
+    return stack.a[ADAPTED][0]
+
+
+@pytest.mark.parametrize("what", [live, prepared, copy])
+def test_what_can_be_made_anew_is(guarded: Served, what: Callable[[Served], Tensor]) -> None:
+    expected = guarded.greedy(), guarded.greedy({"b": 1.0})
+    mended = guarded.runtime.metrics.registry.get_sample_value
+    spoil(what(guarded))
+    wait_until(lambda: mended("superpose_weights_mended_total") == 1, "it is mended")
+    assert (guarded.greedy(), guarded.greedy({"b": 1.0})) == expected
+    assert guarded.client.verify().ok
+    assert not guarded.server.failed.is_set()
+
+
+def kept_base(served: Served) -> Tensor:
+    return served.weights._base[ADAPTED]
+
+
+def never_folded(served: Served) -> Tensor:
+    return served.parameters()["transformer.wte.weight"].data
+
+
+def adapter(served: Served) -> Tensor:
+    registered = served.runtime.registry.find("c")
+    assert registered is not None
+    return registered.adapter.modules[ADAPTED].a
+
+
+@pytest.mark.parametrize("what", [kept_base, never_folded, adapter])
+def test_what_there_is_no_copy_of_ends_the_server(
+    guarded: Served, what: Callable[[Served], Tensor]
+) -> None:
+    stream = guarded.client.stream(PROMPT, max_new_tokens=900, ignore_eos=True)
+    next(stream)
+    spoil(what(guarded))
+    with pytest.raises(DataLossError):
+        list(stream)
+    wait_until(guarded.server.failed.is_set, "the server is to end")
+    guarded.wait_for_health(INFERENCE, "NOT_SERVING")
+    with pytest.raises(DataLossError, match="restart the server"):
+        guarded.client.generate(PROMPT)
+
+
+def test_the_command_says_what_is_damaged_and_exits_with_3(
+    gpt2: Family,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    real = ResidentWeights.check
+
+    def check(self: ResidentWeights) -> Generator[bool, None, Any]:
+        spoil(self._parameters["transformer.wte.weight"].data)
+        return real(self)
+
+    monkeypatch.setattr(ResidentWeights, "check", check)
+    flags = [f"--base={gpt2.base}", f"--state-dir={tmp_path / 'state'}", "--dtype=float32"]
+    flags += ["--compile=off", "--device=cpu"]
+    flags += ["--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0", f"--verify-every={EVERY}"]
+    monkeypatch.setattr(sys, "argv", ["superpose-server", *flags])
+    with pytest.raises(SystemExit) as caught:
+        command.run()
+    assert caught.value.code == 3
+    told = capsys.readouterr()
+    assert told.out.startswith("ready ")
+    (line,) = told.err.splitlines()
+    assert line.startswith("superpose-server: transformer.wte.weight: damaged in memory")
+    assert line.endswith("start the server again")
+    assert "FATAL" in caplog.text
+
+
+def test_changes_of_the_mix_do_not_keep_the_weights_from_being_checked(guarded: Served) -> None:
+    """A mix changes more often than all weights can be looked through."""
+    metric = guarded.runtime.metrics.registry.get_sample_value
+    weights = itertools.cycle((0.5, 1.0, -1.0))
+    before = metric("superpose_weight_checks_total", {"result": "ok"}) or 0
+
+    def checked() -> bool:
+        guarded.client.set({"a": next(weights)})
+        return (metric("superpose_weight_checks_total", {"result": "ok"}) or 0) > before + 2
+
+    wait_until(checked, "the weights were checked three times")
+    assert metric("superpose_weight_checks_total", {"result": "damaged"}) is None
+
+
+def test_without_a_number_a_check_is_as_rare_as_it_is_dear() -> None:
+    def wait_after(cost: float, every: float | None) -> float | None:
+        guard: Any = object.__new__(Guard)
+        guard._every = every
+        after: float | None = guard._after(100.0, cost)
+        return after
+
+    assert wait_after(0.1, None) == 160.0
+    assert wait_after(2.0, None) == 500.0  # 0.5 % of 400 s
+    assert wait_after(2.0, 7.0) == 107.0
+    assert wait_after(2.0, 0.0) is None
+
+
+def test_no_check_outlives_the_server(guarded: Served) -> None:
+    guarded.stop(grace=10.0)
+    assert not guarded.runtime.guard._thread.is_alive()
