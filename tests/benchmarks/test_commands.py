@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import pytest
-from benchmarks import correctness, fit, fold, load, memory, scaling, swaps
+from benchmarks import correctness, fit, fold, guard, load, memory, scaling, swaps
 from benchmarks.serverprocess import resident_bytes
 from tests.integration.harness import LoopThread, start
 
@@ -178,6 +178,15 @@ def test_soak(command: Command) -> None:
     read = command(load, "soak", *options)
     assert all(check["ok"] for check in read["checks"])
     assert set(read["data"]["statuses"]) <= {"OK", "RESOURCE_EXHAUSTED"}
+
+
+def test_guard(command: Command) -> None:
+    # On so small a base, next to nothing but the price of a slice: only that it is measured.
+    read = command(guard, "guard", "--seconds=0.2")
+    for row in read["tables"][0]["rows"]:
+        assert row[3] > 0
+        assert 0 < row[4] < row[7]
+    assert list(read["data"]) == ["the default mix", "mixes of their own"]
 
 
 def test_memory(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

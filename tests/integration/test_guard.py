@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from tests.integration.harness import (
     PATIENCE,
     PROMPT,
+    End,
     Family,
     LoopThread,
     Served,
@@ -25,7 +27,9 @@ from torch import Tensor
 
 from superpose_client import CallError, DataLossError
 from superpose_server import command
-from superpose_server.control.guard import Guard
+from superpose_server.control.guard import default_interval
+from superpose_server.engine.sequence import FinishReason
+from superpose_server.errors import DataLoss
 from superpose_server.weights.resident import ResidentWeights
 
 INFERENCE = "superpose.v1.InferenceService"
@@ -51,51 +55,61 @@ def guarded(loop: LoopThread, gpt2: Family, tmp_path: Path) -> Any:
         served.stop()
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What a check found, when, and how many events of the engine came before it."""
+
+    ok: bool
+    at: float
+    events: int
+
+
 def test_a_bit_that_flips_while_16_streams_run_is_found_and_mended(guarded: Served) -> None:
-    served, weights = guarded, guarded.weights
-    expected, hashes = served.greedy(), served.hashes()
-    # What the engine's thread did and found, in its own order.
-    events: list[tuple[str, object, float]] = []
-    served.runtime.integrity.follow(lambda ok: events.append(("found", ok, time.monotonic())))
-    observer = served.recorder
-    observer.finished = lambda row, why: events.append(("text", row, 0.0))  # type: ignore[method-assign]
-    observer.failed = lambda row, error: events.append(("error", error, 0.0))  # type: ignore[method-assign]
-    enough, ended = threading.Event(), []
+    served, recorder = guarded, guarded.recorder
+    expected, hashes = served.greedy(tokens=40), served.hashes()
+    findings: list[Finding] = []  # On the engine's thread, as its events are.
+    served.runtime.integrity.follow(
+        lambda ok: findings.append(Finding(ok, time.monotonic(), len(recorder.events)))
+    )
+    enough = threading.Event()
+    errors: list[CallError] = []
 
     def ask() -> None:
-        """Make texts one after the other, as every client does that tries again."""
+        """Make texts one after the other, whatever happens."""
         while not enough.is_set():
             try:
                 served.greedy(tokens=40)
             except CallError as error:
-                ended.append(error)
+                errors.append(error)
 
     clients = [threading.Thread(target=ask) for _ in range(STREAMS)]
     for client in clients:
         client.start()
     wait_until(lambda: served.runtime.engine.running == STREAMS, "all streams run")
     flipped = time.monotonic()
-    spoil(weights._live[ADAPTED])
-    wait_until(lambda: ("found", False) in [event[:2] for event in events], "it is found")
-    wait_until(lambda: events[-1][:2] == ("found", True), "it is mended")
-    wait_until(lambda: events[-1][0] == "text" or len(events) > 1000, "texts are made again")
+    spoil(served.weights._live[ADAPTED])
+    wait_until(lambda: any(not finding.ok for finding in findings), "it is found")
+    wait_until(lambda: findings[-1].ok, "it is mended")
+    after = findings[-1].events
+
+    def texts_since_then() -> list[End]:
+        ends = [event for event in recorder.events[after:] if isinstance(event, End)]
+        return [end for end in ends if end.reason is FinishReason.LENGTH]
+
+    wait_until(lambda: len(texts_since_then()) > STREAMS, "texts are made again")
     enough.set()
     for client in clients:
         client.join(PATIENCE)
 
-    found = next(i for i, event in enumerate(events) if event[:2] == ("found", False))
-    mended = next(i for i, event in enumerate(events) if i > found and event[0] == "found")
-    assert events[mended][1] is True
-    assert events[found][2] - flipped < EVERY + 1.0  # The check itself, on a slow machine.
-    # From there on no text ends but with an error, until it is mended.
-    assert {kind for kind, *_ in events[found:mended]} <= {"found", "error"}
-    errors = [event[1] for event in events if event[0] == "error"]
-    assert len(errors) >= STREAMS
-    assert {getattr(error, "reason", None) for error in errors} == {"WEIGHTS_DAMAGED"}
-    assert {type(error) for error in ended} == {DataLossError}
-    after = [event[1] for event in events[mended:] if event[0] == "text"]
-    assert after
-    assert all(tuple(row.tokens[: len(expected)]) == expected for row in after)  # type: ignore[attr-defined]
+    found = next(finding for finding in findings if not finding.ok)
+    assert found.at - flipped < EVERY + 1.0  # The check itself, on a slow machine.
+    # From there on no text ends but with an error, until all is mended.
+    between = [e for e in recorder.events[found.events : after] if isinstance(e, End)]
+    assert all(isinstance(end.reason, DataLoss) for end in between)
+    failed = [end for end in recorder.ends if isinstance(end.reason, Exception)]
+    assert len(failed) >= STREAMS
+    assert {type(error) for error in errors} == {DataLossError}
+    assert {tuple(end.row.tokens) for end in texts_since_then()} == {expected}
     assert served.hashes() == hashes
     assert served.client.verify().ok
     served.wait_for_health(INFERENCE, "SERVING")
@@ -209,16 +223,8 @@ def test_changes_of_the_mix_do_not_keep_the_weights_from_being_checked(guarded: 
 
 
 def test_without_a_number_a_check_is_as_rare_as_it_is_dear() -> None:
-    def wait_after(cost: float, every: float | None) -> float | None:
-        guard: Any = object.__new__(Guard)
-        guard._every = every
-        after: float | None = guard._after(100.0, cost)
-        return after
-
-    assert wait_after(0.1, None) == 160.0
-    assert wait_after(2.0, None) == 500.0  # 0.5 % of 400 s
-    assert wait_after(2.0, 7.0) == 107.0
-    assert wait_after(2.0, 0.0) is None
+    assert default_interval(0.0) == default_interval(0.3) == 60.0
+    assert default_interval(2.0) == 400.0  # of which it is 0.5 %
 
 
 def test_no_check_outlives_the_server(guarded: Served) -> None:

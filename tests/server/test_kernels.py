@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.server.helpers import flip_bit
 from torch import Tensor, nn
 
 from superpose_adapters.adapter import Adapter, Factors
@@ -407,6 +408,19 @@ def test_factors_are_kept_as_long_as_their_adapter() -> None:
     del first, again, one
     gc.collect()
     assert kept() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_a_flipped_bit_of_kept_factors_is_found(dtype: torch.dtype, side: str) -> None:
+    factors, one, other = KernelFactors(dtype), adapter(1, rank=4), adapter(2, rank=4)
+    (pair,) = factors.of([one], "m")
+    assert factors.whole(one)
+    assert factors.whole(other)  # of which nothing is kept
+    flip_bit(getattr(pair, side), 5)
+    assert not factors.whole(one)
+    flip_bit(getattr(pair, side), 5)
+    assert factors.whole(one)
 
 
 def test_a_term_without_domains_is_none_whatever_else_it_says() -> None:

@@ -27,6 +27,11 @@ _SHORTEST_SECONDS = 60.0
 _log = logging.getLogger(__name__)
 
 
+def default_interval(cost: float) -> float:
+    """Return the seconds from one check to the next, if each takes `cost` of them."""
+    return max(_SHORTEST_SECONDS, cost / _SHARE)
+
+
 class Guard:
     """Looks after the weights of an engine, on a thread of its own."""
 
@@ -80,7 +85,7 @@ class Guard:
         """Return when the next check is due after one that took `cost` seconds; None: never."""
         if self._every == 0:
             return None
-        return began + (self._every or max(_SHORTEST_SECONDS, cost / _SHARE))
+        return began + (self._every or default_interval(cost))
 
     def _wait_until(self, due: float | None) -> bool:
         """Wait until then, or until there is something to mend; False: nothing is to be done."""
