@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-_FILES = ("mix.json", "named_mixes.json", "adapters/names.json")
+_FILES = ("audit.jsonl", "audit.jsonl.1", "mix.json", "named_mixes.json", "adapters/names.json")
 _FOLDERS = ("adapters", "adapters/objects", "adapters/temporary")
 _OF_AN_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 

@@ -116,9 +116,9 @@ def test_a_fit_that_fails_on_the_way_says_so_in_its_last_event(served: Served, h
         connection.request("POST", "/v1/mix/fit", json.dumps(long), JSON)
         stream = connection.getresponse()
         assert b"progress" in stream.readline()
-        served.runtime.integrity.note(False)
+        served.weights.intact = False
         try:
             _, _, last = stream.read().rpartition(b"data: ")
         finally:
-            served.runtime.integrity.note(True)
+            served.weights.intact = True
     assert json.loads(last)["error"]["code"] == "WEIGHTS_DAMAGED"

@@ -283,9 +283,10 @@ def _check_name(name: str, field: str = "domain") -> None:
 def _store_failed(error: StoreError) -> FailedPrecondition:
     """Return what a client is told; where on the disk it is, is for the log alone."""
     _log.error("%s", error)
+    why = error.__cause__.strerror if isinstance(error.__cause__, OSError) else None
     return FailedPrecondition(
-        "the store of pushed adapters cannot be written or read: free space or mend --state-dir, "
-        "as the server's log says, and try again",
+        f"the store of pushed adapters cannot be written or read ({why or 'see the log'}): free "
+        "space or mend --state-dir, and try again",
         "STORE_WRITE_FAILED",
     )
 
