@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from superpose_adapters.digest import hash_bytes
+from superpose_adapters.one_line import escaped
 
 Reason = Literal[
     "NAME_INVALID",
@@ -37,7 +38,7 @@ class AdapterError(ValueError):
 
     def __init__(self, reason: Reason, message: str) -> None:
         """Keep `reason`, the machine-readable cause, beside the message."""
-        super().__init__(message)
+        super().__init__(escaped(message))
         self.reason: Reason = reason
 
 

@@ -85,11 +85,9 @@ def read_header(
     if len(text) < length:
         raise TensorFileError("is truncated in its header")
     data_start = LENGTH_BYTES + length
-    entries = [
-        _entry(name, value, data_start)
-        for name, value in _parse_json(text).items()
-        if name != "__metadata__"
-    ]
+    tensors = _parse_json(text)
+    _check_metadata(tensors.pop("__metadata__", {}))
+    entries = [_entry(name, value, data_start) for name, value in tensors.items()]
     _check_cover(entries, data_start, size)
     return sorted(entries, key=lambda entry: entry.name)
 
@@ -99,6 +97,12 @@ def _parse_json(text: bytes) -> dict[str, Any]:
         return read_object(text)
     except StrictJsonError as error:
         raise TensorFileError(f"has a header that {error}") from error
+
+
+def _check_metadata(value: Any) -> None:
+    """Refuse what the format's own library refuses, though nothing here reads it."""
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise TensorFileError("has __metadata__ that is no object of texts")
 
 
 def _entry(name: str, value: Any, data_start: int) -> TensorEntry:

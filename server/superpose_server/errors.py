@@ -20,6 +20,8 @@ ServerError
 
 from __future__ import annotations
 
+from superpose_adapters.one_line import escaped
+
 
 class StartupError(Exception):
     """The server cannot start; one line that names the thing and the remedy."""
@@ -52,6 +54,7 @@ class ServerError(Exception):
         metadata: dict[str, str] | None = None,
     ) -> None:
         """Hold the one line and its machine-readable reason."""
+        message = escaped(message)  # Most name a thing as the client wrote it.
         super().__init__(message)
         self.message = message
         self.reason = reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from superpose_adapters.peft.folder import (
 GPT2 = tiny_gpt2()
 LLAMA = tiny_llama()
 LAYOUT = read_layout(GPT2)
+# Of Python's audit events: files, code, processes, sockets, pickles.
+AUDITED = {"open", "exec", "compile", "import", "subprocess", "os", "socket", "pickle", "ctypes"}
 KEY = "base_model.model.transformer.h.0.attn.c_attn.lora_{}.weight"
 
 
@@ -228,6 +231,30 @@ def test_a_bad_adapter_is_refused_by_reason_and_name(
     with pytest.raises(AdapterError) as pushed:
         parse(config, tensors)
     assert str(pushed.value) == str(caught.value)
+
+
+def test_contents_of_an_adapter_open_no_file_and_run_nothing(good: Path) -> None:
+    """Whatever they name: what Python tells its auditors of is all that could."""
+    config, tensors = contents(good)
+    named = {
+        "base_model_name_or_path": "/etc/passwd",
+        "auto_mapping": {"base_model_class": "system", "parent_library": "os"},
+        "revision": "../../etc/passwd",
+    }
+    parse(config, tensors)  # What is imported once is imported now.
+    seen: list[str] = []
+    listening = True
+
+    def auditor(event: str, _: object) -> None:
+        if listening:
+            seen.append(event)
+
+    sys.addaudithook(auditor)  # For good: there is no way to remove one.
+    try:
+        parse(config | named, tensors)
+    finally:
+        listening = False
+    assert {event.partition(".")[0] for event in seen} & AUDITED == set()
 
 
 def test_one_module_may_be_zero_if_another_is_not(good: Path) -> None:

@@ -76,6 +76,16 @@ class Listening:
         host, port = self.address
         return HTTPConnection(host, port, timeout=PATIENCE)
 
+    def wait_for(self, arrived: int) -> None:
+        """Wait until so much has arrived on all connections together."""
+
+        async def wait() -> None:
+            connections: set[Any] = self.state.connections
+            while sum(each._arrived for each in connections) < arrived:
+                await asyncio.sleep(0)
+
+        asyncio.run_coroutine_threadsafe(wait(), self._loop).result(PATIENCE)
+
     def shut_down(self, arrived: int) -> None:
         """Do to the one connection what uvicorn does at its end, once so much has arrived."""
 
@@ -335,22 +345,48 @@ def test_an_upgrade_is_answered_as_a_request_and_nothing_behind_it_is_read(
     assert answer.count(b"\r\n\r\n") == 1
 
 
-def test_one_connection_too_many_is_told_so(
+def test_one_connection_too_many_is_told_so_if_all_are_busy(
     listening: Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(protocol, "MOST_CONNECTIONS", 2)
-    held = [listening.client() for _ in range(2)]
+    with listening.connect() as first, listening.connect() as second:
+        for busy in (first, second):
+            busy.sendall(GET.replace(b"/", b"/endless", 1))
+            assert busy.recv(1, socket.MSG_PEEK)
+        assert refusal(exchange(listening)) == (503, "TOO_MANY_CONNECTIONS")
+        for busy in (first, second):
+            assert busy.recv(1 << 16)
+    monkeypatch.undo()
 
-    def ask_both() -> None:
-        for connection in held:
-            connection.request("GET", "/")
-            assert connection.getresponse().read() == b"0"
 
-    ask_both()
-    assert refusal(exchange(listening)) == (503, "TOO_MANY_CONNECTIONS")
-    ask_both()
-    for connection in held:
-        connection.close()
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (b"", None),
+        (GET, None),
+        (b"GET / HT", "TOO_MANY_CONNECTIONS"),
+        (POST + b"Content-Length: 10\r\n\r\n12345", "TOO_MANY_CONNECTIONS"),
+    ],
+    ids=["silent", "idle", "head", "body"],
+)
+def test_who_has_waited_longest_makes_room_for_one_more(
+    listening: Listening, sent: bytes, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "MOST_CONNECTIONS", 2)
+    with listening.connect() as longest, listening.connect() as busy:
+        longest.sendall(sent)
+        listening.wait_for(len(sent))
+        busy.sendall(GET.replace(b"/", b"/endless", 1))
+        assert busy.recv(1, socket.MSG_PEEK)
+        with listening.connect() as newest:
+            newest.sendall(GET)
+            assert newest.recv(12) == b"HTTP/1.1 200"
+        answer = read_to_end(longest)
+        assert busy.recv(1 << 16)
+    if reason is None:
+        assert b" 503 " not in answer
+    else:
+        assert refusal(answer) == (503, reason)
     monkeypatch.undo()
 
 

@@ -7,6 +7,7 @@ they are the base's own numbers they change nothing. Anything else was trained, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -19,6 +20,7 @@ from superpose_adapters.peft.keys import PREFIX
 from superpose_adapters.tensorfile import TensorEntry
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items() if dtype.is_floating_point}
+_log = logging.getLogger(__name__)
 # Numbers that are compared at a time, widened to float64.
 _PIECE = 1 << 20
 
@@ -101,8 +103,9 @@ def _difference(entry: TensorEntry, tensors: bytes, base: BaseFacts, name: str) 
                     return f"cannot be compared with the base's {name} in dtype {dtype}"
             if not _is_same(entry, tensors, stored):
                 return f"differs from the base's {name}"
-    except (OSError, CheckpointError) as error:
-        return f"cannot be compared with the base ({error})"
+    except (OSError, CheckpointError):
+        _log.warning("a copy of %s cannot be compared with the base", name, exc_info=True)
+        return f"cannot be compared with the base's {name}, which can no longer be read"
     return None
 
 

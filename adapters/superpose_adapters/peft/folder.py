@@ -22,6 +22,7 @@ from superpose_adapters.base.facts import BaseFacts
 from superpose_adapters.digest import adapter_digest
 from superpose_adapters.layout import Layout
 from superpose_adapters.mix_syntax import check_name
+from superpose_adapters.one_line import escaped
 from superpose_adapters.peft.beside import check_bias, check_copies
 from superpose_adapters.peft.config import parse_config
 from superpose_adapters.peft.keys import PREFIX, factor_key, module_of, read_keys
@@ -182,12 +183,17 @@ def parse_adapter(
         modules=modules,
         config=parsed.summary,
         nbytes=len(tensors),
-        warnings=(
-            *keys.warnings,
-            *([f"trained on the model without its head; {prefix} is put in front"] * bool(prefix)),
-            *parsed.warnings,
-            *_other_base(parsed.base_model_name_or_path, base),
-            *training_warnings(training, base),
+        warnings=tuple(
+            map(
+                escaped,
+                (
+                    *keys.warnings,
+                    *_put_in_front(prefix),
+                    *parsed.warnings,
+                    *_other_base(parsed.base_model_name_or_path, base),
+                    *training_warnings(training, base),
+                ),
+            )
         ),
     )
 
@@ -218,6 +224,12 @@ def _missing_prefix(factors: Iterable[str], layout: Layout, base: BaseFacts | No
         return ""
     prefix = f"{base.backbone}."
     return prefix if all(f"{prefix}{module}" in layout for module in modules) else ""
+
+
+def _put_in_front(prefix: str) -> tuple[str, ...]:
+    if not prefix:
+        return ()
+    return (f"trained on the model without its head; {prefix} is put in front",)
 
 
 def _other_base(name: str | None, base: BaseFacts | None) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from superpose_adapters.digest import canonical_digest
 from superpose_adapters.durable import RevertibleFile
+from superpose_adapters.strict_json import shorten
 
 _FORMAT = 1
 
@@ -54,9 +55,11 @@ class CheckedFile:
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise self.damaged(f"it is not a whole {self._what}") from error
         if found != _FORMAT:
-            raise self.damaged(f"it has format {found}, not {_FORMAT}")
+            raise self.damaged(f"it has format {shorten(found)}, not {_FORMAT}")
         if not intact:
             raise self.damaged("its checksum does not match")
+        if body is None:  # Which would pass for a file that is not there.
+            raise self.damaged(f"it is not a whole {self._what}")
         return body
 
     def damaged(self, why: str) -> FileDamaged:

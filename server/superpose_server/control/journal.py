@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from superpose_adapters.mix_syntax import check_weight
 from superpose_server.control.checked_file import CheckedFile
 
 
@@ -27,6 +28,22 @@ class Record:
     entries: tuple[JournalEntry, ...]
 
 
+def _check(record: Record) -> None:
+    """Refuse what no server has written, whatever its checksum says.
+
+    Raises:
+        TypeError, ValueError: A field is of another type, or no generation, or no weight.
+    """
+    texts = [record.base_digest, record.mix_digest]
+    for entry in record.entries:
+        check_weight(entry.domain, entry.weight)
+        texts += [entry.domain, entry.adapter_digest]
+    if type(record.generation) is not int or record.generation < 0:
+        raise ValueError("no generation")
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("no text")
+
+
 class Journal:
     """The journal of one state folder."""
 
@@ -46,9 +63,11 @@ class Journal:
             return None
         try:
             entries = tuple(JournalEntry(**entry) for entry in body.pop("entries"))
-            return Record(**body, entries=entries)
-        except (TypeError, KeyError, AttributeError) as error:
+            record = Record(**body, entries=entries)
+            _check(record)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise self._file.damaged("it is not a whole journal") from error
+        return record
 
     def write(self, record: Record) -> None:
         """Make `record` durable; on an error the journal is as it was.

@@ -51,13 +51,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)  # type: ignore[arg-type]  # it is a Transport
         self._wait()
         if len(self.connections) > MOST_CONNECTIONS:
-            self._refuse(
-                HttpError(
-                    503,
-                    f"{MOST_CONNECTIONS} connections are open already: retry in a second",
-                    "TOO_MANY_CONNECTIONS",
-                )
-            )
+            self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
@@ -92,7 +86,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """End what is idle, and what has not arrived; leave the rest its last moment."""
         # Before uvicorn cancels what is left, as if it were a fault: who does not read is no fault.
         self.loop.call_later(LAST_SECONDS, self.transport.abort)
-        if self._timer is not None and self._arrived:
+        if self._arrives():
             self._refuse(ShuttingDown())
         else:
             super().shutdown()
@@ -154,6 +148,40 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._fields > MOST_FIELDS or self._head > MOST_HEAD_BYTES:
             self._fault = _too_large()
             raise self._fault  # To the parser, which tells `data_received`.
+
+    # Room.
+
+    def _make_room(self) -> None:
+        """End the connection that has waited longest for a request; if all are busy, this one.
+
+        Or who opens connections and sends nothing would keep out everybody else, probes too.
+        """
+        waiting = [
+            each
+            for each in self.connections
+            if isinstance(each, BoundedProtocol) and each is not self and each._waits()
+        ]
+        # What has sent a head comes last: it may be a large adapter, on its way.
+        oldest = min(waiting, key=lambda each: (each._runs(), each._began), default=self)
+        if oldest is self or oldest._arrives():
+            oldest._refuse(
+                HttpError(
+                    503,
+                    f"{MOST_CONNECTIONS} connections are open already: retry in a second",
+                    "TOO_MANY_CONNECTIONS",
+                )
+            )
+        else:
+            oldest.transport.close()
+
+    def _waits(self) -> bool:
+        """Return whether the client is to send something next."""
+        waits = self._timer is not None or not self._runs()
+        return waits and not self._refused and not self.transport.is_closing()
+
+    def _arrives(self) -> bool:
+        """Return whether a part of a request is here."""
+        return self._timer is not None and self._arrived > 0
 
     # Time.
 
