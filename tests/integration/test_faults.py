@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,27 @@ from typing import Any
 import pytest
 import torch
 from tests.instants import watching
-from tests.integration.harness import PROMPT, Family, Fingerprint, Served
+from tests.integration.harness import (
+    PATIENCE,
+    PROMPT,
+    Family,
+    Fingerprint,
+    LoopThread,
+    Served,
+    held,
+    start,
+    wait_until,
+)
+from tests.integration.http_client import Http
 
-from superpose_client import Client, FailedPreconditionError, InternalError
+from superpose_client import (
+    CallError,
+    Client,
+    FailedPreconditionError,
+    HealthStatus,
+    InternalError,
+    UnavailableError,
+)
 from superpose_server.model.batch import Span
 from superpose_server.weights.parameter_format import PackedFormat, PlainFormat
 
@@ -245,6 +264,35 @@ def test_a_fault_outside_of_every_phase_hangs_nobody(
     with pytest.raises(InternalError, match=r"^internal error$"):
         list(stream)
     check_serves(served, before)
+
+
+def test_an_engine_that_dies_ends_every_call_and_says_that_only_a_new_start_helps(
+    loop: LoopThread, gpt2: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what is no `Exception`, or by a fault in the handling of one."""
+    served = start(loop, gpt2.base, tmp_path / "state", http_listen="127.0.0.1:0")
+    http = Http(served.server.http_address)
+    stream = served.client.stream(PROMPT, max_new_tokens=900, ignore_eos=True)
+    next(stream)
+
+    def dies() -> None:
+        raise SystemExit("secret detail")
+
+    with ThreadPoolExecutor(2) as pool, held(served.recorder) as goes_on:
+        waiting = pool.submit(served.client.set, "base"), pool.submit(served.client.verify)
+        monkeypatch.setattr(served.runtime.engine, "_do_slice", dies)
+        goes_on.set()
+        with pytest.raises(InternalError, match=r"^internal error$"):
+            list(stream)
+        for call in waiting:
+            assert call.exception(PATIENCE) is None or isinstance(call.exception(), CallError)
+    with pytest.raises(UnavailableError):
+        served.client.generate(PROMPT)
+    served.wait_for_health("superpose.v1.InferenceService", HealthStatus.NOT_SERVING)
+    assert (http.ask("GET", "/healthz").status, http.ask("GET", "/readyz").status) == (200, 503)
+    wait_until(served.server.failed.is_set, "the command is told to end")
+    assert "died" in served.runtime.integrity.hopeless
+    served.stop()
 
 
 def test_an_unexpected_error_tells_no_more_than_that(

@@ -1,4 +1,4 @@
-"""Whether the weights can be served: what verifications and folds have found of them."""
+"""Whether texts can be served: what verifications, folds and the engine's end tell of it."""
 
 from __future__ import annotations
 
@@ -57,6 +57,10 @@ class Integrity(EngineObserver):
     def weights_lost(self, error: Exception) -> None:
         """Note that a fold has ruined the weights, whoever asked for it."""
         self._tell(False)
+
+    def died(self) -> None:
+        """Note that there is no engine any more."""
+        self.give_up("the engine's thread has died, the log says of what")
 
     def _tell(self, intact: bool) -> None:
         for follower in self._followers:

@@ -230,26 +230,37 @@ class Engine:
 
     def _loop(self) -> None:
         compute_with(self._threads)
+        why: Exception = ShuttingDown()
         try:
-            while True:
-                with self._wake:
-                    self._wake.notify_all()
-                    self._wake.wait_for(lambda: self._stopping or not self._idle())
-                    if self._stopping:
-                        break
-                try:
-                    self.step()
-                except Exception as error:
-                    # Each phase handles what it can blame on a row or a job; what is left is a
-                    # fault of ours, and nobody may wait in vain because of it.
-                    _log.exception("engine step failed")
-                    self._end_all(error)
+            self._step_until_stopped()
+        except BaseException as error:
+            # No `Exception`, or the fault of a fault's handling: nobody will step any more.
+            _log.critical("the engine's thread has died", exc_info=error)
+            self._observe(self._observer.died)
+            why = RuntimeError("the engine's thread has died")
         finally:
             self._scheduler.close()
             with self._wake:
                 self._stopping = True
-                self._end_all(ShuttingDown())
+                try:
+                    self._end_all(why)
+                finally:
+                    self._wake.notify_all()
+
+    def _step_until_stopped(self) -> None:
+        while True:
+            with self._wake:
                 self._wake.notify_all()
+                self._wake.wait_for(lambda: self._stopping or not self._idle())
+                if self._stopping:
+                    return
+            try:
+                self.step()
+            except Exception as error:
+                # Each phase handles what it can blame on a row or a job; what is left is a
+                # fault of ours, and nobody may wait in vain because of it.
+                _log.exception("engine step failed")
+                self._end_all(error)
 
     def step(self) -> None:
         """Do one step."""

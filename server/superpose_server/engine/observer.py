@@ -31,6 +31,9 @@ class EngineObserver:
     def checked(self, found: Findings) -> None:
         """The weights were compared with what they should be."""
 
+    def died(self) -> None:
+        """The engine's thread ends, though nobody has stopped it; this is the last event."""
+
 
 class Observers(EngineObserver):
     """Passes every event to several observers, in their order."""
@@ -73,3 +76,8 @@ class Observers(EngineObserver):
         """See `EngineObserver`."""
         for observer in self._observers:
             observer.checked(found)
+
+    def died(self) -> None:
+        """See `EngineObserver`."""
+        for observer in self._observers:
+            observer.died()

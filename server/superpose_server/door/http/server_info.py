@@ -59,6 +59,7 @@ class ServerInfo:
 
     async def ready(self, request: Request, asked: Asked) -> Response:
         """Say what the gRPC door's health says of its InferenceService."""
-        if self._runtime.integrity.intact and not self._runtime.ending.is_set():
+        integrity = self._runtime.integrity
+        if integrity.intact and not integrity.hopeless and not self._runtime.ending.is_set():
             return json_answer({"status": "SERVING"})
         return json_answer({"status": "NOT_SERVING"}, 503)
