@@ -11,7 +11,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test check lint types imports stubs pytest clients browser pictures proto format clean
+.PHONY: help setup demo test check lint types imports stubs pytest chaos clients browser pictures proto format clean
 
 help:
 	@echo "make demo    serve the bundled model, mix its three domains, verify the weights (1 minute);"
@@ -19,6 +19,7 @@ help:
 	@echo "             KEEP=1: and serve its page, the mixer, until Ctrl-C"
 	@echo "make test    every check: lint, types, import rules, stubs, tests"
 	@echo "make check   what continuous integration runs: make test, and what needs more than it does"
+	@echo "make chaos   kills, floods, hostile inputs and a long load, in under two hours; ARGS=--short: minutes"
 	@echo "make setup   only the set-up of both, in .venv"
 	@echo "make pytest  only the tests, for example: make pytest ARGS='tests/server -k fold'"
 	@echo "make clients other people's clients against the HTTP door, in .venv-clients"
@@ -63,6 +64,12 @@ stubs: setup
 # to make. All in one process, as a debugger needs it: ARGS='-n 0 ...'.
 pytest: setup
 	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder $(ARGS)
+
+# Every script of tests/chaos, whichever they are; what they found is docs/reliability.md's.
+chaos: setup
+	@status=0; for script in $$(grep -l '^if __name__' tests/chaos/*.py); do \
+		$(BIN)/python -m tests.chaos.$$(basename $$script .py) $(ARGS) || status=1; \
+	done; exit $$status
 
 # OpenAI's client and EleutherAI's harness, whose own dependencies are many.
 clients: .venv-clients/.ready

@@ -1,12 +1,13 @@
 """`superpose-server`: read the configuration, serve until a signal ends it.
 
-Exits with 0 after that, 1 if the server cannot start, 2 for usage, 3 if what it holds in memory is
-damaged and only another start mends it; a signal before the ready line kills it.
+Exits with 0 after that, 1 if the server cannot start, 2 for usage, 3 if only another start helps,
+as where what it holds in memory is damaged; a signal before the ready line kills it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -105,7 +106,7 @@ async def _serve(config: ServerConfig) -> None:
         end.cancel()
     why = server.runtime.integrity.hopeless
     if why:
-        _log.critical("FATAL: %s: ending, so that another start reads it again", why)
+        _log.critical("FATAL: %s: ending, so that another start begins anew", why)
     _log.info("stopping grace=%g", config.grace)
     await server.stop(config.grace)
     if why:
@@ -128,6 +129,21 @@ def _event_loop(config: ServerConfig) -> Callable[[], asyncio.AbstractEventLoop]
     return new_event_loop
 
 
+def _allow_many_files() -> None:
+    """Let this process open as many files, and so connections, as it may.
+
+    The usual limit is 1024, of which clients that only connect would leave none to the journal.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit.
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # What the system says that it allows may be more than it does: macOS calls it infinite.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def run() -> None:
     """Run the command to its end."""
     # Or files and sockets would take the numbers of standard streams that are closed.
@@ -135,6 +151,7 @@ def run() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115  # stays open
     config = parse_config()
+    _allow_many_files()
     logging.basicConfig(
         level=config.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s %(message)s",

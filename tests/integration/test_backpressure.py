@@ -86,7 +86,7 @@ def test_who_does_not_read_holds_up_nobody_and_loses_nothing(
 
 @pytest.mark.parametrize("how", ["cancel", "deadline", "hang up"])
 def test_a_row_leaves_at_the_next_step_after_its_reader_that_did_not_read(
-    served: Served, how: str
+    served: Served, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     blocked, let_go = threading.Event(), threading.Event()
     steps_after: list[Step] = []
@@ -118,6 +118,7 @@ def test_a_row_leaves_at_the_next_step_after_its_reader_that_did_not_read(
     assert steps_after == []
     assert len(row.tokens) < TOKENS
     wait_until_idle(served)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_an_error_comes_behind_the_text_that_was_made_before_it(

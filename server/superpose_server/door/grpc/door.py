@@ -27,6 +27,7 @@ from superpose_server.door.contract.server_service import ServerService
 from superpose_server.door.door import CLOSING_SECONDS
 from superpose_server.door.grpc.access import AccessInterceptor
 from superpose_server.door.grpc.credentials import server_credentials
+from superpose_server.door.grpc.departures import calm_departures
 from superpose_server.door.grpc.inference_service import InferenceService
 from superpose_server.door.grpc.reflection import describe_reflection, serve_reflection
 from superpose_server.door.grpc.status import ErrorInterceptor
@@ -60,6 +61,7 @@ class GrpcDoor:
 
         `flag` is the one that says the address, without its dashes.
         """
+        calm_departures()
         self.address = ""
         self._tls = tls
         self._flag = flag
@@ -83,6 +85,8 @@ class GrpcDoor:
                 # A client whose machine is gone says nothing; its rows should not run on.
                 ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
+                # Nor should a connection stay that never says a word of HTTP/2.
+                ("grpc.server_handshake_timeout_ms", 30_000),
             ],
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
