@@ -159,18 +159,19 @@ function Layers({ pair }) {
     byType.set(type, (byType.get(type) ?? new Map()).set(layer, cosine));
   }
   const strongest = Math.max(...pair.modules.map((/** @type {any} */ each) => Math.abs(each.cosine)));
+  const inOrder = [...layers].sort((one, other) => one.localeCompare(other, "en", { numeric: true }));
   return html`
     <${Wide} title="${nameOf(pair)}, layer by layer"
       hint="Above 0 they pull the same way, below 0 against each other; the darkest is ${strongest.toFixed(3)}.">
       <table class="heat">
         <thead>
-          <tr><th scope="col">layer</th>${[...layers].map((layer) => html`<th scope="col" key=${layer}>${layer}</th>`)}</tr>
+          <tr><th scope="col">layer</th>${inOrder.map((layer) => html`<th scope="col" key=${layer}>${layer}</th>`)}</tr>
         </thead>
         <tbody>
           ${[...byType].map(([type, cosines]) => html`
             <tr key=${type}>
               <th scope="row">${type}</th>
-              ${[...layers].map((layer) => html`<${Cell} key=${layer} cosine=${cosines.get(layer)} strongest=${strongest} />`)}
+              ${inOrder.map((layer) => html`<${Cell} key=${layer} cosine=${cosines.get(layer)} strongest=${strongest} />`)}
             </tr>
           `)}
         </tbody>
