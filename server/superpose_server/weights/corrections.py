@@ -21,6 +21,7 @@ from superpose_server.model.batch import Batch
 from superpose_server.weights.dense_correction import DenseCorrection, FactorStack
 from superpose_server.weights.kernel_correction import KernelCorrection
 from superpose_server.weights.kernel_factors import KernelFactors
+from superpose_server.weights.pace import Pace
 
 # A plan holds tensors for each module; that many are a few megabytes.
 _MOST_PLANS = 64
@@ -122,14 +123,16 @@ class Corrections:
     def check(self, adapters: Iterable[Adapter]) -> Generator[bool, None, tuple[str, ...]]:
         """Return the digests of those of `adapters` whose factors are kept here with other bits.
 
-        Yields after each adapter. Gates and tables are not looked at: they last as long as a batch.
+        Yields after a few MiB. Gates and tables are not looked at: they last as long as a batch.
         """
         damaged = []
+        pace = Pace()
         for adapter in adapters:
             stacks = [stack for stack in (self._pool, self._stack) if stack is not None]
             if not (self._factors.whole(adapter) and all(s.whole(adapter) for s in stacks)):
                 damaged.append(adapter.digest)
-            yield True
+            if pace.due(4 * adapter.parameters):
+                yield True
         return tuple(damaged)
 
     def clear(self) -> None:

@@ -32,6 +32,7 @@ from superpose_adapters.mix import BoundMix
 from superpose_server.errors import DataLoss, FailedPrecondition, Internal
 from superpose_server.model.memory import give_back, lasting_copy
 from superpose_server.model.packed import PackedLinear
+from superpose_server.weights.pace import Pace
 from superpose_server.weights.parameter_format import (
     PackedFormat,
     Pair,
@@ -44,6 +45,8 @@ _VERIFY_ATTEMPTS = 8
 # Elements of a parameter on a CPU that are measured at a time: float64 scratch for all of them is
 # some 200 MiB for GPT-2 Small, which the allocator would keep.
 _MEASURED = 1 << 14
+# What a fold and a comparison take, as so many passes over a parameter.
+_FOLD_PASSES = 2
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _log = logging.getLogger(__name__)
@@ -329,15 +332,17 @@ class ResidentWeights:
         resident: list[str] = []
         base: list[str] = []
         lost: list[str] = []
+        pace = Pace()
         todo = dict.fromkeys(self._parameters)
         while todo:
             # All of a group, as each rounds as it does in this company.
             group = self._folded_with(next(iter(todo)))
             damaged = self._damaged_of(group)
-            yield True
+            if pace.due(_FOLD_PASSES * sum(self._parameters[name].nbytes for name in group)):
+                yield True
             for name in todo.keys() & set(group):
                 kept = name.removesuffix(".weight") in self._base
-                whole = yield from self._is_base_whole(name)
+                whole = yield from self._is_base_whole(name, pace)
                 if whole is None:  # Its base is kept from now on: look again.
                     continue
                 del todo[name]
@@ -349,7 +354,7 @@ class ResidentWeights:
                 self.intact &= whole and name not in damaged
         adapters = []
         for adapter in self.adapters:
-            if not (yield from _is_whole(adapter)):
+            if not (yield from _is_whole(adapter, pace)):
                 adapters.append(adapter.digest)
                 self.intact = False
         return Findings(tuple(resident), tuple(base), tuple(adapters), (*lost, *adapters))
@@ -405,17 +410,18 @@ class ResidentWeights:
         folded = name.removesuffix(".weight") in self.resident.factors
         return folded or hash_bytes(self._parameters[name]) != self._hashes[name]
 
-    def _is_base_whole(self, name: str) -> Generator[bool, None, bool | None]:
+    def _is_base_whole(self, name: str, pace: Pace) -> Generator[bool, None, bool | None]:
         """Return whether a base parameter has its hash; None if it became a kept one meanwhile."""
         module = name.removesuffix(".weight")
         kept = self._base.get(module)
         slices = hash_slices(self._parameters[name] if kept is None else kept)
         while True:
             try:
-                next(slices)
+                done = next(slices)
             except StopIteration as end:
                 return bool(end.value == self._hashes[name])
-            yield True
+            if pace.due(done):
+                yield True
             if self._base.get(module) is not kept:
                 return None
 
@@ -461,12 +467,13 @@ class ResidentWeights:
         return 1.0 if mix_norm(prepared.mix.weights) > 0 else 0.0
 
 
-def _is_whole(adapter: Adapter) -> Generator[bool, None, bool]:
+def _is_whole(adapter: Adapter, pace: Pace) -> Generator[bool, None, bool]:
     """Return whether no bit of an adapter's factors has changed."""
     whole = True
     for factors in adapter.modules.values():
         whole &= factors.whole
-        yield True
+        if pace.due(factors.a.nbytes + factors.b.nbytes):
+            yield True
     return whole
 
 
