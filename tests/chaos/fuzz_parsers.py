@@ -29,6 +29,7 @@ SLOWEST_SECONDS = 15.0
 HANGS_SECONDS = 120.0
 # What was read is mutated further; so many of them for each target.
 POOL = 200
+LARGEST = 8 << 20  # what a door lets in of JSON
 LONGEST_KEPT = 1 << 14  # or doubling would go on from input to input
 LONGEST_MESSAGE = 2000
 # Allocators keep what pools and caches of regular expressions held at their largest.
@@ -94,7 +95,7 @@ def fuzz(target: Target, inputs: int, seed: int, secrets: tuple[str, ...]) -> Ou
     for number in range(inputs):
         if number % 1000 == 0:
             faulthandler.dump_traceback_later(HANGS_SECONDS, exit=True, file=2)
-        data = target.mutate(random, random.choice(pool))
+        data = target.mutate(random, random.choice(pool))[:LARGEST]
         if try_input(target, data, outcomes, secrets) and len(data) < LONGEST_KEPT:
             if len(pool) < POOL:
                 pool.append(data)

@@ -156,7 +156,7 @@ def mutate_json(random: Random, value: Any) -> Any:
             case 2:
                 return [*before, json_value(random), item, *after]
             case 3:
-                return value * random.choice((2, 300))
+                return value * random.choice((2, 30))
             case _:
                 return [*before, mutate_json(random, item), *after]
     name = random.choice(list(value))
