@@ -13,6 +13,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -119,15 +121,24 @@ def keep(target: Target, data: bytes) -> Path:
     return path
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """Log nothing: what is refused is told a million times otherwise."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser("Mutated inputs for every parser, in process.")
     parser.add_argument("--inputs", type=int, help="of all targets together")
     parser.add_argument("--only", default="", help="the targets whose name holds this")
     asked = parser.parse_args(arguments)
     inputs = asked.inputs or (SHORT_INPUTS if asked.short else INPUTS)
-    logging.disable(logging.CRITICAL)
     record = Record("fuzz_parsers", {"inputs": 0, "seed": asked.seed})
-    with tempfile.TemporaryDirectory(prefix="superpose-fuzz") as folder:
+    with silent(), tempfile.TemporaryDirectory(prefix="superpose-fuzz") as folder:
         workspace = Workspace(Path(folder))
         targets = [each for each in make_targets(workspace) if asked.only in each.name]
         secrets = (folder, sys.prefix, str(Path(__file__).parents[2]), "Traceback", 'File "')

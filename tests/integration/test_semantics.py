@@ -24,7 +24,6 @@ from tests.integration.harness import (
     start,
 )
 
-from superpose_adapters.peft.folder import read_adapter
 from superpose_client import (
     AlreadyExistsError,
     DeadlineExceededError,
@@ -38,7 +37,6 @@ from superpose_client import (
     RequestCancelledError,
 )
 from superpose_client.client import Stream
-from superpose_server.control.registry import Registered, Source
 from superpose_server.control.watch import watch
 from superpose_server.engine.sequence import FinishReason, Sequence
 from superpose_server.errors import WatchBehind
@@ -238,21 +236,6 @@ def test_a_replaced_adapter_serves_new_requests_and_running_rows_keep_the_old_on
     assert chunks[-1].mix is not None
     assert chunks[-1].mix.generation == generation + 1
     assert chunks[-1].mix.entries[0].adapter_digest == result.adapter.digest
-
-
-def test_a_push_that_is_repeated_after_half_a_replace_finishes_it(
-    served: Served, gpt2: Family
-) -> None:
-    """As a crash leaves it: the name has moved to the new adapter, the default mix has not."""
-    generation = served.client.mix().generation
-    new = read_adapter(gpt2.adapters["a2"], served.weights.layout)
-    served.runtime.registry.put(Registered("a", new, Source.PUSHED))
-    shown = served.client.adapter("a")
-    assert (shown.digest, shown.weight) == (new.digest, 0.0)  # the mix holds the old one
-    pushed = served.client.push("a", gpt2.adapters["a2"], replace=True)
-    assert pushed.generation == generation + 1
-    assert served.client.mix().entries[0].adapter_digest == new.digest
-    assert served.client.adapter("a").weight == 1.0
 
 
 def test_an_adapter_in_the_default_mix_is_not_deleted(served: Served) -> None:
