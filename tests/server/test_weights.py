@@ -3,6 +3,8 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Generator, Hashable
 from pathlib import Path
@@ -391,6 +393,25 @@ def test_what_is_no_longer_resident_is_freed() -> None:
     case.fold(BoundMix("base"))
     gc.collect()
     assert gone() is None
+
+
+def test_adapters_are_listed_while_another_thread_adds_some() -> None:
+    """A check lists them on the engine's thread, and an operator pushes."""
+    weights = Case().weights
+    adapters = [Adapter(f"{number}", {}) for number in range(6000)]
+    for adapter in adapters[:3000]:
+        weights.keep_base(adapter)
+    pushes = threading.Thread(target=lambda: [*map(weights.keep_base, adapters[3000:])])
+    switches = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        pushes.start()
+        while pushes.is_alive():
+            assert len(weights.adapters) >= 3000
+    finally:
+        sys.setswitchinterval(switches)
+        pushes.join()
+    assert len(weights.adapters) == 6000
 
 
 # Verification.

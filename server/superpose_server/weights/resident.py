@@ -171,7 +171,8 @@ class ResidentWeights:
     @property
     def adapters(self) -> list[Adapter]:
         """Those that were seen and are in use still."""
-        return list(self._adapters.values())
+        # `values` would fail where the operator's thread adds one meanwhile; this copies at once.
+        return [adapter for each in self._adapters.valuerefs() if (adapter := each()) is not None]
 
     @torch.inference_mode()
     def keep_base(self, adapter: Adapter) -> None:
