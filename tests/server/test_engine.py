@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from superpose_server.engine.score import ScoreRow
 from superpose_server.engine.sequence import Chunk, FinishReason
 from superpose_server.errors import FailedPrecondition, Internal, QueueFull, ShuttingDown
 from superpose_server.model.batch import Batch
+from superpose_server.model.memory import is_out_of_memory
 from superpose_server.model.packed import PackedLinear
 from superpose_server.weights.dense_correction import DenseCorrection
 from superpose_server.weights.kernel_correction import KernelCorrection
@@ -457,6 +459,48 @@ def test_only_what_fails_by_itself_ends_with_a_failing_pass(
     )
     for client, prompt in texts:
         assert client.tokens == bench.alone(prompt, bench.mix())
+
+
+def python_has_none() -> Any:
+    return bytes(1 << 62)
+
+
+def torch_has_none() -> Any:
+    return torch.empty(1 << 50)
+
+
+def the_device_has_none() -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+@pytest.mark.parametrize("allocate", [python_has_none, torch_has_none, the_device_has_none])
+def test_out_of_memory_in_a_step_fails_the_row_that_is_too_large_and_no_other(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, allocate: Callable[[], Any]
+) -> None:
+    """A step whose prompts together take what is not there is repeated in parts."""
+    large = PROMPTS[2] * 4
+    running = [bench.submit(prompt, bench.mix())[1] for prompt in PROMPTS[:2]]
+    bench.engine.step()
+    real = bench.model.run
+
+    def run(batch: Batch, keep: Tensor) -> Tensor:
+        if sum(len(span.ids) for span in batch.spans) >= len(large):
+            allocate()
+        return real(batch, keep)
+
+    monkeypatch.setattr(bench.model, "run", run)
+    _, too_large = bench.submit(large, bench.mix())
+    _, beside = bench.submit(PROMPTS[3], bench.mix())
+    bench.run()
+    assert too_large.error is not None
+    assert is_out_of_memory(too_large.error)
+    for client, prompt in zip((*running, beside), (*PROMPTS[:2], PROMPTS[3]), strict=True):
+        assert client.error is None
+        assert client.tokens == bench.alone(prompt, bench.mix())
+    monkeypatch.undo()
+    _, again = bench.submit(large, bench.mix())
+    bench.run()
+    assert again.tokens == bench.alone(large, bench.mix())
 
 
 def poison(mix: BoundMix, factor: str) -> None:
