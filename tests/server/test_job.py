@@ -102,3 +102,18 @@ def test_the_longest_slice_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     while job.run_slice():
         pass
     assert job.future.result(timeout=0).longest_stall_seconds == 3.0
+
+
+def test_who_waits_for_a_job_is_told_even_if_it_cannot_be_cut_short() -> None:
+    def slices() -> Generator[bool, None, None]:
+        try:
+            yield True
+        finally:
+            raise KeyError("lost")
+
+    job = Job(slices())
+    job.run_slice()
+    with pytest.raises(KeyError, match="lost"):
+        job.fail(ValueError("the end"))
+    with pytest.raises(ValueError, match="the end"):
+        job.future.result(timeout=0)

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
+from contextlib import ExitStack
 from itertools import accumulate
 from typing import Any, TypeVar, TypeVarTuple
 
@@ -207,12 +208,11 @@ class Engine:
         """Take no more rows, and wait at most `grace` seconds for the rest; then abort them."""
         self._scheduler.close()
         with self._wake:
-            if not self._wake.wait_for(self._idle, timeout=grace):
+            if not self._wake.wait_for(self._ended, timeout=grace):
                 _log.warning("grace is over rows=%d waiting=%d", self.running, self.waiting)
                 self._aborting = True
                 self._wake.notify_all()
-                # A step may be long, but it ends; only a thread that has died would not.
-                self._wake.wait_for(lambda: self._idle() or not self._thread.is_alive())
+                self._wake.wait_for(self._ended)  # A step may be long, but it ends.
 
     def stop(self) -> None:
         """End the thread after its current step: rows are aborted, jobs fail with ShuttingDown."""
@@ -227,6 +227,10 @@ class Engine:
 
     def _idle(self) -> bool:
         return self._scheduler.idle and not self._jobs and not self._folds
+
+    def _ended(self) -> bool:
+        """Return whether nothing is left that anybody will end."""
+        return self._stopping or self._idle()
 
     def _loop(self) -> None:
         compute_with(self._threads)
@@ -244,6 +248,8 @@ class Engine:
                 self._stopping = True
                 try:
                     self._end_all(why)
+                except Exception:  # Of which those who could be told were told.
+                    _log.critical("not all that ran could be ended", exc_info=True)
                 finally:
                     self._wake.notify_all()
 
@@ -518,13 +524,17 @@ class Engine:
                 self._jobs.rotate(-1)  # Behind the others, so that jobs take turns.
 
     def _end_all(self, error: Exception) -> None:
-        """End every row, job and fold, with no work on the device, which may be what failed."""
-        self._end_rows(error)
-        while self._jobs:
-            self._jobs.popleft().fail(error)
-        while self._folds:
-            self._folds.popleft()[1].set_exception(error)
-        self.runner.forget()
+        """End every row, job and fold, with no work on the device, which may be what failed.
+
+        What raises keeps nobody else from an end; it is raised when all have theirs.
+        """
+        with ExitStack() as ends:  # The last first.
+            ends.callback(self.runner.forget)
+            while self._folds:
+                ends.callback(self._folds.popleft()[1].set_exception, error)
+            while self._jobs:
+                ends.callback(self._jobs.popleft().fail, error)
+            ends.callback(self._end_rows, error)
 
     def _end_rows(self, error: Exception) -> None:
         """End every row, those that wait too."""

@@ -63,9 +63,11 @@ class Job(Generic[T]):
         return True
 
     def fail(self, error: Exception) -> None:
-        """End the job before its time."""
-        self._slices.close()
-        self._resolve(None, error)
+        """End the job before its time; who waits for it is told, even if it cannot be cut short."""
+        try:
+            self._slices.close()
+        finally:
+            self._resolve(None, error)
 
     def _measure(self, started: float) -> None:
         took = time.perf_counter() - started
