@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.server.helpers import GREEDY, Bench, Client, key_values, random_adapter
+from tests.server.helpers import GREEDY, Bench, Client, flip_bit, key_values, random_adapter
 from torch import Tensor, nn
 
 from superpose_adapters.adapter import Adapter
@@ -25,6 +25,7 @@ from superpose_server.errors import FailedPrecondition, Internal, QueueFull, Shu
 from superpose_server.model.batch import Batch
 from superpose_server.model.memory import is_out_of_memory
 from superpose_server.model.packed import PackedLinear
+from superpose_server.weights import pace
 from superpose_server.weights.dense_correction import DenseCorrection
 from superpose_server.weights.kernel_correction import KernelCorrection
 from superpose_server.weights.parameter_format import PackedFormat, PlainFormat
@@ -885,6 +886,30 @@ def test_verification_between_folds_is_right(
 
 
 # The thread.
+
+
+def test_a_check_that_was_there_before_the_damage_does_not_undo_what_another_has_found(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "_SLICE_BYTES", 1)
+    first = next(bench.model.module.parameters())
+    early = bench.engine.check()
+    for _ in range(3):
+        bench.engine.step()
+    flip_bit(first, 0)
+    late = bench.engine.check()
+    while not early.done():
+        bench.engine.step()
+    assert early.result().value.ok
+    assert not bench.weights.intact
+    while not late.done():
+        bench.engine.step()
+    assert not late.result().value.ok
+    flip_bit(first, 0)
+    again = bench.engine.check()
+    while not again.done():
+        bench.engine.step()
+    assert bench.weights.intact
 
 
 def wait_for(client: Any) -> None:

@@ -47,7 +47,7 @@ class Integrity(EngineObserver):
                 "mend it from"
             )
         else:
-            self._tell(found.ok)
+            self._tell(self.intact and not self.hopeless)
 
     def give_up(self, why: str) -> None:
         """Note that only a new start helps, which reads everything again."""

@@ -133,14 +133,16 @@ class Runner:
 
     def check(self) -> Generator[bool, None, Findings]:
         """Check the weights, and what is kept to correct by; see `ResidentWeights.check`."""
+        before = self._weights.times_damaged
         copies = yield from self._check_copies()
-        return self._conclude((yield from self._weights.check()), copies)
+        return self._conclude((yield from self._weights.check()), copies, before)
 
     def verify(self) -> Generator[bool, None, Verification]:
         """The same, with a hash of the weights; see `ResidentWeights.verify`."""
+        before = self._weights.times_damaged
         copies = yield from self._check_copies()
         found = yield from self._weights.verify()
-        return replace(found, findings=self._conclude(found.findings, copies))
+        return replace(found, findings=self._conclude(found.findings, copies, before))
 
     def mend(self) -> Generator[bool, None, Findings]:
         """Make anew whatever can be, and check it.
@@ -154,14 +156,16 @@ class Runner:
 
     def _check_copies(self) -> Generator[bool, None, tuple[str, ...]]:
         damaged = yield from self._corrections.check(self._weights.adapters)
-        self._weights.intact &= not damaged
+        if damaged:
+            self._weights.note_damage()
         return damaged
 
-    def _conclude(self, found: Findings, copies: tuple[str, ...]) -> Findings:
+    def _conclude(self, found: Findings, copies: tuple[str, ...], before: int) -> Findings:
+        # Two checks take turns: one may have passed what broke behind it, and the other found it.
+        if self._weights.times_damaged == before:
+            self._weights.intact = True
         adapters = tuple(dict.fromkeys((*found.damaged_adapters, *copies)))
-        found = replace(found, damaged_adapters=adapters)
-        self._weights.intact = found.ok
-        return found
+        return replace(found, damaged_adapters=adapters)
 
     def _pass(
         self, spans: Sequence[Span], wanted: Sequence[int], mixes: Sequence[BoundMix]

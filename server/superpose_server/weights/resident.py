@@ -117,8 +117,9 @@ class ResidentWeights:
     """The live parameters of a model, and the base that they are folded from.
 
     Attributes:
-        intact: Whether texts may be made of them. Unset when a check finds damage, or a fold has
-            left them as no mix at all; set by whoever finds everything right.
+        intact: Whether texts may be made of them. Unset by `note_damage`; set by a check that finds
+            everything right.
+        times_damaged: How often damage was noted.
         resident: The mix that they hold.
 
     `prepare` may run on any one thread at a time; all else belongs to the engine thread.
@@ -160,6 +161,7 @@ class ResidentWeights:
         # digest each has factors of its own.
         self._adapters: WeakValueDictionary[int, Adapter] = WeakValueDictionary()
         self.intact = True
+        self.times_damaged = 0
         self.base_digest = base_digest
         self.resident = PreparedMix(BoundMix(base_digest))
 
@@ -305,12 +307,17 @@ class ResidentWeights:
         try:
             self._copy_base(list(self._base))
         except Exception as error:
-            self.intact = False
+            self.note_damage()
             raise DataLoss(
                 "a fold failed and the base could not be put back: restart the server",
                 "WEIGHTS_DAMAGED",
             ) from error
         self.resident = PreparedMix(BoundMix(self.base_digest))
+
+    def note_damage(self) -> None:
+        """Let no texts be made, as a check has found damage or a fold has left no mix at all."""
+        self.intact = False
+        self.times_damaged += 1
 
     def mend(self) -> None:
         """Write every parameter that was ever folded anew, from the kept base and the adapters.
@@ -352,12 +359,13 @@ class ResidentWeights:
                     (base if kept else resident).append(name)
                 if name in damaged and (whole or self._was_changed(name)):
                     resident.append(name)
-                self.intact &= whole and name not in damaged
+                if not whole or name in damaged:
+                    self.note_damage()
         adapters = []
         for adapter in self.adapters:
             if not (yield from _is_whole(adapter, pace)):
                 adapters.append(adapter.digest)
-                self.intact = False
+                self.note_damage()
         return Findings(tuple(resident), tuple(base), tuple(adapters), (*lost, *adapters))
 
     def verify(self) -> Generator[bool, None, Verification]:
