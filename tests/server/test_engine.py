@@ -888,6 +888,17 @@ def test_verification_between_folds_is_right(
 # The thread.
 
 
+def test_a_check_of_what_rows_are_corrected_by_lets_them_go_on_after_each_module(
+    bench: Bench, adapters: tuple[Adapter, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large adapter's factors are hundreds of MiB."""
+    monkeypatch.setattr(pace, "_SLICE_BYTES", 1)
+    bench.submit(PROMPTS[0], bench.mix((adapters[0], 1.0), (adapters[1], 0.5)))
+    bench.engine.step()
+    slices = bench.engine.runner._corrections.check(adapters)
+    assert sum(1 for _ in slices) == sum(len(adapter.modules) for adapter in adapters)
+
+
 def test_a_check_that_was_there_before_the_damage_does_not_undo_what_another_has_found(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -415,12 +415,13 @@ def test_factors_are_kept_as_long_as_their_adapter() -> None:
 def test_a_flipped_bit_of_kept_factors_is_found(dtype: torch.dtype, side: str) -> None:
     factors, one, other = KernelFactors(dtype), adapter(1, rank=4), adapter(2, rank=4)
     (pair,) = factors.of([one], "m")
-    assert factors.whole(one)
-    assert factors.whole(other)  # of which nothing is kept
+    nbytes = pair.a.nbytes + pair.b.nbytes
+    assert list(factors.compare(one)) == [(True, nbytes)]
+    assert list(factors.compare(other)) == []  # of which nothing is kept
     flip_bit(getattr(pair, side), 5)
-    assert not factors.whole(one)
+    assert list(factors.compare(one)) == [(False, nbytes)]
     flip_bit(getattr(pair, side), 5)
-    assert factors.whole(one)
+    assert list(factors.compare(one)) == [(True, nbytes)]
 
 
 def test_a_term_without_domains_is_none_whatever_else_it_says() -> None:

@@ -128,11 +128,14 @@ class Corrections:
         damaged = []
         pace = Pace()
         for adapter in adapters:
-            stacks = [stack for stack in (self._pool, self._stack) if stack is not None]
-            if not (self._factors.whole(adapter) and all(s.whole(adapter) for s in stacks)):
+            whole = True
+            for kept in (self._factors, self._pool, self._stack):
+                for same, nbytes in kept.compare(adapter) if kept is not None else ():
+                    whole &= same
+                    if pace.due(nbytes):
+                        yield True
+            if not whole:
                 damaged.append(adapter.digest)
-            if pace.due(4 * adapter.parameters):
-                yield True
         return tuple(damaged)
 
     def clear(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from superpose_adapters.adapter import Adapter
+from superpose_server.weights.bits import same_bits
 
 # Elements between the beginnings of two modules' factors are a multiple of this, 16 bytes.
 _ALIGNED = 4
@@ -94,25 +95,41 @@ class FactorStack:
         return True
 
     @torch.inference_mode()
-    def whole(self, adapter: Adapter) -> bool:
-        """Return whether what is here of an adapter, if anything is, is what it should be."""
-        columns = self._columns.get(adapter.digest)
-        if columns is None:
-            return True
-        kept, fresh = self._all[columns], self._arrange(adapter)
-        return torch.equal(kept.view(torch.int8), fresh.view(torch.int8))
+    def compare(self, adapter: Adapter) -> Iterator[tuple[bool, int]]:
+        """Yield, for each module, whether what is here of an adapter is whole, and its bytes.
+
+        Nothing of one that is not here, or has to make room meanwhile.
+        """
+        for name in self.a:
+            columns = self._columns.get(adapter.digest)
+            if columns is None:
+                return
+            kept = self.a[name][columns], self.b[name][columns]
+            fresh = (factor.to(self._all) for factor in self._factors_of(adapter, name))
+            yield all(map(same_bits, kept, fresh)), sum(factor.nbytes for factor in kept)
 
     def _arrange(self, adapter: Adapter) -> Tensor:
         """Return the ranks (rank, features of all modules) of an adapter."""
-        largest = torch.finfo(self._all.dtype).max
         rows = torch.zeros(adapter.rank, self._all.shape[1], dtype=torch.float32)
-        for name, factors in adapter.modules.items():
-            # Finite, since rows whose gate is 0 are multiplied by it too.
-            a = factors.a.clamp(-largest, largest)
-            b = (factors.b.double() * factors.scaling).float().clamp(-largest, largest)
-            rows[: len(a), self._places[name, 0]] = a
-            rows[: len(a), self._places[name, 1]] = b.T
+        for name in adapter.modules:
+            for side, factor in enumerate(self._factors_of(adapter, name)):
+                rows[:, self._places[name, side]] = factor
         return rows.to(self._all)
+
+    def _factors_of(self, adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
+        """Return A (rank, in) and B (rank, out) of an adapter, with zeros for ranks that it lacks.
+
+        Finite, since rows whose gate is 0 are multiplied by them too.
+        """
+        largest = torch.finfo(self._all.dtype).max
+        a = torch.zeros(adapter.rank, self.a[module].shape[1], dtype=torch.float32)
+        b = torch.zeros(adapter.rank, self.b[module].shape[1], dtype=torch.float32)
+        factors = adapter.modules.get(module)
+        if factors is not None:
+            a[: factors.rank] = factors.a.clamp(-largest, largest)
+            scaled = (factors.b.double() * factors.scaling).float()
+            b[: factors.rank] = scaled.clamp(-largest, largest).T
+        return a, b
 
     def spread(self, adapters: Sequence[Adapter], gates: Tensor) -> Tensor:
         """Return gates (rows, ranks) from those (rows, adapters) of adapters that are here."""

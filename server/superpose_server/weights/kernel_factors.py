@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from superpose_adapters.adapter import Adapter, Factors
 from superpose_server.model.packed import PANEL
+from superpose_server.weights.bits import same_bits
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,12 @@ class KernelFactors:
             raise ValueError(f"factors of {module} are for modules of different sizes: {sizes}")
         return pairs
 
-    def whole(self, adapter: Adapter) -> bool:
-        """Return whether what is kept of an adapter, if anything is, is what it should be."""
-        return all(
-            torch.equal(kept.a.view(torch.int8), fresh.a.view(torch.int8))
-            and torch.equal(kept.b.view(torch.int8), fresh.b.view(torch.int8))
-            for name, kept in self._pairs.get(adapter, {}).items()
-            for fresh in (self._arrange(name, adapter.modules[name]),)
-        )
+    def compare(self, adapter: Adapter) -> Iterator[tuple[bool, int]]:
+        """Yield, for each module of an adapter that is kept, whether it is whole, and its bytes."""
+        for name, kept in self._pairs.get(adapter, {}).items():
+            fresh = self._arrange(name, adapter.modules[name])
+            whole = same_bits(kept.a, fresh.a) and same_bits(kept.b, fresh.b)
+            yield whole, kept.a.nbytes + kept.b.nbytes
 
     def _arrange(self, module: str, factors: Factors) -> Pair:
         (ranks, inputs), (outputs, of_b) = factors.a.shape, factors.b.shape

@@ -32,6 +32,7 @@ from superpose_adapters.mix import BoundMix
 from superpose_server.errors import DataLoss, FailedPrecondition, Internal
 from superpose_server.model.memory import give_back, lasting_copy
 from superpose_server.model.packed import PackedLinear
+from superpose_server.weights.bits import same_bits
 from superpose_server.weights.pace import Pace
 from superpose_server.weights.parameter_format import (
     PackedFormat,
@@ -47,7 +48,6 @@ _VERIFY_ATTEMPTS = 8
 _MEASURED = 1 << 14
 # What a fold and a comparison take, as so many passes over a parameter.
 _FOLD_PASSES = 2
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _log = logging.getLogger(__name__)
 
@@ -412,7 +412,7 @@ class ResidentWeights:
         if modules[0] in self.resident.factors:
             expected = self._fresh(modules, self._arranged(modules))
         pairs = zip(group, modules, expected, strict=True)
-        return {name for name, module, bits in pairs if not _same_bits(self._live[module], bits)}
+        return {name for name, module, bits in pairs if not same_bits(self._live[module], bits)}
 
     def _was_changed(self, name: str) -> bool:
         """Return whether a live parameter is damaged, whose kept base is: only it can tell now."""
@@ -484,12 +484,6 @@ def _is_whole(adapter: Adapter, pace: Pace) -> Generator[bool, None, bool]:
         if pace.due(factors.a.nbytes + factors.b.nbytes):
             yield True
     return whole
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    # As integers: 0.0 and -0.0 differ, and a NaN is equal to itself.
-    integers = _INTEGERS[one.element_size()]
-    return torch.equal(one.detach().view(integers), other.to(one.device).view(integers))
 
 
 def _energy(parameter: Tensor) -> float:
