@@ -435,6 +435,20 @@ def test_a_token_that_is_revoked_begins_no_call_more(server: Served, tokens: Pat
     text("only-a", None, server)
 
 
+def test_the_log_tells_who_was_refused_and_from_where(
+    server: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So that who tries tokens is found."""
+    caplog.set_level(logging.INFO)
+    assert refused(lambda: text("nobody", None, server)) == ("UNAUTHENTICATED", "TOKEN_UNKNOWN")
+    assert asked(server, "PUT", "/v1/mix", "user")[:2] == (403, "SCOPE_MISSING")
+    lines = [line for line in caplog.messages if line.startswith("refused ")]
+    assert len(lines) == 2
+    for line, said in zip(lines, ("TOKEN_UNKNOWN", "SCOPE_MISSING"), strict=True):
+        assert line.endswith(f"reason={said}")
+        assert re.search(r" peer=ipv4:127\.0\.0\.1:\d+ ", line)
+
+
 # What must not be told.
 
 SECRET_PROMPT = "the prompt that nobody else may read"

@@ -127,10 +127,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         code, status = to_status(error)
         reason = error.reason if isinstance(error, ServerError) else "INTERNAL"
         self._failed(reason)
+        peer = context.peer()
         if isinstance(error, ServerError):
-            _log.info("refused method=%s code=%s reason=%s", method, code.name, reason)
+            _log.info(
+                "refused method=%s peer=%s code=%s reason=%s", method, peer, code.name, reason
+            )
         else:
-            _log.error("failed method=%s", method, exc_info=error)
+            _log.error("failed method=%s peer=%s", method, peer, exc_info=error)
         await context.abort(code, status.message, ((_DETAILS_KEY, status.SerializeToString()),))
         raise AssertionError("abort returns never")
 

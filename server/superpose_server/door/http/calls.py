@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from superpose_server.door.http.header import header
+from superpose_server.door.http.peer import peer_of
 from superpose_server.door.http.status import error_response, to_answer
 from superpose_server.errors import InvalidArgument, ServerError
 
@@ -63,7 +64,7 @@ class Calls:
         status, body, _ = to_answer(error)
         reason = body["error"]["code"]
         self._failed(reason)
-        call = f"{scope['method']} {scope['path'][:200]!r}"
+        call = f"{scope['method']} {scope['path'][:200]!r} peer={peer_of(scope)}"
         if isinstance(error, ServerError):
             _log.info("refused call=%s status=%d reason=%s", call, status, reason)
         else:

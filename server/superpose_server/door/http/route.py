@@ -14,6 +14,7 @@ from superpose_server.door.http.body import read_body
 from superpose_server.door.http.endpoint import Endpoint
 from superpose_server.door.http.fields import Asked, Form
 from superpose_server.door.http.header import header
+from superpose_server.door.http.peer import peer_of
 from superpose_server.door.http.upload import Upload, read_upload
 from superpose_server.errors import InvalidArgument
 
@@ -43,7 +44,7 @@ class _Answers:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         # Here and nowhere else: nothing of the request but its head has been read.
         token = self._access.check(header(scope, "authorization"), self._needs[method])
-        end = self._access.begin(token, _peer(scope))
+        end = self._access.begin(token, peer_of(scope))
         try:
             endpoint = self._endpoints[method]
             request = Request(scope, receive, send)
@@ -51,14 +52,6 @@ class _Answers:
             await response(scope, receive, send)
         finally:
             end()
-
-
-def _peer(scope: Scope) -> str:
-    """Return where a call came from, as gRPC writes it."""
-    if scope["client"] is None:
-        return ""
-    host, port = scope["client"]
-    return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
 
 
 async def _read(request: Request, endpoint: Endpoint) -> Asked:
