@@ -96,9 +96,14 @@ def proxy_of(target: str) -> str | None:
 
 
 def stays_here(target: str) -> bool:
-    """Return whether what is sent to a gRPC target never leaves this machine."""
+    """Return whether what is sent to a gRPC target never leaves this machine.
+
+    Names below localhost should not, either; but some systems ask a name server for them.
+    """
     host = _host(target)
-    return target.startswith(("unix:", "unix-abstract:")) if host is None else _is_here(host)
+    if host is None:
+        return target.startswith(("unix:", "unix-abstract:"))
+    return _is_here(host) and not host.lower().endswith(".localhost")
 
 
 def host_and_port(target: str) -> tuple[str, int] | None:

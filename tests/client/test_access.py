@@ -104,7 +104,13 @@ def test_a_server_that_asks_for_a_certificate_gets_it(
         ask(make, credentials, ca=ca)
 
 
-ELSEWHERE = ["model.example:50051", "192.0.2.1:50051", "dns:///model.example:1", "[2001:db8::1]:1"]
+ELSEWHERE = [
+    "model.example:50051",
+    "server.localhost:50051",
+    "192.0.2.1:50051",
+    "dns:///model.example:1",
+    "[2001:db8::1]:1",
+]
 HERE = ["localhost:50051", "127.8.9.10:50051", "[::1]:50051", "unix:/run/superpose.sock"]
 
 
