@@ -1026,17 +1026,18 @@ def test_an_engine_that_cannot_even_end_its_rows_leaves_no_job_and_no_fold_hangi
 ) -> None:
     """Or the server would wait for ever for the operator's thread, which waits for the fold."""
     start_row(bench, 12)
-    jobs = [bench.engine.check(), bench.engine.verify()]
-    fold = bench.engine.fold(bench.weights.prepare(bench.mix()))
+    prepared = bench.weights.prepare(bench.mix())
+    futures: list[Future[Any]] = [bench.engine.check(), bench.engine.verify()]
+    futures.append(bench.engine.fold(prepared))
     monkeypatch.setattr(bench.engine, "_end_rows", broken("the fault of a fault's handling"))
     monkeypatch.setattr(bench.engine, "step", broken("a fault of ours"))
     bench.engine.start()
-    for future in (*jobs, fold):
+    for future in futures:
         assert future.exception(timeout=60) is not None
     bench.engine.drain(grace=3600)  # The row is there still, and will be.
     bench.engine.stop()
     with pytest.raises(ShuttingDown):
-        bench.engine.fold(bench.weights.prepare(bench.mix()))
+        bench.engine.fold(prepared)
 
 
 def test_a_fault_in_the_middle_of_a_prompt_leaves_no_nan_behind(
