@@ -888,6 +888,28 @@ def test_verification_between_folds_is_right(
 # The thread.
 
 
+@pytest.mark.parametrize("end", ["a fault", "given up"])
+def test_damage_is_told_even_if_the_check_that_found_it_does_not_come_to_its_end(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Or nobody would mend it, and every request would end with DATA_LOSS until the next check."""
+    monkeypatch.setattr(pace, "_SLICE_BYTES", 1)
+    told: list[str] = []
+    monkeypatch.setattr(bench.observer, "weights_lost", lambda: told.append("lost"))
+    flip_bit(next(bench.model.module.parameters()), 0)
+    verification = bench.engine.verify()
+    while bench.weights.intact:
+        bench.engine.step()
+    assert not told  # It goes on, and tells at its end.
+    if end == "given up":
+        verification.cancel()
+    else:
+        monkeypatch.setattr(bench.weights, "_is_base_whole", broken("no memory"))
+    while bench.engine._jobs:
+        bench.engine.step()
+    assert told == ["lost"]
+
+
 def test_a_check_of_what_rows_are_corrected_by_lets_them_go_on_after_each_module(
     bench: Bench, adapters: tuple[Adapter, Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:

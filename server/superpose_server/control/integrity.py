@@ -54,8 +54,8 @@ class Integrity(EngineObserver):
         self.hopeless = self.hopeless or why
         self._tell(False)
 
-    def weights_lost(self, error: Exception) -> None:
-        """Note that a fold has ruined the weights, whoever asked for it."""
+    def weights_lost(self) -> None:
+        """Note that the weights are damaged, whoever has found or done it."""
         self._tell(False)
 
     def died(self) -> None:

@@ -146,31 +146,33 @@ class Engine:
             QueueFull: Too many jobs wait.
             ShuttingDown: The engine takes no more.
         """
-
-        def slices() -> Generator[bool, None, Verification]:
-            found = yield from self.runner.verify()
-            self._observe(self._observer.checked, found.findings)
-            return found
-
-        return self._run(slices(), needs_weights=False)
+        slices = self._telling(self.runner.verify(), lambda found: found.findings)
+        return self._run(slices, needs_weights=False)
 
     def check(self) -> Future[JobResult[Findings]]:
         """The same, without a hash of all weights, and however the mix changes meanwhile."""
-        return self._look_after(self.runner.check)
+        return self._look_after(self.runner.check())
 
     def mend(self) -> Future[JobResult[Findings]]:
         """Write the weights anew from the kept base and the adapters, and check them."""
-        return self._look_after(self.runner.mend)
+        return self._look_after(self.runner.mend())
 
-    def _look_after(
-        self, look: Callable[[], Generator[bool, None, Findings]]
-    ) -> Future[JobResult[Findings]]:
-        def slices() -> Generator[bool, None, Findings]:
-            found = yield from look()
-            self._observe(self._observer.checked, found)
-            return found
+    def _look_after(self, look: Generator[bool, None, Findings]) -> Future[JobResult[Findings]]:
+        slices = self._telling(look, lambda found: found)
+        return self._run(slices, needs_weights=False, bounded=False)
 
-        return self._run(slices(), needs_weights=False, bounded=False)
+    def _telling(
+        self, look: Generator[bool, None, T], findings_of: Callable[[T], Findings]
+    ) -> Generator[bool, None, T]:
+        """Do what `look` does, and tell what it has found."""
+        try:
+            found = yield from look
+        except BaseException:  # It was cut short, by a fault or from outside.
+            if not self._weights.intact:
+                self._observe(self._observer.weights_lost)  # Or nobody would mend them.
+            raise
+        self._observe(self._observer.checked, findings_of(found))
+        return found
 
     def measure_fold_error(self, prepared: PreparedMix) -> Future[JobResult[float]]:
         """Measure what folding `prepared` would lose, without folding it."""
@@ -305,7 +307,7 @@ class Engine:
         self._forget()
         self._observe(self._observer.folded, seconds, error is None, self.resident)
         if isinstance(error, DataLoss):
-            self._observe(self._observer.weights_lost, error)
+            self._observe(self._observer.weights_lost)
         _log.info(
             "fold mix=%s resident=%s ms=%.2f ok=%s",
             target.mix.digest[:12],

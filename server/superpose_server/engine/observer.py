@@ -25,8 +25,8 @@ class EngineObserver:
     def folded(self, seconds: float, succeeded: bool, resident: BoundMix) -> None:
         """A fold ended; `resident` is in the weights now."""
 
-    def weights_lost(self, error: Exception) -> None:
-        """A fold left the weights as no mix at all."""
+    def weights_lost(self) -> None:
+        """A fold left the weights as no mix, or a check had found damage when it was cut short."""
 
     def checked(self, found: Findings) -> None:
         """The weights were compared with what they should be."""
@@ -67,10 +67,10 @@ class Observers(EngineObserver):
         for observer in self._observers:
             observer.folded(seconds, succeeded, resident)
 
-    def weights_lost(self, error: Exception) -> None:
+    def weights_lost(self) -> None:
         """See `EngineObserver`."""
         for observer in self._observers:
-            observer.weights_lost(error)
+            observer.weights_lost()
 
     def checked(self, found: Findings) -> None:
         """See `EngineObserver`."""
