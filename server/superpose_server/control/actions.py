@@ -277,7 +277,9 @@ def _check_name(name: str, field: str = "domain") -> None:
     try:
         check_name(name)
     except ValueError as error:
-        raise InvalidArgument(str(error), f"INVALID_{field.upper()}", field=field) from error
+        raise InvalidArgument(
+            str(error), "INVALID_NAME" if field == "name" else "INVALID_DOMAIN", field=field
+        ) from error
 
 
 def _store_failed(error: StoreError) -> FailedPrecondition:

@@ -109,7 +109,9 @@ class Encoder:
                 raise InvalidArgument(
                     f"{name} is {new}: with a prompt of {prompt} tokens "
                     f"the context of {self._context} leaves {room}",
-                    f"{name.upper()}_TOO_LARGE",
+                    "MAX_NEW_TOKENS_TOO_LARGE"
+                    if name == "max_new_tokens"
+                    else "MIN_NEW_TOKENS_TOO_LARGE",
                     field=f"options.{name}",
                 )
 
