@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = read_options(parsed)
     if options.model not in BUNDLES:
         parser.error(f"--model {options.model} has no held-out rows: use {' or '.join(BUNDLES)}")
-    if not 0 < parsed.step <= 1:
+    if not 0 < parsed.step <= 1 or abs(round(1 / parsed.step) * parsed.step - 1) > 1e-9:
         parser.error(f"--step {parsed.step} is no part of 1: use 0.1 or 0.5")
     with progress("fit", options.seconds) as tell:
         report = measure(options, parsed.rows, parsed.step, tell)
