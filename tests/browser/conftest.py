@@ -21,9 +21,12 @@ collect_ignore_glob = [] if find_spec("playwright") else ["test_*.py"]
 
 @pytest.fixture(scope="session")
 def served(loop: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server of `mini` whose default mix is the base; every test leaves it so."""
+    """A server of `mini` whose default mix is the base; every test leaves it so.
+
+    Nothing checks its weights meanwhile, so that its engine works for no one but the page.
+    """
     state = tmp_path_factory.mktemp("browser") / "state"
-    server = start(loop, MINI.name, state, http_listen="127.0.0.1:0")
+    server = start(loop, MINI.name, state, http_listen="127.0.0.1:0", verify_every=0)
     yield server
     server.stop()
 
