@@ -83,3 +83,23 @@ def test_so_does_a_conversation_on_a_base_that_takes_them(
     if way == "curl":
         text = json.loads(text)["choices"][0]["message"]["content"]
     assert text.strip() == answer.text.strip()
+
+
+@pytest.mark.parametrize(
+    ("way", "options"),
+    [
+        ("adapterctl", "adapterctl generate --server there:1 --tls --mix base "),
+        ("Python client", 'Client("there:1", tls=True, token=os.environ["SUPERPOSE_TOKEN"])'),
+    ],
+)
+def test_a_server_that_encrypts_is_asked_so_at_its_other_door(
+    mixer: Mixer, way: str, options: str
+) -> None:
+    program = """async way => {
+        const { WAYS } = await import("./mixer/copy_as.js");
+        const prompt = { text: "a", chat: false, maxTokens: 1, temperature: 0, seed: 1 };
+        const site = new URL("https://there/");
+        return WAYS.get(way)({ prompt, mix: new Map(), site, grpc: "there:1", token: true });
+    }"""
+    assert options in mixer.page.evaluate(program, way)
+    assert "tls" not in mixer.page.evaluate(program.replace("https:", "http:"), way)

@@ -79,11 +79,15 @@ function reachable(listening, site) {
   return listening.replace(/^(0\.0\.0\.0|\[::\])(?=:)/, site.hostname);
 }
 
+/** @param {URL} site  A server has certificates for both of its doors, or for none. */
+const encrypted = (site) => site.protocol === "https:";
+
 /** @param {Asked} asked */
-function asAdapterctl({ prompt, mix, grpc }) {
+function asAdapterctl({ prompt, mix, grpc, site }) {
   const { text, chat, maxTokens, temperature, seed } = prompt;
   const options = [
     ...(grpc === DEFAULT_GRPC ? [] : [`--server ${shell(grpc)}`]),
+    ...(encrypted(site) ? ["--tls"] : []),
     `--mix ${shell(formatMix(mix))} --max-new-tokens ${maxTokens} --temperature ${temperature} --seed ${seed}`,
   ];
   if (!chat) return [`adapterctl generate ${options.join(" ")}`, `-- ${shell(text)}`].join(" \\\n  ");
@@ -104,13 +108,14 @@ function asCurl({ prompt, mix, site, token }) {
 }
 
 /** @param {Asked} asked */
-function asPython({ prompt, mix, grpc, token }) {
+function asPython({ prompt, mix, grpc, site, token }) {
   const { text, chat, maxTokens, temperature, seed } = prompt;
   const [os, held] = token ? ["import os\n\n", `, token=${HELD}`] : ["", ""];
+  const tls = encrypted(site) ? ", tls=True" : "";
   return `${os}from superpose_client import Client
 
 prompt = ${chat ? `[{"role": "user", "content": ${python(text)}}]` : python(text)}
-with Client(${python(grpc)}${held}) as client:
+with Client(${python(grpc)}${tls}${held}) as client:
     for chunk in client.stream(
         prompt,
         mix=${python(formatMix(mix))},
