@@ -154,6 +154,31 @@ def test_undo_and_redo_go_through_what_was_watched(mixer: Mixer, served: Served)
         expect(mixer.fact("Generation")).to_have_text(str(generation + 1))
         assert weights(served) == expected
     expect(mixer.button("Redo")).to_be_disabled()
+    generation = served.client.mix().generation
+    changes = held_changes(mixer)
+    with mixer.page.expect_request(lambda request: request.method == "PUT"):
+        mixer.button("Undo").click()
+    mixer.button("Undo").click()  # before the first press is answered
+    expect(mixer.button("Undo")).to_be_focused()
+    for change in changes:
+        change.continue_()
+    mixer.says(f"The default mix is math=0.5 now, generation {generation + 1}.")
+    assert len(changes) == 1
+    expect(mixer.page.get_by_role("alert")).to_have_count(0)
+
+
+def held_changes(mixer: Mixer) -> list[Any]:
+    """Hold changes of the default mix on their way; each goes on with `continue_`."""
+    held: list[Any] = []
+
+    def hold(route: Any) -> None:
+        if route.request.method == "PUT":
+            held.append(route)
+        else:
+            route.continue_()
+
+    mixer.page.route("**/v1/mix", hold)
+    return held
 
 
 def test_whoever_is_first_wins_and_the_other_is_told(mixer: Mixer, served: Served) -> None:

@@ -146,6 +146,8 @@ WENT_BACK = [*CHANGED, ("undo", 0, 0)]
         ([*WENT_BACK, ("watched", 2, 0), ("watched", 3, 7)], [0, 7], 1),
         # Somebody else was first while an undo was asked for.
         ([*WENT_BACK, ("watched", 2, 9)], [0, 5, 9], 2),
+        # An adapter was replaced: the same mix, of another digest, is no step.
+        ([*CHANGED, ("watched", 2, 5), ("undo", 0, 0), ("watched", 3, 0)], [0, 5], 0),
         # A server without a past.
         ([("watched", 7, 5), ("watched", 0, 0)], [5, 0], 1),
     ],

@@ -25,7 +25,9 @@ export function DefaultMix({ store }) {
 
   /** @param {-1 | 1} step */
   const move = async (step) => {
-    const going = moved(store.get().history, step);
+    const { history } = store.get();
+    if (history.moving !== null) return; // Pressed again before the answer: one step at a time.
+    const going = moved(history, step);
     if (going === null || going.moving === null) return;
     const { mix } = going.states[going.moving];
     store.set({ history: going });

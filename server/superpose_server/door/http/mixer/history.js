@@ -33,9 +33,11 @@ export function watched(history, told) {
   const { states, position, moving } = history;
   const now = current(history);
   if (now !== null && now.generation === told.generation && now.digest === told.digest) return history;
-  if (moving !== null && sameMix(states[moving].mix, told.mix)) {
-    const moved = states.map((state, index) => (index === moving ? told : state));
-    return { states: moved, position: moving, moving: null };
+  const arrived = moving !== null && sameMix(states[moving].mix, told.mix);
+  // An adapter that is replaced makes a generation of the same mix, which is no step to undo.
+  if (arrived || (now !== null && sameMix(now.mix, told.mix))) {
+    const place = arrived ? moving : position;
+    return { states: states.map((state, index) => (index === place ? told : state)), position: place, moving: null };
   }
   const kept = [...states.slice(0, position + 1), told].slice(-LONGEST);
   return { states: kept, position: kept.length - 1, moving: null };
