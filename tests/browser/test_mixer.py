@@ -46,6 +46,22 @@ def test_a_weight_is_set_by_slider_keys_number_and_text(mixer: Mixer) -> None:
     mixer.mix_text.press("Enter")
     expect(mixer.page.get_by_role("alert")).to_contain_text("law is neither a domain")
     expect(mixer.weight("math")).to_have_value("1")
+    mixer.slider("medicine").fill("1")
+    expect(mixer.mix_text).to_have_value("math=1,finance=-0.5,medicine=1")
+    expect(mixer.page.get_by_role("alert")).to_have_count(0)
+
+
+def test_a_number_is_typed_key_by_key_and_what_is_none_goes(mixer: Mixer) -> None:
+    temperature = mixer.page.get_by_label("Temperature")
+    temperature.clear()
+    temperature.press_sequentially("0.05")
+    expect(temperature).to_have_value("0.05")
+    temperature.fill("7")
+    assert temperature.evaluate("e => e.matches(':invalid')")
+    temperature.press_sequentially("-")
+    temperature.blur()
+    expect(temperature).to_have_value("0.05")
+    assert temperature.evaluate("e => e.validity.valid")
 
 
 def test_three_texts_are_those_of_the_server(mixer: Mixer, served: Served) -> None:

@@ -2,6 +2,7 @@
 
 import { events } from "./api.js";
 import { formatMix, mixOf, mixOfState } from "./mix.js";
+import { NumberField } from "./number_field.js";
 import { Foldout, Problem } from "./panel.js";
 import { SampleInput, countRows, measured, useSources } from "./sample.js";
 import { say, setMine } from "./state.js";
@@ -81,13 +82,13 @@ function Inside({ store }) {
       ${domains.length > MOST_DOMAINS && html`<span class="hint">at most ${MOST_DOMAINS} at a time</span>`}
     </fieldset>
     <div class="options">
-      <${Option} name="Mixes to try" placeholder=${20 + 10 * domains.length} min=${1} max=${512} step=${1} value=${options.budget}
+      <${NumberField} name="Mixes to try" placeholder=${20 + 10 * domains.length} min=${1} max=${512} step=${1} value=${options.budget}
         onValue=${(/** @type {string} */ budget) => setOptions({ ...options, budget })} />
-      <${Option} name="Least weight" min=${-10000} max=${10000} step="any" value=${options.low}
+      <${NumberField} name="Least weight" min=${-10000} max=${10000} step="any" value=${options.low}
         onValue=${(/** @type {string} */ low) => setOptions({ ...options, low })} />
-      <${Option} name="Greatest" min=${-10000} max=${10000} step="any" value=${options.high}
+      <${NumberField} name="Greatest" min=${-10000} max=${10000} step="any" value=${options.high}
         onValue=${(/** @type {string} */ high) => setOptions({ ...options, high })} />
-      <${Option} name="Penalty of a unit" min=${0} max=${1000} step="any" value=${options.penalty}
+      <${NumberField} name="Penalty of a unit" min=${0} max=${1000} step="any" value=${options.penalty}
         onValue=${(/** @type {string} */ penalty) => setOptions({ ...options, penalty })} />
     </div>
     <div class="actions">
@@ -108,20 +109,6 @@ function Inside({ store }) {
 function without(names, name, gone) {
   const others = [...names].filter((each) => each !== name);
   return new Set(gone ? others : [...others, name]);
-}
-
-/**
- * @param {{name: string, placeholder?: number, min: number, max: number, step: number | "any", value: string,
- *          onValue: (value: string) => void}} props
- */
-function Option({ name, placeholder, min, max, step, value, onValue }) {
-  return html`
-    <label class="field">
-      ${name}
-      <input type="number" min=${min} max=${max} step=${step} value=${value} placeholder=${placeholder}
-        onInput=${(/** @type {any} */ event) => event.currentTarget.validity.valid && onValue(event.currentTarget.value)} />
-    </label>
-  `;
 }
 
 /** @param {{progress: any}} props */

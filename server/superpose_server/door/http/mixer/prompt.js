@@ -1,6 +1,7 @@
 /** What to generate from, and how. */
 
 import { QUESTIONS, asPrompt } from "./examples.js";
+import { NumberField } from "./number_field.js";
 import { useStore } from "./store.js";
 import { html } from "./vendor/htm-preact.js";
 
@@ -33,12 +34,12 @@ export function Prompting({ store, onGo }) {
           onChange=${(/** @type {any} */ event) => set({ chat: event.currentTarget.checked })} />
         As a conversation
       </label>`}
-      <${NumberField} name="Max tokens" value=${prompt.maxTokens} min=${1} max=${longest} step=${1}
-        onValue=${(/** @type {number} */ maxTokens) => set({ maxTokens })} />
-      <${NumberField} name="Temperature" value=${prompt.temperature} min=${0} max=${2} step="any"
-        onValue=${(/** @type {number} */ temperature) => set({ temperature })} />
-      <${NumberField} name="Seed" value=${prompt.seed} min=${0} max=${Number.MAX_SAFE_INTEGER} step=${1}
-        onValue=${(/** @type {number} */ seed) => set({ seed })} />
+      <${NumberField} name="Max tokens" value=${prompt.maxTokens} min=${1} max=${longest} step=${1} required
+        onValue=${(/** @type {string} */ typed) => set({ maxTokens: Number(typed) })} />
+      <${NumberField} name="Temperature" value=${prompt.temperature} min=${0} max=${2} step="any" required
+        onValue=${(/** @type {string} */ typed) => set({ temperature: Number(typed) })} />
+      <${NumberField} name="Seed" value=${prompt.seed} min=${0} max=${Number.MAX_SAFE_INTEGER} step=${1} required
+        onValue=${(/** @type {string} */ typed) => set({ seed: Number(typed) })} />
     </div>
   `;
 }
@@ -58,21 +59,5 @@ function Examples({ store, onPick }) {
         `,
       )}
     </div>
-  `;
-}
-
-/**
- * A number with a label; only valid ones are told.
- * @param {{name: string, value: number, min: number, max: number, step: number | "any",
- *          onValue: (value: number) => void}} props
- */
-function NumberField({ name, value, min, max, step, onValue }) {
-  return html`
-    <label class="field">
-      ${name}
-      <input type="number" min=${min} max=${max} step=${step} value=${value} required
-        onInput=${(/** @type {any} */ event) =>
-          event.currentTarget.validity.valid && onValue(event.currentTarget.valueAsNumber)} />
-    </label>
   `;
 }

@@ -1,5 +1,6 @@
 /** What mixes are measured on, pasted or from files: one sample, which curve and fit share. */
 
+import { NumberField } from "./number_field.js";
 import { Problem } from "./panel.js";
 import { readRows } from "./rows.js";
 import { createStore, useStore } from "./store.js";
@@ -116,12 +117,8 @@ export function SampleInput({ id, sources, problem, most }) {
             <option value="answer" disabled=${!answers}>of the answers</option>
           </select>
         </label>
-        <label class="field">
-          Tokens kept of a row
-          <input type="number" min="2" step="1" placeholder="all that fit" value=${maxLength}
-            onInput=${(/** @type {any} */ event) =>
-              event.currentTarget.validity.valid && sample.set({ maxLength: event.currentTarget.value })} />
-        </label>
+        <${NumberField} name="Tokens kept of a row" placeholder="all that fit" min=${2} step=${1} value=${maxLength}
+          onValue=${(/** @type {string} */ maxLength) => sample.set({ maxLength })} />
       </div>
       ${files.length > 0 &&
       html`<ul class="sources">

@@ -114,6 +114,11 @@ function Written({ store }) {
   const mine = useStore(store, (state) => state.mine);
   const [typed, setTyped] = useState(/** @type {string | null} */ (null));
   const [problem, setProblem] = useState("");
+  // What was typed and not taken is no mix of the sliders once they have moved.
+  useEffect(() => {
+    setTyped(null);
+    setProblem("");
+  }, [mine]);
   const take = (/** @type {string} */ text) => {
     const { named, adapters } = store.get();
     try {
@@ -121,8 +126,6 @@ function Written({ store }) {
       const unknown = [...mix.keys()].find((name) => !adapters.some(({ domain }) => domain === name));
       if (unknown !== undefined) throw new Error(`${unknown} is neither a domain that is loaded nor a named mix`);
       setMine(store, mix);
-      setProblem("");
-      setTyped(null);
     } catch (error) {
       setProblem(/** @type {Error} */ (error).message);
     }
