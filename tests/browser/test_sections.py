@@ -185,6 +185,7 @@ def test_rows_that_cannot_be_read_are_named_and_stay_text(mixer: Mixer, tmp_path
             b'{"question": "a", "answer": "b"}\n{"question": "a"',
             "line 2 is not JSON",
         ),
+        "plain.jsonl": (b"1\n2\n", 'needs the texts "question" and "ans'),
         "nan.jsonl": (b'{"question": NaN, "answer": "b"}', "line 1 is not JSON"),
         "numbers.jsonl": (b'{"question": 1, "answer": "b"}', 'needs the texts "question" and "ans'),
         f"{XSS}.jsonl".replace("/", ""): (b"[]", "holds no text"),

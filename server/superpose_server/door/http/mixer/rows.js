@@ -1,4 +1,4 @@
-/** Texts and rows of question-answer data, read as `adapterctl` reads them: by content, not by name. */
+/** Texts and rows of question-answer data, told apart as `adapterctl` tells them: by what they hold. */
 
 /**
  * @typedef {{text: string} | {question_answer: {question: string, answer: string}}} Item  As the
@@ -11,12 +11,13 @@ const AS_TEXT = 'to measure it as a text, write it as a row {"text": ...}';
 /**
  * Return what `content` holds: rows in JSON, one a line or an array of them, or else a text a line.
  * @param {string} content
+ * @param {boolean} isJson  Whether it must be JSON, by its name; otherwise what it holds tells that.
  * @returns {Item[]}
  * @throws {Error}  One line that names the line at fault.
  */
-export function readRows(content) {
+export function readRows(content, isJson = false) {
   const whole = content.replace(/^\uFEFF/, "");
-  if (!LOOKS_LIKE_JSON.test(whole)) return textsOf(whole);
+  if (!isJson && !LOOKS_LIKE_JSON.test(whole)) return textsOf(whole);
   if (whole.trimStart().startsWith("[")) {
     const rows = parse(whole, "the array");
     return rows.map((/** @type {unknown} */ row, /** @type {number} */ at) => itemOf(row, `item ${at + 1}`));

@@ -152,7 +152,8 @@ async function readFile(file) {
   if (/\.(csv|tsv)$/i.test(name)) return `${name}: tables are not read; make it JSON, an object a line.`;
   if (file.size > MOST_BYTES) return `${name}: larger than a request may be, ${MOST_BYTES >> 20} MiB.`;
   try {
-    const items = readRows(new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer()));
+    const isJson = /\.jsonl?$/i.test(name);
+    const items = readRows(new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer()), isJson);
     return items.length ? { name, items } : `${name} holds no text.`;
   } catch (error) {
     const undecodable = error instanceof TypeError;
