@@ -109,6 +109,20 @@ def test_words_are_marked_that_differ(mixer: Mixer) -> None:
     assert mixer.text(2).locator("mark.alone").count() == 0
 
 
+def test_texts_that_are_too_long_to_compare_are_said_to_be(mixer: Mixer) -> None:
+    written = [4001 * "a ", 4001 * "b ", 4001 * "c "]
+
+    def write(route: Any) -> None:
+        event = json.dumps({"choices": [{"text": written.pop(), "finish_reason": "stop"}]})
+        route.fulfill(content_type="text/event-stream", body=f": kept\n\ndata: {event}\n\n")
+
+    mixer.page.route("**/v1/completions", write)
+    mixer.write(PROMPT)
+    expect(mixer.page.get_by_text("more than 4000 words are not compared")).to_be_visible()
+    assert mixer.page.locator("mark").count() == 0
+    assert len((mixer.text(2).text_content() or "").split()) == 4001
+
+
 def test_texts_appear_while_they_are_written_and_can_be_stopped(
     mixer: Mixer, served: Served
 ) -> None:
@@ -232,10 +246,18 @@ def test_a_mix_is_named_used_and_its_name_taken_away(mixer: Mixer, served: Serve
     mixer.button("Take the name qa away").click()
     mixer.says("qa stands for nothing any more.")
     assert served.client.named_mixes() == ()
+    mixer.begin_to_write(PROMPT, 1)
+    expect(mixer.page.get_by_role("article", name="Text 1")).to_contain_text(
+        "qa names no mix any more: choose another"
+    )
+    mixer.says("The texts are written.")
+    assert mixer.text(1).text_content() == ""
+    assert mixer.text(3).text_content() != ""
     mixer.errors_of_status(400)
     mixer.page.get_by_label("Name this mix").fill("No Name")
     mixer.button("Name it").click()
-    expect(mixer.page.get_by_role("alert")).to_contain_text("'No Name' is not a valid name")
+    alert = mixer.page.locator("#mix").get_by_role("alert")
+    expect(alert).to_contain_text("'No Name' is not a valid name")
 
 
 def test_everything_is_done_with_keys_alone(mixer: Mixer, served: Served) -> None:

@@ -65,6 +65,7 @@ export async function* events(method, path, body, options = {}) {
       text = /** @type {string} */ (parts.pop());
       for (const part of parts) {
         const data = dataOf(part);
+        if (data === "") continue; // A comment, with which proxies keep a connection.
         if (data === "[DONE]") return;
         const event = JSON.parse(data);
         if (event.error) throw new ApiError(answer.status, event.error.code, event.error.message);

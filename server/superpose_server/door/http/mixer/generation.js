@@ -12,13 +12,11 @@ import { mixToJson } from "./mix.js";
  * @property {number} tokens
  * @property {number | null} tokensPerSecond  From the first token to the last; null of fewer than two.
  * @property {string | null} finish  stop, length or abort; null while it goes on.
- * @property {string} digest  Of the mix.
  */
 
 /**
  * Return path and body of the request for a text.
- * @param {Prompt} prompt
- * @param {Mix | null} mix  null: the default mix.
+ * @param {Prompt} prompt @param {Mix} mix
  * @returns {{path: string, body: Record<string, unknown>}}
  */
 export function textRequest(prompt, mix) {
@@ -26,7 +24,7 @@ export function textRequest(prompt, mix) {
   return {
     path: chat ? "v1/chat/completions" : "v1/completions",
     body: {
-      ...(mix === null ? { model: "default" } : { mix: mixToJson(mix) }),
+      mix: mixToJson(mix),
       ...(chat ? { messages: [{ role: "user", content: text }] } : { prompt: text }),
       max_tokens: maxTokens,
       temperature,
@@ -37,9 +35,7 @@ export function textRequest(prompt, mix) {
 
 /**
  * Yield a text as it grows.
- * @param {Prompt} prompt
- * @param {Mix | null} mix
- * @param {AbortSignal} signal
+ * @param {Prompt} prompt @param {Mix} mix @param {AbortSignal} signal
  * @returns {AsyncGenerator<Written, void, void>}
  */
 export async function* write(prompt, mix, signal) {
@@ -49,7 +45,7 @@ export async function* write(prompt, mix, signal) {
     stream_options: { include_usage: true, continuous_usage_stats: true },
   };
   /** @type {Written} */
-  let written = { text: "", tokens: 0, tokensPerSecond: null, finish: null, digest: "" };
+  let written = { text: "", tokens: 0, tokensPerSecond: null, finish: null };
   /** @type {{time: number, tokens: number} | null} */
   let first = null;
   for await (const event of events("POST", path, { ...body, ...streaming }, { signal })) {
@@ -65,7 +61,6 @@ export async function* write(prompt, mix, signal) {
           ? ((tokens - first.tokens) * 1000) / (time - first.time)
           : written.tokensPerSecond,
       finish: choice?.finish_reason ?? written.finish,
-      digest: event.system_fingerprint,
     };
     yield written;
   }

@@ -5,7 +5,7 @@ import { write } from "./generation.js";
 import { BASE, formatMix, mixOf } from "./mix.js";
 import { Problem } from "./panel.js";
 import { Prompting } from "./prompt.js";
-import { defaultMix, say } from "./state.js";
+import { defaultState, say } from "./state.js";
 import { useStore } from "./store.js";
 import { html, useMemo, useState } from "./vendor/htm-preact.js";
 
@@ -37,13 +37,13 @@ export function Texts({ store }) {
     const ending = new AbortController();
     setRunning(ending);
     say(store, `Writing ${columns.length} texts.`);
+    const state = store.get();
     await Promise.all(
       columns.map(async ({ choice }, index) => {
-        const state = store.get();
-        const mix = chosenMix(state, choice);
-        const under = formatMix(mix ?? defaultMix(state));
-        change(index, { written: null, under, problem: "" });
+        change(index, column(choice));
         try {
+          const mix = chosenMix(state, choice);
+          change(index, { under: formatMix(mix) });
           for await (const written of write(state.prompt, mix, ending.signal)) change(index, { written });
         } catch (error) {
           if (!ending.signal.aborted) change(index, { problem: /** @type {Error} */ (error).message });
@@ -53,7 +53,7 @@ export function Texts({ store }) {
     setRunning(null);
     say(store, ending.signal.aborted ? "Stopped." : "The texts are written.");
   };
-  const marks = useMarks(columns, running !== null);
+  const { marks, compared } = useMarks(columns, running !== null);
   const ready = running === null && !empty;
   return html`
     <${Prompting} store=${store} onGo=${() => ready && run()} />
@@ -79,26 +79,31 @@ export function Texts({ store }) {
     html`<p class="hint">
       Marked words stand in no other text${columns.length > 2 ? ", underlined ones not in all of them" : ""}.
     </p>`}
+    ${!compared && html`<p class="hint">Texts of more than ${MOST_WORDS} words are not compared.</p>`}
   `;
 }
 
 /** @typedef {"" | "rare" | "alone"} Mark  A word that all texts have, not all, or no other. */
 
+const MOST_WORDS = 4000; // of a text; what it takes to compare two grows with the product of theirs
+
 /**
- * Return for each text how its words are marked: once all are written, since until then every word
- * that another text has not reached yet would differ. A text without words is none to compare with.
+ * Return for each text how its words are marked, and whether they were compared or were too long
+ * for it: once all are written, since until then every word that another text has not reached yet
+ * would differ. A text without words is none to compare with.
  * @param {readonly Column[]} columns @param {boolean} running
- * @returns {Mark[][]}
+ * @returns {{marks: Mark[][], compared: boolean}}
  */
 function useMarks(columns, running) {
   const texts = columns.map(({ written }) => written?.text ?? "");
   return useMemo(() => {
     const words = running ? [] : texts.map((text) => text.match(/\S+/g) ?? []);
-    const compared = words.filter((each) => each.length > 0);
-    const counts = sharedBy(compared);
+    if (words.some((each) => each.length > MOST_WORDS)) return { marks: texts.map(() => []), compared: false };
+    const some = words.filter((each) => each.length > 0);
+    const counts = sharedBy(some);
     /** @param {number} count @returns {Mark} */
-    const mark = (count) => (count === compared.length - 1 ? "" : count === 0 ? "alone" : "rare");
-    return texts.map((_, index) => (counts[compared.indexOf(words[index])] ?? []).map(mark));
+    const mark = (count) => (count === some.length - 1 ? "" : count === 0 ? "alone" : "rare");
+    return { marks: texts.map((_, index) => (counts[some.indexOf(words[index])] ?? []).map(mark)), compared: true };
   }, [running, ...texts, texts.length]);
 }
 
@@ -110,6 +115,7 @@ function Text({ store, column, number, marks, running, onChoice }) {
   const adapters = useStore(store, (state) => state.adapters);
   const named = useStore(store, (state) => state.named);
   const { choice, under, written, problem } = column;
+  const text = written?.text ?? "";
   let word = -1;
   return html`
     <article aria-label="Text ${number}">
@@ -131,10 +137,12 @@ function Text({ store, column, number, marks, running, onChoice }) {
       <p class="under">${under ? html`<code>${under}</code>` : " "}</p>
       <div role="group" class="text ${running && written?.finish === null ? "growing" : ""}" tabindex="0"
         aria-label="What text ${number} says">
-        ${pieces(written?.text ?? "").map((piece) => {
-          const mark = piece.word && marks[++word];
-          return mark ? html`<mark class=${mark}>${piece.text}</mark>` : piece.text;
-        })}
+        ${marks.every((mark) => mark === "")
+          ? text
+          : pieces(text).map((piece) => {
+              const mark = piece.word && marks[++word];
+              return mark ? html`<mark class=${mark}>${piece.text}</mark>` : piece.text;
+            })}
       </div>
       <p class="figures">${written && figures(written, running)}</p>
       ${problem && html`<${Problem}>${problem}<//>`}
@@ -143,23 +151,30 @@ function Text({ store, column, number, marks, running, onChoice }) {
 }
 
 /**
- * Return the mix that a choice means now; null: the default mix, whatever it is at the server.
- * @param {State} state @param {string} choice @returns {Mix | null}
+ * Return the mix that a choice means now.
+ * @param {State} state @param {string} choice @returns {Mix}
+ * @throws {Error}  One line: it means none.
  */
-export function chosenMix(state, choice) {
+function chosenMix(state, choice) {
   const [kind, name] = choice.split(" ");
   switch (kind) {
     case "base":
       return BASE;
     case "default":
-      return null;
+      return known(defaultState(state)?.mix, "the server has not told its default mix yet");
     case "mine":
       return state.mine;
     case "named":
-      return state.named.get(name) ?? BASE;
+      return known(state.named.get(name), `${name} names no mix any more: choose another`);
     default:
       return mixOf([[name, 1]]);
   }
+}
+
+/** @param {Mix | undefined} mix @param {string} otherwise @returns {Mix} */
+function known(mix, otherwise) {
+  if (mix === undefined) throw new Error(otherwise);
+  return mix;
 }
 
 const ENDS = new Map([
