@@ -22,9 +22,9 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tokens") / "tokens.json"
 
 
-def new_token(tokens: Path, name: str, scope: str) -> str:
+def new_token(tokens: Path, name: str, scope: str, *limits: str) -> str:
     """Make a token as an operator does."""
-    options = ["--json", "--scope", scope, "--tokens", str(tokens)]
+    options = ["--json", "--scope", scope, "--tokens", str(tokens), *limits]
     result = CliRunner().invoke(app, ["token", "new", name, *options])
     assert result.exit_code == 0, result.stderr
     return str(json.loads(result.stdout)["token"])
@@ -81,6 +81,7 @@ def is_ready(mixer: Mixer) -> None:
 def test_a_token_is_asked_for_and_kept_for_the_tab(mixer: Mixer, user: str) -> None:
     alert = mixer.page.get_by_role("alert")
     expect(alert).to_contain_text("this server asks for a token")
+    give(mixer, "tök\u00e9n")  # which no header field can hold
     give(mixer, "nonsense")
     expect(alert).to_contain_text("this token is not known here")
     give(mixer, f" {user}\n")
@@ -112,6 +113,13 @@ def test_what_the_token_does_not_allow_is_told(mixer: Mixer, user: str, operator
     mixer.button("Set it").click()
     alert = mixer.page.get_by_role("dialog").get_by_role("alert")
     expect(alert).to_contain_text("token user has scope inference, and this call needs admin")
+
+
+def test_a_token_of_too_few_calls_is_told_and_no_loss(mixer: Mixer, tokens: Path) -> None:
+    mixer.errors_of_status(429)
+    give(mixer, new_token(tokens, "single", "inference", "--concurrency", "1"))
+    readiness = mixer.page.locator(".readiness")
+    expect(readiness).to_contain_text("token single has 1 calls under way, of 1 that it may")
 
 
 def test_what_is_copied_does_not_hold_it(mixer: Mixer, user: str) -> None:

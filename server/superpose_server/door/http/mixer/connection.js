@@ -49,24 +49,28 @@ export function unlock(store, token) {
 }
 
 /**
- * Take in that the server wants a token, or another, if that is what went wrong.
+ * Take in why the page cannot follow: the server wants a token, or another; or says something else.
  * @param {Store} store @param {unknown} error
  */
-function lock(store, error) {
-  if (error instanceof ApiError && error.status === 401) {
-    store.set({ connection: "refused", refusal: error.message });
-  }
+function takeRefusal(store, error) {
+  if (!(error instanceof ApiError)) return;
+  if (error.status === 401) store.set({ connection: "refused", refusal: error.message, trouble: "" });
+  else store.set({ trouble: error.status > 0 ? error.message : "" });
 }
+
+let listings = 0; // How often the lists were asked for.
 
 /**
  * Ask for the lists of adapters and named mixes.
  * @param {Store} store @param {AbortSignal} [signal]
  */
 export async function loadLists(store, signal) {
+  const listing = ++listings;
   const [adapters, names] = await Promise.all([
     ask("GET", "v1/adapters", undefined, { signal }),
     ask("GET", "v1/mix/names", undefined, { signal }),
   ]);
+  if (listing < listings) return; // They were asked for again, and may have changed before that.
   const loaded = new Set(adapters.adapters.map((/** @type {any} */ each) => each.domain));
   const mine = mixOf([...store.get().mine].filter(([domain]) => loaded.has(domain)));
   store.set({
@@ -109,7 +113,7 @@ async function watchMix(store, signal) {
         wait = FIRST_RETRY;
       }
     } catch (error) {
-      if (!signal.aborted) lock(store, error);
+      if (!signal.aborted) takeRefusal(store, error);
     }
     if (signal.aborted) return;
     store.set({ connection: "lost" });
@@ -132,13 +136,15 @@ async function watchLoad(store, signal) {
       const seconds = last === null ? 0 : (now.time - last.time) / 1000;
       store.set({
         server,
+        // What the stream was refused for holds until there is one.
+        ...(store.get().connection === "live" ? { trouble: "" } : {}),
         resident: toState(resident),
         tokensPerSecond: last === null ? null : Math.max(0, now.tokens - last.tokens) / seconds,
       });
       last = now;
       if (count % LISTS_EVERY === 0) await loadLists(store, signal);
     } catch (error) {
-      if (!signal.aborted) lock(store, error);
+      if (!signal.aborted) takeRefusal(store, error);
       last = null; // That the server is lost, the stream of its mixes tells.
     }
     await pause(LOAD_EVERY, signal);

@@ -13,7 +13,9 @@ const WORDS = { connecting: "connecting", live: "ready", lost: "server lost, try
 export function Header({ store }) {
   const server = useStore(store, (state) => state.server);
   const connection = useStore(store, (state) => state.connection);
+  const trouble = useStore(store, (state) => state.trouble);
   const damaged = connection === "live" && server !== null && !server.weights_intact;
+  const wrong = damaged ? "the weights are damaged: run adapterctl verify" : trouble && `${trouble}; trying again`;
   return html`
     <header>
       <h1>Superpose</h1>
@@ -21,9 +23,9 @@ export function Header({ store }) {
       html`<p class="base">
         <b>${server.base}</b> <span>${server.dtype}</span> <span>${server.device}</span>
       </p>`}
-      <p class="readiness ${damaged ? "lost" : connection}" role="status">
+      <p class="readiness ${wrong ? "lost" : connection}" role="status">
         <span class="dot" aria-hidden="true"></span>
-        ${damaged ? "the weights are damaged: run adapterctl verify" : WORDS[connection]}
+        ${wrong || WORDS[connection]}
       </p>
     </header>
   `;

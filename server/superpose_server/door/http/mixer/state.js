@@ -16,6 +16,7 @@ import { BASE, mixOf } from "./mix.js";
  * @property {"connecting" | "live" | "lost" | "refused"} connection
  * @property {string} refusal  Why the server does not answer to the token that the page has, or to
  *   none; "": it does.
+ * @property {string} trouble  What else the server refuses of what the page follows, in its words; "": nothing.
  * @property {any} server  GetServerInfoResponse; null before it has come.
  * @property {number | null} tokensPerSecond  Of all rows of the server; null if not known yet.
  * @property {import("./history.js").State | null} resident  The mix that is in the weights.
@@ -33,6 +34,7 @@ import { BASE, mixOf } from "./mix.js";
 export const INITIAL = {
   connection: "connecting",
   refusal: "",
+  trouble: "",
   server: null,
   tokensPerSecond: null,
   resident: null,

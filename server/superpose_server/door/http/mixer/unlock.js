@@ -19,8 +19,9 @@ export function Unlock({ store }) {
         unlock(store, token);
       }}>
         <label for="token">Token</label>
-        <input id="token" type="password" autocomplete="current-password" spellcheck=${false}
-          value=${token} onInput=${(/** @type {any} */ event) => setToken(event.currentTarget.value.trim())} />
+        <input id="token" type="password" autocomplete="current-password" spellcheck=${false} value=${token}
+          pattern="[!-~]*" title="A token has no spaces, and letters of ASCII only"
+          onInput=${(/** @type {any} */ event) => setToken(event.currentTarget.value.trim())} />
         <button disabled=${token === ""}>Use it</button>
       </form>
     <//>
