@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,66 @@ def test_a_fit_that_is_stopped_leaves_nothing_running(mixer: Mixer, served: Serv
             return False
 
     wait_until(another, "the fit that nobody follows has ended")
+
+
+def test_a_perplexity_beyond_numbers_is_no_point_of_a_curve(mixer: Mixer) -> None:
+    def overflow(route: Any) -> None:
+        answer = route.fetch()
+        scores = answer.json()
+        scores["mixes"][2]["perplexity"] = None
+        route.fulfill(response=answer, json=scores)
+
+    mixer.page.route("**/v1/score", overflow)
+    curve = opened(mixer, "curve")
+    curve.get_by_label("Measured on").fill("a b c")
+    curve.get_by_label("Over the weight of").select_option("math")
+    mixer.button("Draw the curve").click()
+    expect(curve.get_by_role("alert")).to_contain_text("the perplexity under math=-0.75 is larger")
+    expect(curve.get_by_role("slider")).to_have_count(0)
+
+
+def test_many_domains_and_layers_stay_in_reach(mixer: Mixer) -> None:
+    """Two dozen domains on four dozen layers, of which a server tells."""
+    names = [f"d{number}" for number in range(24)]
+    types = ["mlp.down", "mlp.up", "self_attn.o", "self_attn.q"]
+    modules = [f"model.layers.{layer}.{kind}" for layer in range(48) for kind in types]
+    pair = {
+        "cosine_rms": 0.1,
+        "random_floor": 0.01,
+        "module_types": [{"module_type": kind, "cosine_rms": 0.1} for kind in types],
+        "modules": [{"module": module, "cosine": -0.1} for module in modules],
+    }
+    size = {"weight": 1, "delta_norm": 1.0, "relative_norm": None}  # of a base that is 0 there
+    analysis = {
+        "domains": [{"domain": name, **size} for name in names],
+        "pairs": [{"first": a, "second": b, **pair} for a, b in combinations(names, 2)],
+        "warnings": [],
+        "interference_ratio": 0.0,
+        "fold_error": None,
+        "folded": True,
+    }
+
+    def many(route: Any) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, json={"adapters": [{"domain": name} for name in names]})
+
+    page = mixer.page
+    page.route("**/v1/adapters", many)
+    page.route("**/v1/mix/analyze", lambda route: route.fulfill(json=analysis))
+    mixer.open()
+    mixer.mix_text.fill("d3,d5")
+    mixer.mix_text.press("Enter")
+    section = opened(mixer, "interference")
+    heat = section.get_by_role("region", name="Cosines between deltas, by module type")
+    expect(heat.locator("tbody tr")).to_have_count(276)
+    assert heat.evaluate("e => e.clientHeight") < 600
+    mixer.button("d22, d23").click()
+    expect(section.get_by_role("region", name="d22, d23, layer by layer")).to_be_visible()
+    heat.scroll_into_view_if_needed()
+    expect(heat.get_by_role("columnheader", name="pair")).to_be_in_viewport()
+    fit = opened(mixer, "fit")
+    expect(fit.get_by_role("checkbox")).to_have_count(24)
+    expect(fit.get_by_role("checkbox", checked=True)).to_have_count(2)
 
 
 def test_interference_is_that_of_analyze_and_only_asked_for_when_it_is_seen(

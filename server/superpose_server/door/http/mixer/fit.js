@@ -36,7 +36,7 @@ function Inside({ store }) {
   const adapters = useStore(store, (state) => state.adapters);
   const most = useStore(store, (state) => state.server?.limits.max_score_items ?? 1);
   const { sources, problem: unread } = useSources();
-  const [left, setLeft] = useState(/** @type {ReadonlySet<string>} */ (new Set()));
+  const [left, setLeft] = useState(() => leftFirst(store.get()));
   const [options, setOptions] = useState({ budget: "", low: "-1", high: "2", penalty: "0.01" });
   const [found, setFound] = useState(/** @type {Found | null} */ (null));
   const [running, setRunning] = useState(/** @type {AbortController | null} */ (null));
@@ -45,7 +45,8 @@ function Inside({ store }) {
   useEffect(() => () => ending.current?.abort(), []); // The server ends what nobody waits for.
 
   const domains = adapters.map(({ domain }) => domain).filter((domain) => !left.has(domain));
-  const ready = running === null && countRows(sources) > 1 && domains.length > 0 && domains.length <= MOST_DOMAINS;
+  const fits = domains.length > 0 && domains.length <= MOST_DOMAINS;
+  const ready = running === null && countRows(sources) > 1 && fits;
   const run = async () => {
     const controller = new AbortController();
     ending.current = controller;
@@ -79,7 +80,7 @@ function Inside({ store }) {
           ${domain}
         </label>
       `)}
-      ${domains.length > MOST_DOMAINS && html`<span class="hint">at most ${MOST_DOMAINS} at a time</span>`}
+      ${!fits && html`<span class="hint">1 to ${MOST_DOMAINS} at a time</span>`}
     </fieldset>
     <div class="options">
       <${NumberField} name="Mixes to try" placeholder=${20 + 10 * domains.length} min=${1} max=${512} step=${1} value=${options.budget}
@@ -100,6 +101,15 @@ function Inside({ store }) {
     ${found && !found.result && html`<${Progress} progress=${found.progress} />`}
     ${found?.result && html`<${Result} store=${store} result=${found.result} sourceOf=${found.sourceOf} />`}
   `;
+}
+
+/**
+ * Return the domains that are left out at first: none, or of too many those that the sliders leave out.
+ * @param {import("./state.js").State} state @returns {ReadonlySet<string>}
+ */
+function leftFirst({ adapters, mine }) {
+  const domains = adapters.map(({ domain }) => domain);
+  return new Set(domains.length > MOST_DOMAINS ? domains.filter((domain) => !mine.has(domain)) : []);
 }
 
 /**

@@ -45,7 +45,7 @@ function Inside({ store }) {
         </div>
         <div>
           <dt>Fold error</dt>
-          <dd>${analysis.fold_error.toPrecision(2)}</dd>
+          <dd>${(analysis.fold_error ?? Infinity).toPrecision(2)}</dd>
           <dd class="hint">${analysis.folded ? "of the delta, lost to rounding by a fold" : "too much: the mix is served by correction"}</dd>
         </div>
       </dl>
@@ -56,7 +56,7 @@ function Inside({ store }) {
             ${domains.map((/** @type {any} */ each) => html`
               <tr key=${each.domain}>
                 <th scope="row">${each.domain}</th><td>${each.weight}</td><td>${each.delta_norm.toPrecision(3)}</td>
-                <td>${(100 * each.relative_norm).toPrecision(2)} %</td>
+                <td>${(100 * (each.relative_norm ?? Infinity)).toPrecision(2)} %</td>
               </tr>
             `)}
           </tbody>
@@ -118,7 +118,7 @@ function Cosines({ pairs }) {
   const shown = pairs.find((pair) => nameOf(pair) === picked) ?? pairs[0];
   return html`
     <${Wide} title="Cosines between deltas, by module type"
-      hint="Root mean square over its modules; the darkest is ${strongest.toFixed(3)}.">
+      hint="Root mean square over its modules; the strongest is ${strongest.toFixed(3)}.">
       <table class="heat">
         <thead>
           <tr>
@@ -162,7 +162,7 @@ function Layers({ pair }) {
   const inOrder = [...layers].sort((one, other) => one.localeCompare(other, "en", { numeric: true }));
   return html`
     <${Wide} title="${nameOf(pair)}, layer by layer"
-      hint="Above 0 they pull the same way, below 0 against each other; the darkest is ${strongest.toFixed(3)}.">
+      hint="Above 0 they pull the same way, below 0 against each other; the strongest is ${strongest.toFixed(3)}.">
       <table class="heat">
         <thead>
           <tr><th scope="col">layer</th>${inOrder.map((layer) => html`<th scope="col" key=${layer}>${layer}</th>`)}</tr>

@@ -1,4 +1,4 @@
-/** What may be wider than a phone, and then scrolls by itself, with the keyboard too. */
+/** What may be wider than a phone, or long, and then scrolls by itself, with the keyboard too. */
 
 import { html } from "./vendor/htm-preact.js";
 
