@@ -114,6 +114,16 @@ def test_pieces_are_the_text(modules: Modules, text: str) -> None:
     assert [piece["text"] for piece in pieces if piece["word"]] == text.split()
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.floats(1, 1e9), st.floats(1.06, 1e100))
+def test_a_chart_has_ticks_but_not_many(modules: Modules, middle: float, times: float) -> None:
+    low, high = middle / times, middle * times
+    ticks = modules.call("chart", "m.logarithmicTicks(a[0], a[1], 8)", low, high)
+    assert 1 <= len(ticks) <= 8
+    assert ticks == sorted(set(ticks))
+    assert low <= ticks[0] <= ticks[-1] <= high
+
+
 HISTORY = """(() => {
     const state = (generation, weight) =>
         ({ generation, digest: String(weight), mix: new Map(weight ? [['a', weight]] : []) });

@@ -22,15 +22,24 @@ export function logarithmic(low, high, start, end) {
   return (value) => scale(Math.log(value));
 }
 
+/** Within a power of ten, ever fewer. */
+const STEPS = [
+  Array.from({ length: 90 }, (_, at) => (10 + at) / 10),
+  [1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 7.5, 8, 8.5, 9, 9.5],
+  [1, 1.5, 2, 3, 5, 7],
+  [1, 2, 5],
+];
+
 /**
- * Return round values within a range above 0, at most about `most` of them.
+ * Return round values within a range above 0, at most `most` of them; some, if it is a tenth wide.
  * @param {number} low @param {number} high @param {number} most
  * @returns {number[]}
  */
 export function logarithmicTicks(low, high, most) {
-  for (const steps of [[1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9], [1, 1.5, 2, 3, 5, 7], [1, 2, 5], [1]]) {
+  const [first, last] = [Math.log10(low), Math.log10(high)];
+  for (const steps of STEPS) {
     const ticks = [];
-    for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
+    for (let power = Math.floor(first); power <= last; power++) {
       for (const step of steps) {
         const value = step * 10 ** power;
         if (value >= low && value <= high) ticks.push(value);
@@ -38,7 +47,10 @@ export function logarithmicTicks(low, high, most) {
     }
     if (ticks.length <= most) return ticks;
   }
-  return [];
+  const apart = Math.ceil((last - first) / (most - 1));
+  const ticks = [];
+  for (let power = Math.ceil(first / apart) * apart; power <= last; power += apart) ticks.push(10 ** power);
+  return ticks;
 }
 
 /** @param {number} value  A perplexity or a loss. @returns {string} Four digits that matter. */

@@ -107,6 +107,10 @@ async function measure(store, domain, { sourceOf, ...items }, signal) {
   const answer = await ask("POST", "v1/score", { ...items, mixes: mixes.map(mixToJson) }, { signal });
   if (answer.tokens === 0) throw new Error("there is nothing to measure: no row has a token that counts");
   const perplexities = answer.mixes.map((/** @type {any} */ mix) => mix.perplexity);
+  const beyond = perplexities.indexOf(null);
+  if (beyond >= 0) {
+    throw new Error(`the perplexity under ${formatMix(mixes[beyond])} is larger than a number can be: use smaller weights`);
+  }
   return {
     domain,
     others,

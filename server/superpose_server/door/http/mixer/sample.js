@@ -133,7 +133,7 @@ export function SampleInput({ id, sources, problem, most }) {
         )}
       </ul>`}
       ${rows > 0 && html`<p class="hint">
-        ${counted(rows)}${rows > most && `, of which the first ${most} are used, as many of each file as there are`}
+        ${counted(rows)}${rows > most && `, of which the first ${most} are used, as many of each file as of the others`}
       </p>`}
       ${scope === "answer" && !answers && rows > 0 &&
       html`<${Problem}>Not all rows have an answer: let all tokens count.<//>`}
