@@ -156,7 +156,18 @@ def test_the_default_mix_is_changed_once_the_change_was_seen(mixer: Mixer, serve
     mixer.button("Make it the default mix").click()
     expect(mixer.page.get_by_role("row", name="math absent 0.5")).to_be_visible()
     assert weights(served) == {}
-    mixer.button("Set it").click()
+    changes = held_changes(mixer)
+    with mixer.page.expect_request(lambda request: request.method == "PUT"):
+        mixer.button("Set it").click()
+    dialog = mixer.page.get_by_role("dialog")
+    expect(dialog).to_be_visible()
+    (change,) = changes
+    answer = change.fetch()
+    # The page is told of it before it is answered, and that is nobody else.
+    expect(mixer.fact("Generation")).to_have_text(str(before + 1))
+    expect(dialog.get_by_role("alert")).to_have_count(0)
+    change.fulfill(response=answer)
+    expect(dialog).to_have_count(0)
     expect(mixer.fact("Default mix")).to_have_text("math=0.5")
     expect(mixer.fact("Generation")).to_have_text(str(before + 1))
     expect(mixer.fact("Digest").locator("code")).to_have_attribute(

@@ -56,13 +56,17 @@ function Confirm({ store, asked, mix, onClose }) {
   const served = useStore(store, defaultState) ?? asked;
   const [seen, setSeen] = useState(asked);
   const [problem, setProblem] = useState("");
+  const [setting, setSetting] = useState(false); // The stream tells of it, too, often before the answer.
   const dialog = useRef(/** @type {HTMLDialogElement | null} */ (null));
   useEffect(() => dialog.current?.showModal(), []);
   const close = () => dialog.current?.close(); // The browser gives the focus back where it was.
   const set = async () => {
+    if (setting) return;
+    setSetting(true);
     const problem = await change(store, mix, seen);
+    if (problem === "") return close();
+    setSetting(false);
     setProblem(problem);
-    if (problem === "") close();
   };
   return html`
     <dialog ref=${dialog} aria-labelledby="confirm-title" onClose=${onClose}>
@@ -79,7 +83,7 @@ function Confirm({ store, asked, mix, onClose }) {
         </tbody>
       </table>
       <p class="before-after"><code>${formatMix(seen.mix)}</code> → <code>${formatMix(mix)}</code></p>
-      ${served.generation !== seen.generation &&
+      ${!setting && served.generation !== seen.generation &&
       html`<${Problem}>
         Somebody else has changed it meanwhile, to ${formatMix(served.mix)} (generation ${served.generation}).
         <button type="button" onClick=${() => (setProblem(""), setSeen(served))}>Compare with that</button>
