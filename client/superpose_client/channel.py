@@ -30,6 +30,8 @@ _OPTIONS = (
     ("grpc.dns_min_time_between_resolutions_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),
 )
+TEXTS = "superpose.v1.InferenceService"
+"""The service whose health says whether texts are made."""
 # Of a server beside others, which may take its requests: a call does not wait for one that is not
 # there, nor goes to one that is there but does not serve.
 _OPTIONS_OF_SEVERAL = (
@@ -41,7 +43,7 @@ _OPTIONS_OF_SEVERAL = (
         json.dumps(
             {
                 "loadBalancingConfig": [{"round_robin": {}}],
-                "healthCheckConfig": {"serviceName": "superpose.v1.InferenceService"},
+                "healthCheckConfig": {"serviceName": TEXTS},
             }
         ),
     ),

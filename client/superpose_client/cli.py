@@ -613,7 +613,10 @@ def _audit(
 @command("health")
 def _health(session: Session) -> Shown:
     """Succeed if the server takes requests; wait 5 s by default."""
-    status = session.client.health(timeout=5 if session.settings.timeout is None else None)
+    from superpose_client.channel import TEXTS
+
+    # Of texts: the server as a whole is SERVING while its weights are damaged, as it lives.
+    status = session.client.health(TEXTS, timeout=5 if session.settings.timeout is None else None)
     fault = None if status == "SERVING" else "the server does not take requests"
     return Shown(str(status), json={"status": status}, fault=fault)
 

@@ -715,6 +715,7 @@ def test_health(ctl: Ctl, server: FakeServer) -> None:
     assert ctl("health").stdout == "SERVING\n"
     assert ctl("health").exit_code == 0
     assert printed(ctl("health", "--json")) == {"status": "SERVING"}
+    assert {each.service for each in server.requests} == {"superpose.v1.InferenceService"}
     assert all(left is not None and left < 6 for left in server.seconds_left)
 
 
