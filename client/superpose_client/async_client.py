@@ -164,7 +164,8 @@ class AsyncClient(OfOneProcess):
         """Close the connection; running calls are cancelled."""
         for connection in self._connections.all:
             connection.closed = True
-            await connection.channel.close(None)
+            for channel in connection.channels:
+                await channel.close(None)
 
     async def __aenter__(self) -> Self:
         """Return the client."""

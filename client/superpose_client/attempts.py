@@ -69,6 +69,10 @@ class Attempts:
         """Hear that a part of the answer has arrived: from now on nothing is sent again."""
         self._may_go_on = False
 
+    def interrupted(self) -> None:
+        """Hear that an exception from elsewhere, a signal handler's, ended the wait for a part."""
+        self._connection.renew()
+
     def pause_after(self, error: grpc.RpcError) -> float:
         """Return the seconds to wait between an attempt that ended with `error` and the next.
 

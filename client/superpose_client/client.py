@@ -38,6 +38,11 @@ class Stream(OfOneProcess, Generic[R]):
             except grpc.RpcError as error:
                 # A call that was cancelled needs no pause, and ends the same in one and before it.
                 pause = 0.0 if self._cancelled.is_set() else self._attempts.pause_after(error)
+            except StopIteration:
+                raise
+            except BaseException:
+                self._attempts.interrupted()
+                raise
             else:
                 self._attempts.answered()
                 return self._convert(message)
@@ -154,7 +159,8 @@ class Client(OfOneProcess):
         """Close the connection; running calls are cancelled."""
         for connection in self._connections.all:
             connection.closed = True
-            connection.channel.close()
+            for channel in connection.channels:
+                channel.close()
 
     def __enter__(self) -> Self:
         """Return the client."""

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -34,21 +35,34 @@ def addresses_of(target: Target) -> list[str]:
 
 
 class Connection:
-    """A channel to one server, of `grpc` or of `grpc.aio`, and the stubs of all services on it."""
+    """A channel to one server, of `grpc` or of `grpc.aio`, and stubs of all services on it."""
 
     def __init__(
         self, library: Any, address: str, credentials: Credentials, one_of_several: bool
     ) -> None:
         """Prepare it; the first call makes it."""
         self.closed = False
+        self.channels: list[Any] = []  # All but the last were left.
         options = channel_options(address, one_of_several)
         if credentials.channel is None:
-            self.channel = library.insecure_channel(address, options=options)
+            self._channel = partial(library.insecure_channel, address, options=options)
         else:
-            self.channel = library.secure_channel(address, credentials.channel, options=options)
+            self._channel = partial(
+                library.secure_channel, address, credentials.channel, options=options
+            )
         self._metadata = credentials.metadata
         self._proxy = proxy_of(address)
-        self._stubs = {name: service.stub(self.channel) for name, service in SERVICES.items()}
+        self.renew()
+
+    def renew(self) -> None:
+        """Send what follows over a new channel; what runs on the one before may go on.
+
+        An exception that a signal handler raises within gRPC, such as KeyboardInterrupt, may leave
+        locks of the channel held: the next call would wait for them forever.
+        """
+        channel = self._channel()
+        self.channels.append(channel)
+        self._stubs = {name: service.stub(channel) for name, service in SERVICES.items()}
 
     def start(self, call: Call[Any], seconds: float) -> Any:
         """Send a call that may take `seconds`, and return what the stub does.
@@ -66,6 +80,11 @@ class Connection:
             if not self.closed:
                 raise
             raise ClientClosedError("the client is closed: make a new one") from error
+        except grpc.RpcError:
+            raise
+        except BaseException:
+            self.renew()
+            raise
 
     def failed(self, error: grpc.RpcError) -> CallError:
         """Return the exception for a call that failed."""

@@ -374,6 +374,7 @@ class FakeServer:
     ) -> None:
         self.answers = default_answers()
         self.requests: list[Any] = []
+        self.peers: list[str] = []  # From where they came.
         self.authorizations: list[str | None] = []
         self.arrivals: list[float] = []  # as time.monotonic has it
         self.seconds_left: list[float | None] = []
@@ -430,6 +431,7 @@ class FakeServer:
     def respond(self, method: str, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         self.arrivals.append(time.monotonic())
         self.requests.append(request)
+        self.peers.append(context.peer())
         self.asked.set()
         metadata = dict(context.invocation_metadata())
         self.authorizations.append(cast("str | None", metadata.get("authorization")))

@@ -60,6 +60,11 @@ class Terminal:
         while self.plain.count(text) < times:
             assert self._read(), f"ended without {text!r}: {self.plain}"
 
+    def see_last(self, text: str) -> None:
+        """Wait until a text is the last that was shown."""
+        while not self.plain.endswith(text):
+            assert self._read(), f"ended without {text!r} at its end: {self.plain}"
+
     def press(self, keys: str) -> None:
         os.write(self._controller, keys.encode())
 

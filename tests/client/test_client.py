@@ -1,6 +1,7 @@
 import asyncio
 import inspect
 import math
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,39 @@ def test_a_stream_cancelled_from_elsewhere_ends_with_an_error(server: FakeServer
             next(changes)
         timer.join()
     assert server.cancelled.wait(10)
+
+
+@pytest.mark.parametrize("method", ["stream", "generate"])
+def test_what_was_interrupted_is_followed_over_another_channel(
+    server: FakeServer, method: str
+) -> None:
+    """Locks of gRPC's may stay held where a signal handler raises, as Ctrl-C's does."""
+    answers = dict(server.answers)
+    server.answers["GenerateStream"] = server.answers["Generate"] = Hang()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    here = threading.get_ident()
+
+    def interrupt() -> None:
+        server.asked.wait(20)
+        signal.pthread_kill(here, signal.SIGINT)
+
+    try:
+        with Client(server.address) as client:
+            timer = threading.Thread(target=interrupt)
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                if method == "stream":
+                    next(client.stream("x"))
+                else:
+                    client.generate("x")
+            timer.join()
+            server.answers.update(answers)
+            for _ in range(2):
+                assert client.generate("x").text == "The sum is 5."
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    interrupted, after, last = server.peers
+    assert interrupted != after == last
 
 
 def test_an_awaited_stream_tells_its_own_end_from_that_of_the_task(server: FakeServer) -> None:
