@@ -175,7 +175,7 @@ class ServerConfig:
         default=None,
         metadata=_help(
             "seconds between two checks of the weights, beside what is served, bit by bit; 0: "
-            "none; without it once a minute, or as often as takes 0.5 % of the time"
+            "none; without it once a minute, or as often as takes 0.25 % of the time"
         ),
     )
     grace: float = field(default=30, metadata=_help("seconds that running requests get at SIGTERM"))

@@ -163,9 +163,11 @@ def test_a_stream_cancelled_from_elsewhere_ends_with_an_error(server: FakeServer
     assert server.cancelled.wait(10)
 
 
-@pytest.mark.parametrize("method", ["stream", "generate"])
+@pytest.mark.parametrize(
+    "call", [lambda client: next(client.stream("x")), lambda client: client.generate("x")]
+)
 def test_what_was_interrupted_is_followed_over_another_channel(
-    server: FakeServer, method: str
+    server: FakeServer, call: Callable[[Client], object]
 ) -> None:
     """Locks of gRPC's may stay held where a signal handler raises, as Ctrl-C's does."""
     answers = dict(server.answers)
@@ -182,10 +184,7 @@ def test_what_was_interrupted_is_followed_over_another_channel(
             timer = threading.Thread(target=interrupt)
             timer.start()
             with pytest.raises(KeyboardInterrupt):
-                if method == "stream":
-                    next(client.stream("x"))
-                else:
-                    client.generate("x")
+                call(client)
             timer.join()
             server.answers.update(answers)
             for _ in range(2):
