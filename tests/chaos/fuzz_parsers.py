@@ -144,11 +144,12 @@ def main(arguments: list[str] | None = None) -> int:
         secrets = (folder, sys.prefix, str(Path(__file__).parents[2]), "Traceback", 'File "')
         for target in targets:  # Whatever is made once is made before anything is measured.
             fuzz(target, 20, asked.seed + 1, secrets)
+        each = -(-inputs // len(targets))
         before, began = Footprint.of(), time.monotonic()
         told: dict[str, object] = {}
         for target in targets:
-            outcomes = fuzz(target, inputs // len(targets), asked.seed, secrets)
-            record.facts["inputs"] += inputs // len(targets)
+            outcomes = fuzz(target, each, asked.seed, secrets)
+            record.facts["inputs"] += each
             refused = sum(outcomes.refused.values())
             told[target.name] = {
                 "read": outcomes.read,
@@ -156,7 +157,11 @@ def main(arguments: list[str] | None = None) -> int:
                 "reasons": len(outcomes.refused),
                 "slowest_s": round(outcomes.slowest, 3),
             }
-            print(f"{target.name}: {outcomes.read} read, {refused} refused", file=sys.stderr)
+            grown = (Footprint.of().rss - before.rss) / MIB
+            print(
+                f"{target.name}: {outcomes.read} read, {refused} refused; {grown:+.1f} MiB so far",
+                file=sys.stderr,
+            )
             for data, what in list(outcomes.found.items())[:20]:
                 record.lost.append(f"{keep(target, data).relative_to(CORPORA)}: {what}")
             record.check(

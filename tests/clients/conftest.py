@@ -11,7 +11,8 @@ from tests.integration.harness import LoopThread, Served, start
 from superpose_adapters.bundled import MINI
 
 # `make test` has none of them, and `make clients` fails if it finds no test.
-collect_ignore_glob = [] if find_spec("openai") and find_spec("lm_eval") else ["test_*.py"]
+_NEEDED = ("openai", "lm_eval", "schemathesis")
+collect_ignore_glob = [] if all(map(find_spec, _NEEDED)) else ["test_*.py"]
 
 
 @pytest.fixture(scope="session")
