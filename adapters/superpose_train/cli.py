@@ -6,9 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from superpose_adapters.scoring import Scope
+from superpose_train.frozen_a import FrozenA
 from superpose_train.options import Options, Schedule
 from superpose_train.precision import Precision
 from superpose_train.processes import is_main_process, part
@@ -23,7 +24,9 @@ def _numbers(text: str) -> int | tuple[int, ...]:
     return numbers if len(numbers) > 1 else numbers[0]
 
 
-def _block(text: str) -> tuple[int, int]:
+def _frozen_a(text: str) -> FrozenA:
+    if text == "random":
+        return "random"
     block, blocks = text.split("/")
     return int(block), int(blocks)
 
@@ -34,7 +37,7 @@ def _template(text: str) -> str:
 
 
 _numbers.__name__ = "number or numbers"  # argparse: "invalid number or numbers value"
-_block.__name__ = "I/N"
+_frozen_a.__name__ = "random or I/N"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -115,10 +118,41 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--init-seed", type=int, help="the adapter's first factors; default --seed")
     add(
-        "--frozen-a-block",
-        type=_block,
-        metavar="I/N",
-        help="train B alone; A is block I of N disjoint blocks of orthogonal rows",
+        "--frozen-a",
+        type=_frozen_a,
+        metavar="random|I/N",
+        help="train B alone; A is random, by --init-seed, or block I of N disjoint blocks of "
+        "orthogonal rows",
+    )
+    add(
+        "--sparsity",
+        type=float,
+        metavar="SHARE",
+        help="with --frozen-a: train twice, the second time all of B but this share of it, which "
+        "were its smallest entries after the first (LoRI: 0.9)",
+    )
+    add(
+        "--orthogonal-to",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="PEFT folders of domains whose deltas are active, and frozen, in training, while a "
+        "penalty keeps the A's orthogonal to theirs (O-LoRA); what is trained is the sum",
+    )
+    add(
+        "--orthogonality",
+        type=float,
+        default=Options.orthogonality,
+        metavar="LAMBDA",
+        help="factor of that penalty; default %(default)s",
+    )
+    add(
+        "--norm-penalty",
+        type=float,
+        default=Options.norm_penalty,
+        metavar="LAMBDA",
+        help="factor of the norms of A and B, beside it; default %(default)s",
     )
     add(
         "--max-rows",
@@ -162,10 +196,16 @@ def read_command(arguments: Sequence[str] | None) -> tuple[Options, int | None]:
     if trials is not None and trials < 1:
         raise ValueError(f"--tune must be at least 1, got {trials}")
     fields["data"] = tuple(fields["data"])
+    fields["orthogonal_to"] = tuple(fields["orthogonal_to"])
     fields["target_modules"] = tuple(
         name for part in fields["target_modules"].split(",") if (name := part.strip())
     )
     return Options(**fields), trials
+
+
+def _beside(record: dict[str, Any]) -> str:
+    domains = [past["domain"] for past in record["orthogonal_to"]]
+    return f", in a sum with {', '.join(domains)}" if domains else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -191,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if is_main_process():
         print(
             f"wrote {options.out}: test perplexity {before:.2f} -> {after:.2f} "
-            f"({100 * (after / before - 1):+.1f} %)"
+            f"({100 * (after / before - 1):+.1f} %){_beside(record)}"
         )
     return 0
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from superpose_adapters.base.checkpoint import load_checkpoint
 from superpose_adapters.base.tokenizer import TokenizerError, load_tokenizer
+from superpose_train.frozen_a import freeze_a
 from superpose_train.options import Options
-from superpose_train.peft_names import module_of_a
+from superpose_train.peft_names import factors_of
 
 _LLAMA_TARGETS = (
     "q_proj",
@@ -154,53 +153,12 @@ def attach_adapter(model: Any, options: Options, targets: list[str]) -> Any:
     )
     with library_warnings_ignored():
         adapted = get_peft_model(model, config)
-    if options.frozen_a_block is not None:
-        _freeze_a(adapted, options)
+    if options.frozen_a is not None:
+        freeze_a(factors_of(adapted), options.frozen_a, options.first_seed)
     return adapted
 
 
-def _freeze_a(adapted: Any, options: Options) -> None:
-    assert options.frozen_a_block is not None
-    block, blocks = options.frozen_a_block
-    for name, parameter in adapted.named_parameters():
-        if module := module_of_a(name):
-            factor = orthogonal_block(
-                options.first_seed, module, parameter.shape[1], options.rank, block, blocks
-            )
-            parameter.data.copy_(factor)
-            parameter.requires_grad = False
-
-
-def orthogonal_block(
-    seed: int, module: str, in_features: int, rank: int, block: int, blocks: int
-) -> Tensor:
-    """Return A (rank, in_features): rows of one random orthogonal basis of a module's inputs.
-
-    The basis follows from seed and module alone, so blocks of the same rank share no row whoever
-    asks for them; rows are as long as PEFT's fresh ones are on average.
-
-    Args:
-        seed: Of the basis.
-        module: The module's name in the base.
-        in_features: Dimension of the module's inputs.
-        rank: Rows of a block.
-        block: From 1.
-        blocks: How many there are.
-
-    Raises:
-        ValueError: the module has too few inputs for so many rows.
-    """
-    if blocks * rank > in_features:
-        raise ValueError(
-            f"--frozen-a-block: {blocks} blocks of --rank {rank} do not fit into the "
-            f"{in_features} inputs of {module}"
-        )
-    key = hashlib.sha256(f"{seed} {module}".encode()).digest()
-    # Drawn row by row, so that a basis of more blocks begins with the same rows.
-    rows = np.random.default_rng(list(key)).standard_normal((block * rank, in_features))
-    basis, triangle = np.linalg.qr(rows.T)
-    # QR leaves the signs open; a positive diagonal fixes them whatever library computes it.
-    basis = basis * np.sign(np.diag(triangle))
-    # kaiming_uniform(a=sqrt 5) draws from +-1/sqrt(in): a row's mean square norm is 1/3.
-    chosen = basis.T[(block - 1) * rank :] / np.sqrt(3.0)
-    return torch.from_numpy(chosen.astype(np.float32))
+def detach_adapter(adapted: Any) -> Any:
+    """Return the base of a PEFT model, as it was before `attach_adapter`."""
+    with library_warnings_ignored():
+        return adapted.unload()

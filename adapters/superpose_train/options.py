@@ -13,6 +13,7 @@ from superpose_adapters.bundled import BUNDLES
 from superpose_adapters.mix_syntax import check_name
 from superpose_adapters.qa import COLUMNS, TEMPLATE, check_template
 from superpose_adapters.scoring import Scope
+from superpose_train.frozen_a import FrozenA
 from superpose_train.precision import Decided, Precision, decide
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -39,9 +40,16 @@ class Options:
         dropout: Share of each adapted module's input that is left out.
         seed: Order of the rows, dropout, samples of rows.
         init_seed: What the first A factors follow from, and nothing else; `seed` when absent.
-        frozen_a_block: (i, n): A stays what it is at first, block i (from 1) of n disjoint blocks
-            of orthogonal rows. Factors of different blocks have A1 @ A2.T = 0, so the deltas'
-            cosine is 0 whatever is trained.
+        frozen_a: A stays what it is at first: `random`, drawn as any first A is, or (i, n), block i
+            (from 1) of n disjoint blocks of orthogonal rows. Factors of different blocks have
+            A1 @ A2.T = 0, so the deltas' cosine is 0 whatever is trained.
+        sparsity: With a frozen A: share of B's entries that stay 0, the smallest ones of a first
+            training, as long as the second, which trains the others; as LoRI does.
+        orthogonal_to: PEFT folders, each called as the domain. Their deltas are active and frozen
+            while this adapter is trained, and a penalty keeps its A's orthogonal to theirs, as
+            O-LoRA does. What is trained, and chosen by its validation loss, is the sum.
+        orthogonality: Factor of that penalty, see `Penalty`; 0 leaves the past deltas alone.
+        norm_penalty: Factor of the norms of A and B, beside it.
         max_rows: Training rows of each source, sampled; a tuple has one number a source.
         max_eval_rows: Validation and test rows of each source, sampled.
         template: Text of a row: {q} stands for the question; it ends in {a}, the answer.
@@ -71,7 +79,11 @@ class Options:
     dropout: float = 0.0
     seed: int = 0
     init_seed: int | None = None
-    frozen_a_block: tuple[int, int] | None = None
+    frozen_a: FrozenA | None = None
+    sparsity: float | None = None
+    orthogonal_to: tuple[Path, ...] = ()
+    orthogonality: float = 0.5
+    norm_penalty: float = 0.0
     max_rows: int | tuple[int, ...] | None = None
     max_eval_rows: int | None = None
     template: str = TEMPLATE
@@ -88,6 +100,8 @@ class Options:
         check_name(self.name)
         self._check_numbers()
         self._check_choices()
+        self._check_frozen_a()
+        self._check_past()
         self._check_data()
 
     def _check_numbers(self) -> None:
@@ -115,16 +129,47 @@ class Options:
             value, choices = getattr(self, field), get_args(literal)
             if value not in choices:
                 raise ValueError(f"{flag(field)} must be {' or '.join(choices)}, got {value!r}")
-        if self.frozen_a_block is not None:
-            block, blocks = self.frozen_a_block
-            if not 1 <= block <= blocks:
-                raise ValueError(
-                    f"--frozen-a-block must be I/N with I from 1 to N, got {block}/{blocks}"
-                )
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"--device must be auto, cpu or cuda, got {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu")
+
+    def _check_frozen_a(self) -> None:
+        if self.frozen_a == "random" and self.init_seed is None:
+            raise ValueError(
+                "--frozen-a random needs --init-seed, another one for each domain: of one seed all "
+                "have the same A"
+            )
+        if isinstance(self.frozen_a, tuple):
+            block, blocks = self.frozen_a
+            if not 1 <= block <= blocks:
+                raise ValueError(
+                    f"--frozen-a must be random, or I/N with I from 1 to N, got {block}/{blocks}"
+                )
+        if self.sparsity is not None:
+            if not 0 < self.sparsity < 1:
+                raise ValueError(f"--sparsity must lie between 0 and 1, got {self.sparsity}")
+            if self.frozen_a is None:
+                raise ValueError(
+                    "--sparsity needs --frozen-a: which entries of B matter depends on the A"
+                )
+
+    def _check_past(self) -> None:
+        for field in ("orthogonality", "norm_penalty"):
+            value = getattr(self, field)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{flag(field)} must be a finite number, at least 0, got {value}")
+            if value != getattr(Options, field) and not self.orthogonal_to:
+                raise ValueError(f"{flag(field)} is a term of --orthogonal-to, which names nothing")
+        if self.orthogonal_to and self.frozen_a is not None:
+            raise ValueError("--orthogonal-to moves A, which --frozen-a does not: give one of them")
+        domains = [folder.name for folder in self.orthogonal_to]
+        if len(set(domains)) != len(domains):
+            raise ValueError("--orthogonal-to names two folders of one name, which is the domain's")
+        if self.name in domains:
+            raise ValueError(
+                f"--orthogonal-to holds a domain called {self.name}, as --name is; give another one"
+            )
 
     def _check_data(self) -> None:
         if not self.data:
@@ -178,9 +223,10 @@ class Options:
         return decide(self.precision, self.torch_device)
 
     def parameters(self, targets: list[str]) -> dict[str, Any]:
-        """Return, as JSON has it, what beside base, data and special tokens fixes the result."""
+        """Return, as JSON has it, what fixes the result beside base, data, first tokens, past."""
         values = asdict(self)
-        for field in ("base", "data", "name", "out", "device", "label", "special_tokens"):
+        elsewhere = ("base", "data", "special_tokens", "orthogonal_to")
+        for field in (*elsewhere, "name", "out", "device", "label"):
             del values[field]
         values["target_modules"] = targets
         values["init_seed"] = self.first_seed

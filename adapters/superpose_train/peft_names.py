@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """{module of the base: (A, B)}."""
@@ -35,3 +35,8 @@ def from_peft(tensors: Mapping[str, Tensor]) -> Factors:
         for name, a in tensors.items()
         if (module := module_of_a(name)) is not None
     }
+
+
+def factors_of(adapted: nn.Module) -> Factors:
+    """Return the factors of a PEFT model with one adapter: the parameters themselves."""
+    return from_peft(dict(adapted.named_parameters()))

@@ -6,7 +6,7 @@ import json
 import platform
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,21 @@ _RECORD = "training.json"
 
 
 def identity_of(
-    options: Options, base_digest: str, rows: Rows, targets: list[str]
+    options: Options,
+    base_digest: str,
+    rows: Rows,
+    targets: list[str],
+    past: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
-    """Return what tells a run from others: base, data and parameters, as the record has them."""
+    """Return what tells a run from others, as the record has it: base, data, parameters, past.
+
+    `past` are the domains and digests of the adapters that are active while this one is trained.
+    """
     return {
         "base_digest": base_digest,
         "data": rows.files,
         "special_tokens": rows.special_tokens,
+        "orthogonal_to": list(past),
         "parameters": options.parameters(targets),
     }
 
@@ -66,7 +74,7 @@ def record_of(
         steps: Taken.
         best_step: Whose adapter is the result.
         base_figures: Losses of the base alone.
-        adapter_figures: Losses with the adapter.
+        adapter_figures: Losses with the adapter, and with the past ones beside it if there are any.
         training: (step, mean loss since the entry before).
         validation: (step, loss).
         resumed: It was taken up again.
@@ -182,10 +190,7 @@ def finished_record(out: Path, identity: dict[str, Any]) -> dict[str, Any] | Non
         return None
     try:
         record = read_record(out)
-        # Of a record from before --precision.
-        record["parameters"].setdefault("precision", trained_precision(record))
-        # Of one from before rows began as the base's tokenizer begins a text.
-        record.setdefault("special_tokens", [])
+        _complete(record, identity["parameters"])
         if {name: record[name] for name in identity} == identity:
             return record
     except (OSError, ValueError, KeyError):
@@ -193,3 +198,16 @@ def finished_record(out: Path, identity: dict[str, Any]) -> dict[str, Any] | Non
     raise ValueError(
         f"{out} exists and is not the result of this run; name another --out or delete it"
     )
+
+
+def _complete(record: dict[str, Any], fields: Iterable[str]) -> None:
+    """Give the record of an earlier version what it would say today of these parameters."""
+    parameters = record["parameters"]
+    parameters.setdefault("precision", trained_precision(record))
+    if "frozen_a_block" in parameters:
+        parameters["frozen_a"] = parameters.pop("frozen_a_block")
+    for field in fields:
+        parameters.setdefault(field, getattr(Options, field, None))
+    # Rows did not begin as the base's tokenizer begins a text.
+    record.setdefault("special_tokens", [])
+    record.setdefault("orthogonal_to", [])

@@ -1,8 +1,9 @@
 """Train one LoRA adapter on question-answer rows, offline.
 
-PEFT makes the adapter, transformers.Trainer runs it. The result is a PEFT folder with a record,
-`training.json`, and appears under `--out` only when it is complete. Until then everything lies in
-`.OUT.work`; the same command takes an interrupted run up again and ends with the same adapter.
+PEFT makes the adapter, transformers.Trainer runs it, twice where B is to be sparse. The result is a
+PEFT folder with a record, `training.json`, and appears under `--out` only when it is complete.
+Until then everything lies in `.OUT.work`; the same command takes an interrupted run up again and
+ends with the same adapter.
 
 Under `accelerate launch` or torchrun every process trains on its share of each batch; the first
 one alone claims the work folder, writes and prints.
@@ -14,32 +15,39 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from superpose_adapters.base.facts import read_facts
 from superpose_adapters.bundled import resolve_base
 from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.durable import write_file
 from superpose_adapters.scoring import EncodedText, Loss, Scope
 from superpose_adapters.text_encoder import TextEncoder, vocabulary_of
-from superpose_train.data import check_sources, read_data
-from superpose_train.loss import check_finite, evaluate_loss, figures_by_part, pad_right
+from superpose_train.data import Rows, check_sources, read_data
+from superpose_train.loss import Figures, check_finite, evaluate_loss, figures_by_part, pad_right
 from superpose_train.model import (
     attach_adapter,
     check_context,
     choose_targets,
+    detach_adapter,
     library_warnings_ignored,
     load_base,
 )
 from superpose_train.options import Options
+from superpose_train.orthogonal import Penalty
+from superpose_train.past import check_past, read_past
+from superpose_train.peft_names import factors_of
 from superpose_train.precision import Decided, autocast
 from superpose_train.processes import is_main_process, process_count, wait_for_all
 from superpose_train.record import identity_of, record_of, write_adapter, writing
 from superpose_train.schedule import EVALUATION_BATCH, Plan, trainer_schedule
+from superpose_train.sparse_b import largest_entries, train_entries
 from superpose_train.work_folder import work_folder
 
 
@@ -57,18 +65,39 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         pad: int,
         precision: Decided,
         scope: Scope = "all",
+        penalty: Penalty | None = None,
         **options: Any,
     ) -> None:
-        """Take the validation rows beside Trainer's own arguments; `pad` is any token id."""
+        """Take the validation rows and what is added to a step's loss beside Trainer's arguments.
+
+        `pad` is any token id.
+        """
         super().__init__(eval_dataset=validation, **options)
         self._validation = validation
         self._pad = pad
         self._precision: Decided = precision
         self._scope: Scope = scope
+        self._penalty = penalty
 
     def compute_loss_context_manager(self) -> torch.autocast:
         """Return the context of a training step."""
         return autocast(self._precision, self.args.device.type)
+
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        """Return the loss of a training step, with the penalty if there is one."""
+        loss = super().compute_loss(*arguments, **options)
+        return loss if self._penalty is None else loss + self._penalty()
+
+    def go_on(self, checkpoint: Path | None) -> None:
+        """Train to the end, from a checkpoint if there is one, and load the best factors."""
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if state.global_step >= self.args.max_steps:
+                # Trainer would take one step more where the last one does not end an epoch.
+                self.state = state
+                self._load_best_model()
+                return
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def _save_checkpoint(self, *arguments: Any, **options: Any) -> None:
         with writing(Path(self.args.output_dir)):
@@ -173,12 +202,75 @@ def claim_work(work: Path, identity: dict[str, Any]) -> None:
     if record.exists():
         if json.loads(record.read_text("utf-8")) != identity:
             raise ValueError(
-                f"{work} holds an interrupted run with other data, base or parameters; "
+                f"{work} holds an interrupted run with other data, base, past or parameters; "
                 "repeat that command, name another --out, or delete the folder"
             )
         return
     work.mkdir(parents=True, exist_ok=True)
     write_file(record, json.dumps(identity, indent=1).encode())
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one run trains and measures with.
+
+    Attributes:
+        options: What was asked for.
+        rows: Encoded.
+        pad: Any token id.
+    """
+
+    options: Options
+    rows: Rows
+    pad: int
+
+    def fit(self, model: Any, arguments: TrainingArguments, penalty: Penalty | None = None) -> Any:
+        """Train a PEFT model's adapter, from the last checkpoint if there is one.
+
+        The model is left with the factors of the lowest validation loss.
+
+        Returns:
+            Trainer's state: steps, best step and losses.
+        """
+        trainer = AdapterTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=self.rows.train,
+            validation=self.rows.validation,
+            pad=self.pad,
+            precision=self.options.decided_precision,
+            scope=self.options.loss_scope,
+            penalty=penalty,
+            data_collator=lambda batch: pad_right(batch, self.pad, self.options.loss_scope),
+            callbacks=[RefuseNaN()],
+        )
+        try:
+            with library_warnings_ignored():
+                trainer.go_on(last_checkpoint(Path(arguments.output_dir)))
+        except BaseException:
+            # Else the bar would be drawn over the line that says what happened.
+            for callback in trainer.callback_handler.callbacks:
+                if bar := getattr(callback, "training_bar", None):
+                    bar.close()
+            raise
+        return trainer.state
+
+    def figures(self, model: Any, step: int) -> Figures:
+        """Return the losses of the validation and the test rows."""
+
+        def measure(texts: Sequence[EncodedText]) -> Loss:
+            return evaluate_loss(model, texts, self.pad, EVALUATION_BATCH, self.options.loss_scope)
+
+        return figures_by_part(measure, self.rows, step)
+
+
+def history_of(state: Any) -> dict[str, list[list[float]]]:
+    """Return the losses in Trainer's state as the record has them, penalties included."""
+    logs = state.log_history
+    return {
+        "training": [[log["step"], log["loss"]] for log in logs if "loss" in log],
+        "validation": [[log["step"], log["eval_loss"]] for log in logs if "eval_loss" in log],
+    }
 
 
 def train(options: Options) -> dict[str, Any]:
@@ -193,52 +285,62 @@ def train(options: Options) -> dict[str, Any]:
     if options.out.exists():
         raise ValueError(f"{options.out} exists; name another --out or delete it")
     check_sources(options)
+    check_past(options.orthogonal_to)
     folder = resolve_base(options.base)
     model, tokenizer = load_base(options.base, folder)
-    pad: int = tokenizer.eos_token_id
     targets = choose_targets(model, model.config.model_type, options.target_modules)
     check_context(model, options.max_length)
     encoder = TextEncoder(tokenizer, vocabulary_of(model), special_tokens=options.special_tokens)
+    digest = checkpoint_digest(folder)
+    facts = read_facts(options.base, folder, model, encoder.tokens_before)
+    past = read_past(options.orthogonal_to, model, facts, digest)
     rows = read_data(options, encoder)
-    identity = identity_of(options, checkpoint_digest(folder), rows, targets)
+    identity = identity_of(options, digest, rows, targets, past.named)
+    run = _Run(options, rows, tokenizer.eos_token_id)
+    past.fold()
     model = attach_adapter(model, options, targets)
-    # Counted now: PEFT sets every factor trainable again when its adapter is switched.
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     work = work_folder(options.out)
-    arguments = training_arguments(options, work, Plan.of(options, len(rows.train)))
+    plan = Plan.of(options, len(rows.train))
+    # Of several processes, this joins them.
+    arguments = training_arguments(options, work, plan)
     if is_main_process():
         claim_work(work, identity)
     wait_for_all()
-    resume = last_checkpoint(work)
-    trainer = AdapterTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows.train,
-        validation=rows.validation,
-        pad=pad,
-        precision=options.decided_precision,
-        scope=options.loss_scope,
-        data_collator=lambda batch: pad_right(batch, pad, options.loss_scope),
-        callbacks=[RefuseNaN()],
-    )
-    try:
-        with library_warnings_ignored():
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    except BaseException:
-        # Else the bar would be drawn over the line that says what happened.
-        for callback in trainer.callback_handler.callbacks:
-            if bar := getattr(callback, "training_bar", None):
-                bar.close()
-        raise
+    calibration = work / "calibration"
+    resumed = last_checkpoint(work) is not None or last_checkpoint(calibration) is not None
+    # Counted now: PEFT sets every factor trainable again when its adapter is switched.
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    more: dict[str, Any] = {}
+    if options.sparsity is not None:
+        state = run.fit(model, training_arguments(options, calibration, plan))
+        b_factors = {module: b for module, (_, b) in factors_of(model).items()}
+        mask = largest_entries(b_factors, options.sparsity)
+        more["calibration"] = {
+            "steps": state.global_step,
+            "best_step": state.best_global_step,
+            "history": history_of(state),
+        }
+        # The same A again, and B = 0.
+        model = attach_adapter(detach_adapter(model), options, targets)
+        train_entries(factors_of(model), mask)
+        trained = sum(int(kept.sum()) for kept in mask.values())
+    penalty = None
+    if past:
+        penalty = Penalty(
+            past.a_factors(), factors_of(model), options.orthogonality, options.norm_penalty
+        )
+        more["a_overlap"] = {"first": penalty.overlap().item()}
+    state = run.fit(model, arguments, penalty)
+    if penalty:
+        more["a_overlap"]["result"] = penalty.overlap().item()
 
-    def measure(texts: Sequence[EncodedText]) -> Loss:
-        return evaluate_loss(model, texts, pad, EVALUATION_BATCH, options.loss_scope)
-
-    state = trainer.state
-    adapter_figures = figures_by_part(measure, rows, state.global_step)
+    adapter_figures = run.figures(model, state.global_step)
     with model.disable_adapter():
-        base_figures = figures_by_part(measure, rows, state.global_step)
+        if past:
+            more["past_figures"] = run.figures(model, state.global_step)
+        with past.absent():
+            base_figures = run.figures(model, state.global_step)
     record = record_of(
         options,
         identity,
@@ -247,12 +349,10 @@ def train(options: Options) -> dict[str, Any]:
         best_step=state.best_global_step,
         base_figures=base_figures,
         adapter_figures=adapter_figures,
-        training=[[log["step"], log["loss"]] for log in state.log_history if "loss" in log],
-        validation=[
-            [log["step"], log["eval_loss"]] for log in state.log_history if "eval_loss" in log
-        ],
-        resumed=resume is not None,
+        **history_of(state),
+        resumed=resumed,
         began=began,
+        **more,
     )
     if is_main_process():
         tensors = get_peft_model_state_dict(model, save_embedding_layers=False)

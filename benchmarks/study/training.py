@@ -46,7 +46,7 @@ def options_of(study: Study, spec: AdapterSpec, sources: Sources, out: Path) -> 
         dropout=spec.dropout,
         seed=spec.seed,
         init_seed=spec.init_seed,
-        frozen_a_block=spec.block,
+        frozen_a=spec.block,
         max_rows=tuple(rows for _, rows in spec.portions),
         max_eval_rows=training.eval_rows,
         template=spec.template,

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import pytest
-from benchmarks import correctness, fit, fold, guard, load, memory, scaling, swaps
+from benchmarks import correctness, fit, fold, guard, load, memory, orthogonal, scaling, swaps
 from benchmarks.serverprocess import resident_bytes
 from tests.integration.harness import LoopThread, start
 
@@ -165,6 +165,17 @@ def test_fit(command: Command) -> None:
     (base,) = (row for row in table["rows"] if row[0] == "base")
     assert base[1] == pytest.approx(points[0, 0, 0]["held_out"], rel=1e-3)
     assert found[3] <= best[3]
+
+
+def test_orthogonal(command: Command) -> None:
+    # So few steps do not tell which way is better, but a penalty tells at once.
+    read = command(orthogonal, "orthogonal", "--seeds=0,1", "--steps=4", holds=False)
+    assert read["checks"][0]["ok"]
+    for pairs in read["data"].values():
+        assert len(pairs) == 2
+    assert all(abs(pair["delta_cosine"]) < 1e-6 for pair in read["data"]["frozen A, blocks"])
+    (plain, beside) = (read["data"][way] for way in ("plain", "O-LoRA"))
+    assert [pair["first alone"] for pair in plain] == [pair["first alone"] for pair in beside]
 
 
 def test_load(command: Command) -> None:

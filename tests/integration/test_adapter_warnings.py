@@ -20,6 +20,8 @@ from tests.makers import (
     tokenizer_adding,
 )
 
+from superpose_adapters.base.facts import BaseFacts
+from superpose_adapters.peft.training_record import training_warnings
 from superpose_client import AdapterFiles
 from superpose_client.errors import AdapterFolderError, FailedPreconditionError
 
@@ -186,3 +188,27 @@ def test_a_record_of_another_trainer_says_nothing(
     assert served.client.push("foreign", folder, replace=True).adapter.warnings == ()
     files = AdapterFiles.read(folder)._replace(training=content)
     assert served.client.push("foreign", files).adapter.warnings == ()
+
+
+# What was trained in a sum.
+
+
+def test_an_adapter_that_was_trained_in_a_sum_is_warned_of(
+    served: Served, llama: Family, tmp_path: Path
+) -> None:
+    folder = make_adapter(llama.model, tmp_path / "half")
+    past = [{"domain": "math", "digest": "0123456789abcdef"}, {"domain": "law\nx", "digest": 5}]
+    trained(folder, orthogonal_to=past)
+    assert served.client.push("half", folder).adapter.warnings == (
+        r"it was trained in a sum with math (digest 0123456789ab), law\nx (digest 5), each at "
+        "weight 1: serve it in a mix that holds them so",
+    )
+
+
+@pytest.mark.parametrize("past", [None, [], 5, "math", {}, [None] * 9, [{}] * 1000])
+def test_a_sum_with_anything_is_told_in_a_short_line(past: object) -> None:
+    facts = BaseFacts("base", Path(), backbone="", modules={}, parameters={})
+    record = {"base_digest": "b", "data": [], "parameters": {}, "orthogonal_to": past}
+    warnings = training_warnings(json.dumps(record).encode(), facts)
+    assert len(warnings) == (isinstance(past, list) and past != [])
+    assert all(len(warning) < 400 for warning in warnings)

@@ -74,8 +74,9 @@ def different(base: Path, data: tuple[Path, Path], folder: Path) -> list[Options
             loss_scope="answer",
             template="Q: {q}\nA: {a}",
             max_eval_rows=3,
+            frozen_a="random",
         ),
-        run(base, two, folder / "d", max_steps=6, frozen_a_block=(2, 3), learning_rate=1e-2),
+        run(base, two, folder / "d", max_steps=6, frozen_a=(2, 3), learning_rate=1e-2),
     ]
 
 

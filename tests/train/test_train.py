@@ -34,12 +34,12 @@ from superpose_adapters.text_encoder import TextEncoder
 from superpose_train import train as trainer_module
 from superpose_train.cli import main
 from superpose_train.data import is_hub_id
+from superpose_train.frozen_a import orthogonal_block
 from superpose_train.loss import evaluate_loss
 from superpose_train.model import (
     attach_adapter,
     choose_targets,
     load_base,
-    orthogonal_block,
 )
 from superpose_train.options import Options, base_label
 from superpose_train.precision import trained_precision
@@ -182,9 +182,15 @@ def test_a_record_from_before_precision_is_read(
     bf16_autocast: bool, ran: str, trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     record = json.loads((trained[0] / "training.json").read_text("utf-8"))
-    identity = {name: record[name] for name in ("base_digest", "data", "parameters")}
+    identity = {
+        name: record[name] for name in ("base_digest", "data", "parameters", "orthogonal_to")
+    }
     identity["parameters"] = identity["parameters"] | {"precision": ran}
     del record["precision_asked"], record["parameters"]["precision"]
+    record["parameters"]["frozen_a_block"] = record["parameters"].pop("frozen_a")
+    for later in ("sparsity", "orthogonality", "norm_penalty"):
+        del record["parameters"][later]
+    del record["orthogonal_to"]
     record["bf16_autocast"] = bf16_autocast
     (tmp_path / "training.json").write_text(json.dumps(record), "utf-8")
     assert trained_precision(record) == ran
@@ -263,7 +269,7 @@ def test_a_frozen_a_stays_frozen_when_a_run_is_taken_up_again(
 ) -> None:
     def frozen(folder: str, block: int) -> Options:
         return options(
-            base, data[0], tmp_path / folder, max_steps=8, dropout=0.0, frozen_a_block=(block, 8)
+            base, data[0], tmp_path / folder, max_steps=8, dropout=0.0, frozen_a=(block, 8)
         )
 
     expected = train(frozen("whole", 1))
@@ -568,7 +574,7 @@ def test_blocks_of_a_are_orthogonal_and_as_long_as_fresh_rows() -> None:
 
 def test_a_follows_from_the_init_seed_alone(base: Path, data: tuple[Path, Path]) -> None:
     def first(**changes: Any) -> dict[str, torch.Tensor]:
-        chosen = options(base, data[0], Path("unused"), frozen_a_block=(1, 2), **changes)
+        chosen = options(base, data[0], Path("unused"), frozen_a=(1, 2), **changes)
         model = attach_adapter(tiny_gpt2(), chosen, ["c_attn"])
         assert not any(p.requires_grad for n, p in model.named_parameters() if ".lora_A." in n)
         return {n: p for n, p in model.named_parameters() if ".lora_A." in n}
@@ -630,7 +636,10 @@ def test_a_result_that_could_not_be_written_is_written_by_the_same_command(
     assert f"{out}: cannot be written" in last_line(capsys)
     assert [path.name for path in tmp_path.iterdir()] == [".out.work"]
     assert main(command(base, data[0], out, "--max-steps", "2")) == 0
-    assert json.loads((out / "training.json").read_text("utf-8"))["resumed"] is True
+    record = json.loads((out / "training.json").read_text("utf-8"))
+    assert record["resumed"] is True
+    # The end of the run is not the end of an epoch.
+    assert record["steps"] == 2 < record["data"][0]["rows"]["train"] / 16
 
 
 def test_what_is_no_failed_write_is_not_called_one(tmp_path: Path) -> None:
@@ -708,8 +717,8 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--max-rows", "0"], "--max-rows must be at least 1, got 0"),
         (["--max-steps", "0"], "--max-steps must be at least 1, got 0"),
         (["--template", "{a} {q}"], "--template: a template must hold {q} once and end in"),
-        (["--frozen-a-block", "4/3"], "--frozen-a-block must be I/N with I from 1 to N"),
-        (["--frozen-a-block", "1/9"], "9 blocks of --rank 4 do not fit into the 32 inputs"),
+        (["--frozen-a", "4/3"], "--frozen-a must be random, or I/N with I from 1 to N"),
+        (["--frozen-a", "1/9"], "9 blocks of --rank 4 do not fit into the 32 inputs"),
         (["--answer-column", "question"], "name the same column"),
         (["--tune", "0"], "--tune must be at least 1, got 0"),
         (["--max-length", "1"], "--max-length must be at least 2"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tests.full_disk import files_of_at_most
-from tests.makers import load_peft, save_base, tiny_gpt2
+from tests.makers import load_peft, make_adapter, save_base, tiny_gpt2
 
 from superpose_train.cli import main
 from superpose_train.loss import NotFinite
@@ -208,3 +208,15 @@ def test_plots_of_little(tmp_path: Path) -> None:
     draw_history(trials, tmp_path / "history.png")
     draw_importances({}, tmp_path / "importance.png")
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_search_beside_a_past_domain_is_not_carried_on_beside_another(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    past = make_adapter(tiny_gpt2(), tmp_path / "math", 1)
+    chosen = options(base, data, tmp_path / "letters", orthogonal_to=(past,))
+    tuning = tune(chosen, 1, SPACE)
+    assert [each["domain"] for each in tuning["record"]["orthogonal_to"]] == ["math"]
+    make_adapter(tiny_gpt2(), past, 2)
+    with pytest.raises(ValueError, match="holds a search with other options, data or base"):
+        tune(chosen, 2, SPACE)

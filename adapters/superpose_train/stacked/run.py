@@ -120,7 +120,7 @@ class Stack:
         parameters = torch.stack([self._shape.pack(m.first_factors) for m in self._members])
         mask = torch.stack(
             [
-                self._shape.factor_mask(m.options.rank, train_a=m.options.frozen_a_block is None)
+                self._shape.factor_mask(m.options.rank, train_a=m.options.frozen_a is None)
                 for m in self._members
             ]
         )
@@ -256,7 +256,7 @@ class Stack:
                 lambda texts: self._measure(member, best, texts), member.rows, self._steps
             )
         trained = self._shape.factor_mask(
-            options.rank, train_a=options.frozen_a_block is None
+            options.rank, train_a=options.frozen_a is None
         ).count_nonzero()
         record = record_of(
             options,

@@ -22,6 +22,7 @@ from superpose_train.model import (
     attach_adapter,
     check_context,
     choose_targets,
+    detach_adapter,
     library_warnings_ignored,
     load_base,
 )
@@ -36,6 +37,8 @@ from superpose_train.stacked.run import Base, Stack, Tell, held_keys
 MAX_STACK = 16
 # What all runs of a stack have in common.
 _SHARED = ("base", "target_modules", "max_length", "batch_size", "device", "precision")
+# What a stack does not do.
+_ALONE = ("sparsity", "orthogonal_to")
 
 
 def train_many(
@@ -55,7 +58,7 @@ def train_many(
 
     Raises:
         ValueError: bad input; or runs of different bases, target modules, lengths, batch sizes,
-            devices or precisions.
+            devices or precisions; or one that is sparse or has past adapters.
         NotFinite: a loss is not; it names the run.
         OSError: the disk is full or cannot be written.
     """
@@ -125,6 +128,13 @@ def _check_together(runs: Sequence[Options], max_stack: int) -> None:
     if process_count() > 1:
         raise ValueError("stacked training runs in one process; start it without a launcher")
     first = runs[0]
+    for options in runs:
+        for field in _ALONE:
+            if getattr(options, field):
+                raise ValueError(
+                    f"{options.name} has {flag(field)}, which stacked training does not know; "
+                    "train it by itself"
+                )
     for options in runs[1:]:
         for field in _SHARED:
             one, other = getattr(first, field), getattr(options, field)
@@ -180,6 +190,6 @@ def _member(
     with library_warnings_ignored():
         tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         config = adapted.peft_config["default"]
-        adapted.unload()
+    detach_adapter(adapted)
     factors = from_peft({name: tensor.cpu().clone() for name, tensor in tensors.items()})
     return Member(options, rows, identity, key, config, factors)

@@ -25,6 +25,7 @@ from superpose_adapters.qa import file_sha256
 from superpose_train.data import check_sources, is_hub_id
 from superpose_train.loss import NotFinite
 from superpose_train.options import Options
+from superpose_train.past import check_past, named
 from superpose_train.processes import process_count
 from superpose_train.record import read_record
 from superpose_train.train import train
@@ -96,6 +97,7 @@ def tune(
     if not all(importlib.util.find_spec(name) for name in ("optuna", "matplotlib")):
         raise ValueError("--tune needs optuna and matplotlib: pip install 'superpose[train]'")
     check_sources(options)
+    check_past(options.orthogonal_to)
     search = _Search(options, space or Space(), tell or _to_stderr)
     # Optuna takes a second to import.
     from optuna.exceptions import StorageInternalError
@@ -135,6 +137,7 @@ class _Search:
         for searched in asdict(self._space):
             del fields[searched]
         fields["data"] = [str(source) for source in self._options.data]
+        fields["orthogonal_to"] = named(self._options.orthogonal_to)
         del fields["out"]
         fields["precision"] = self._options.decided_precision
         identity = {
