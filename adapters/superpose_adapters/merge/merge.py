@@ -38,13 +38,18 @@ def merge(parts: Sequence[Part], method: Method) -> dict[str, tuple[Tensor, Tens
             given, so that a merge depends on what is merged alone.
         method: How.
     """
-    ordered = sorted(parts, key=lambda part: (part.adapter.digest, part.weight, part.domain))
+    ordered = in_order(parts)
     merged = {}
     for module in sorted({module for part in ordered for module in part.adapter.modules}):
         a, b = method.merge(module, len(ordered), terms_of(ordered, module))
         if len(a):
             merged[module] = (a.float(), b.float())
     return merged
+
+
+def in_order(parts: Sequence[Part]) -> list[Part]:
+    """Return the parts in the order of the fold, by which a term knows its part."""
+    return sorted(parts, key=lambda part: (part.adapter.digest, part.weight, part.domain))
 
 
 def terms_of(parts: Sequence[Part], module: str) -> list[Term]:
