@@ -83,7 +83,9 @@ def read_data(options: Options, encoder: TextEncoder) -> Rows:
                     f"{source}: no row falls into the {part} part of the 80:10:10 split; "
                     "give more rows"
                 )
-            texts = [_encode(encoder, row, options, source) for row in chosen]
+            texts = [
+                encode(encoder, row, source, options.max_length, options.template) for row in chosen
+            ]
             scored = [text for text in texts if _scored(text, options)]
             if not scored:
                 raise ValueError(
@@ -98,9 +100,16 @@ def read_data(options: Options, encoder: TextEncoder) -> Rows:
     return Rows(**parts, files=files, special_tokens=encoder.tokens_before)
 
 
-def _encode(encoder: TextEncoder, row: Row, options: Options, source: str | Path) -> EncodedText:
+def encode(
+    encoder: TextEncoder, row: Row, source: str | Path, max_length: int, template: str
+) -> EncodedText:
+    """Return the tokens of a row.
+
+    Raises:
+        ValueError: It holds a token that the base has no embedding for; names the source.
+    """
     try:
-        return encoder.row(row.question, row.answer, options.max_length, options.template)
+        return encoder.row(row.question, row.answer, max_length, template)
     except TokenRefused as error:
         raise ValueError(
             f"{source}: the row with the question {row.question[:80]!r} {error}: write it otherwise"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, fields
+from typing import Any, ClassVar
 
 from superpose_adapters.merge.term import Pair, Term
 
 Option = int | float | bool | str
 
+LEARNED: Mapping[str, bool] = {"learned": True}
+"""Metadata of a field that holds what a method has learned from rows: no option, None at first."""
+
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A way of merging. Its fields are its options, each with a default.
+    """A way of merging. Its fields are its options, each with a default, and what it has learned.
 
     Weights multiply the deltas before anything else, so what a method elects, trims or measures is
     weighted. A common factor of the result is no option: it is the weight that the merged adapter
@@ -42,4 +45,9 @@ class Method(ABC):
     @property
     def options(self) -> dict[str, Option]:
         """The options by name, as JSON values."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {each.name: getattr(self, each.name) for each in option_fields(type(self))}
+
+
+def option_fields(kind: type[Method]) -> list[Field[Any]]:
+    """Return the fields of a method that are options."""
+    return [each for each in fields(kind) if each.metadata != LEARNED]

@@ -1,20 +1,24 @@
-"""Every way of merging that needs the adapters alone, by the word that users ask for it with."""
+"""Every way of merging, by the word that users ask for it with."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import get_type_hints
 
 from superpose_adapters.merge.cat import Cat
 from superpose_adapters.merge.dare import CoreDare
+from superpose_adapters.merge.do_merging import DoMerging
 from superpose_adapters.merge.iso import CoreIso
 from superpose_adapters.merge.knots_ties import KnotsTies
+from superpose_adapters.merge.lego import Lego
+from superpose_adapters.merge.lorahub import LoraHub
 from superpose_adapters.merge.magnitude import CoreMagnitude
 from superpose_adapters.merge.mean import Mean
-from superpose_adapters.merge.method import Method
+from superpose_adapters.merge.method import Method, option_fields
 from superpose_adapters.merge.plain_sum import PlainSum
+from superpose_adapters.merge.regmean import RegMean
+from superpose_adapters.merge.soups import Soups
 from superpose_adapters.merge.svd import TruncatedSvd
 from superpose_adapters.merge.ties import CoreTies
 from superpose_adapters.merge.tsv import CoreTsv
@@ -32,25 +36,44 @@ METHODS: Mapping[str, type[Method]] = {
         CoreDare,
         CoreMagnitude,
         KnotsTies,
+        DoMerging,
+        Lego,
     )
 }
+"""Those that need the adapters alone."""
+
+DATA_METHODS: Mapping[str, type[Method]] = {
+    method.name: method for method in (RegMean, Soups, LoraHub)
+}
+"""Those that learn from rows first, under the base: `superpose_train.merging` has them do it."""
 
 
 class MethodError(ValueError):
     """A method or an option that there is not; one line names it and what there is."""
 
 
-def read_method(name: str, options: Mapping[str, object]) -> Method:
+def read_method(
+    name: str, options: Mapping[str, object], among: Mapping[str, type[Method]] = METHODS
+) -> Method:
     """Return the method of this name with these options; those left out have their defaults.
+
+    Args:
+        name: Its word.
+        options: JSON values.
+        among: `METHODS`, or `DATA_METHODS`, whose learned part is still to be put in.
 
     Raises:
         MethodError: There is no such method, no such option of it, or the value is none of it.
     """
-    kind = METHODS.get(name)
+    kind = among.get(name)
     if kind is None:
-        raise MethodError(f"no method is called {name[:80]!r}: use {', '.join(METHODS)}")
+        if name in DATA_METHODS:
+            raise MethodError(
+                f"{name} learns from rows: merge offline, with superpose-merge --data"
+            )
+        raise MethodError(f"no method is called {name[:80]!r}: use {', '.join(among)}")
     types = get_type_hints(kind)
-    known = {field.name: types[field.name] for field in fields(kind)}
+    known = {field.name: types[field.name] for field in option_fields(kind)}
     read = {}
     for option, value in options.items():
         if option not in known:

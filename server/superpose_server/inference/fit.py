@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from superpose_adapters.mix_syntax import format_mix, format_weight
 from superpose_adapters.qa import split_key
+from superpose_adapters.weight_search import Point, Space, best_of, search
 from superpose_server.control.default_mix import MixState
 from superpose_server.engine.score import ScoreRow
 from superpose_server.errors import InvalidArgument, OutputNotFinite
@@ -29,7 +30,6 @@ from superpose_server.inference.result import (
     FitResult,
     Scores,
 )
-from superpose_server.inference.weight_search import Point, Space, best_of, search
 
 # Held-out groups below which their figures are said to be weak.
 _FEW = 30

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from superpose_server.inference.weight_search import Best, Point, Space, best_of, search
+from superpose_adapters.weight_search import Best, Point, Space, best_of, search
 
 
 def rounds_of(

@@ -7,10 +7,11 @@ almost quadratic, since the deltas enter the parameters exactly as their weights
 functions models in a trust region need few values (A. R. Conn, K. Scheinberg and L. N. Vicente,
 "Introduction to Derivative-Free Optimization", 2009), which evolution strategies spend on noise
 and on many valleys. Libraries of the kind want SciPy, and ask for one value at a time; here a
-round asks for several, which share the engine's passes.
+round asks for several, which may share passes.
 
 That weights of adapters are worth a search without derivatives, with such a penalty, is LoRAHub's
-idea (arXiv 2307.13269), which sums A's and B's apart. Here the sums are exact.
+idea (arXiv 2307.13269), which sums A's and B's apart. `adapterctl fit` searches exact sums;
+`superpose-merge --method lorahub` does as the paper.
 
 Nothing here knows what is weighed, nor how a loss is found.
 """
