@@ -46,7 +46,7 @@ class Setting:
         return read_layout(self.model)
 
     def merge(self, mix: str, method: str, out: Path, *more: str | Path) -> int:
-        places = ["--adapters", self.adapters, "--base", self.base, "--out", out]
+        places: list[str | Path] = ["--adapters", self.adapters, "--base", self.base, "--out", out]
         return run(mix, "--method", method, *places, *more)
 
     def read(self, folder: Path) -> Adapter:

@@ -27,7 +27,8 @@ class _ListMethods(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         # Imported here: torch is slow to load, and not needed for the help.
-        from superpose_adapters.merge.methods import DATA_METHODS, METHODS, option_fields
+        from superpose_adapters.merge.method import option_fields
+        from superpose_adapters.merge.methods import DATA_METHODS, METHODS
 
         for title, methods in (("", METHODS), ("with --data:", DATA_METHODS)):
             if title:

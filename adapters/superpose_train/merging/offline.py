@@ -12,7 +12,7 @@ from torch import Tensor
 
 from superpose_adapters.merge.deviation import deviation
 from superpose_adapters.merge.merge import Part, in_order, merge
-from superpose_adapters.merge.method import Method, Option
+from superpose_adapters.merge.method import Method
 from superpose_adapters.merge.methods import DATA_METHODS, METHODS, read_method
 from superpose_adapters.mix_syntax import format_mix
 from superpose_adapters.peft.folder import DEFAULT_LIMITS, parse_adapter
@@ -146,12 +146,11 @@ def _files(
     merged: Mapping[str, tuple[Tensor, Tensor]],
 ) -> tuple[bytes, bytes]:
     sources = (Source(part.domain, part.adapter.digest, part.weight) for part in parts)
-    options: Mapping[str, Option] = method.options
     return adapter_files(
         merged,
         base=base_label(name),
         fan_in_fan_out=all(base.layout[module].transposed for module in merged),
-        metadata=Provenance(method.name, options, tuple(sources)).metadata,
+        metadata=Provenance(method.name, method.options, tuple(sources)).metadata,
     )
 
 
