@@ -96,12 +96,12 @@ def test_what_is_said_of_an_adapter_is_kept_with_its_name(tmp_path: Path) -> Non
         store.set_name("said", digest, ["one", "two"])
     with AdapterStore(tmp_path) as store:
         assert store.names == {"plain": digest, "said": digest}
-        assert store.warnings("plain") == ()
-        assert store.warnings("said") == ("one", "two")
+        assert store.named("plain").warnings == ()
+        assert store.named("said").warnings == ("one", "two")
         with pytest.raises(KeyError):
-            store.warnings("gone")
+            store.named("gone")
         store.set_name("said", digest)
-        assert store.warnings("said") == ()
+        assert store.named("said").warnings == ()
 
 
 def test_a_name_needs_a_stored_adapter_and_a_valid_domain(folder: Path) -> None:
@@ -171,9 +171,9 @@ def test_a_damaged_object_is_an_error_that_names_it_and_a_push_mends_it(
     [
         ("", "not JSON"),
         ("[]", "not an object"),
-        ('{"math": 3}', "names an adapter that is not stored"),
-        ('{"math": []}', "names an adapter that is not stored"),
-        (f'{{"math": ["{DIGESTS[0]}", 3]}}', "names an adapter that is not stored"),
+        ('{"math": 3}', "math: names no adapter"),
+        ('{"math": []}', "math: names no adapter"),
+        (f'{{"math": ["{DIGESTS[0]}", 3]}}', "math: has warnings that are no texts"),
         (f'{{"math": "{DIGESTS[1]}"}}', "names an adapter that is not stored"),
         (f'{{"../x": "{DIGESTS[0]}"}}', "not a valid name"),
     ],

@@ -14,7 +14,18 @@ from types import TracebackType
 from typing import Any
 
 import pytest
-from benchmarks import correctness, fit, fold, guard, load, memory, orthogonal, scaling, swaps
+from benchmarks import (
+    correctness,
+    fit,
+    fold,
+    guard,
+    load,
+    memory,
+    merging,
+    orthogonal,
+    scaling,
+    swaps,
+)
 from benchmarks.serverprocess import resident_bytes
 from tests.integration.harness import LoopThread, start
 
@@ -176,6 +187,23 @@ def test_orthogonal(command: Command) -> None:
     assert all(abs(pair["delta_cosine"]) < 1e-6 for pair in read["data"]["frozen A, blocks"])
     (plain, beside) = (read["data"][way] for way in ("plain", "O-LoRA"))
     assert [pair["first alone"] for pair in plain] == [pair["first alone"] for pair in beside]
+
+
+def test_merging(command: Command) -> None:
+    read = command(merging, "merging", "--rows=12", "--methods", "sum", "mean", base="mini")
+    plain, best = ({row[0]: row[1:] for row in table["rows"]} for table in read["tables"])
+    ends = ["math alone", "medicine alone", "finance alone", merging.ALL, "half of each"]
+    assert list(plain) == list(best) == ["base", *ends, "sum", "mean"]
+    # A sum is the mix itself, and the mean a third of it: their best factors are as far apart.
+    assert plain["sum"][3:] == plain[merging.ALL][3:]
+    assert best["sum"][1:5] == pytest.approx(best["mean"][1:5], rel=0.02)
+    assert best["mean"][0] == pytest.approx(3 * best["sum"][0], rel=0.2)
+    assert plain["mean"][2] == pytest.approx(2 / 3)
+    assert best["sum"][4] < plain["sum"][6]
+    # Each alone is best on its own rows.
+    for at, domain in enumerate(("math", "medicine", "finance")):
+        losses = {name: row[3 + at] for name, row in plain.items()}
+        assert min(losses, key=losses.__getitem__) == f"{domain} alone"
 
 
 def test_load(command: Command) -> None:

@@ -8,8 +8,7 @@ from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar
 
 from superpose_adapters.merge.term import Pair, Term
-
-Option = int | float | bool | str
+from superpose_adapters.provenance import Option
 
 LEARNED: Mapping[str, bool] = {"learned": True}
 """Metadata of a field that holds what a method has learned from rows: no option, None at first."""
