@@ -113,7 +113,7 @@ TEXTS = {
     "beyond a float": (json.dumps(FIELDS).replace("0.2", "1e999"), "option density is no number"),
     "twice": (json.dumps(FIELDS)[:-1] + ', "method": "sum"}', 'names "method" twice'),
     "half a character": (json.dumps(FIELDS | {"method": "\ud800"}), "half a character"),
-    "deep": ('{"a":' * 5000 + "1" + "}" * 5000, "is not JSON"),
+    "deep": ('{"a":' * 5000 + "1" + "}" * 5000, "is not JSON|is nested"),
 }
 ALL = {name: (json.dumps(value), why) for name, (value, why) in MALFORMED.items()} | TEXTS
 
