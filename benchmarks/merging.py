@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from superpose_adapters.merge.deviation import deviation
-from superpose_train.merging.data_method import data_method
 
 from benchmarks.options import Options, make_parser, read_options
 from benchmarks.progress import Tell, progress
@@ -30,6 +28,7 @@ from superpose_adapters.adapter import Adapter
 from superpose_adapters.base.tokenizer import load_tokenizer
 from superpose_adapters.bundled import BUNDLES, DOMAINS, Bundle
 from superpose_adapters.layout import Layout
+from superpose_adapters.merge.deviation import deviation
 from superpose_adapters.merge.merge import Part, merge
 from superpose_adapters.merge.methods import DATA_METHODS, METHODS, read_method
 from superpose_adapters.mix import BoundEntry, BoundMix
@@ -39,6 +38,7 @@ from superpose_adapters.qa import Row, read_rows, split_key
 from superpose_adapters.scoring import EncodedText
 from superpose_adapters.text_encoder import TextEncoder, vocabulary_of
 from superpose_server.errors import FailedPrecondition
+from superpose_train.merging.data_method import data_method
 
 Mix = Mapping[Adapter, float]
 Texts = Mapping[str, Sequence[EncodedText]]
