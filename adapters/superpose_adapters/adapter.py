@@ -10,6 +10,7 @@ from torch import Tensor
 
 from superpose_adapters.digest import hash_bytes
 from superpose_adapters.one_line import escaped
+from superpose_adapters.provenance import Provenance
 
 Reason = Literal[
     "NAME_INVALID",
@@ -90,6 +91,7 @@ class Adapter:
         nbytes: Bytes of the tensor file.
         warnings: What an operator should know of it, a line each: it is served, but was read in a
             way that its files do not quite say, or seems to be another base's.
+        provenance: What it was merged from, as it says itself; None: nothing.
     """
 
     digest: str
@@ -97,6 +99,7 @@ class Adapter:
     config: Mapping[str, object] = field(default_factory=dict)
     nbytes: int = 0
     warnings: tuple[str, ...] = ()
+    provenance: Provenance | None = None
 
     def __eq__(self, other: object) -> bool:
         """Tell whether two adapters have one digest."""

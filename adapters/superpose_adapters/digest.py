@@ -148,7 +148,7 @@ def checkpoint_digest(folder: Path) -> str:
     for path in paths:
         try:
             with path.open("rb") as file:
-                entries += [(e, path) for e in read_header(file, path.stat().st_size)]
+                entries += [(e, path) for e in read_header(file, path.stat().st_size).entries]
         except FileNotFoundError as error:
             raise ValueError(f"{path}: missing, yet its index names it: copy it again") from error
         except TensorFileError as error:

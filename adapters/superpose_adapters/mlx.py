@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
-from superpose_adapters.durable import new_folder, write_file
-from superpose_adapters.peft.folder import CONFIG_NAME, MLX_TENSORS_NAME, TENSORS_NAME
-from superpose_adapters.peft.keys import factor_key
+from superpose_adapters.peft.folder import CONFIG_NAME, MLX_TENSORS_NAME
+from superpose_adapters.peft.writing import adapter_files, write_adapter
 from superpose_adapters.tensorfile import TensorFileError, read_header
 
 _FACTOR = re.compile(r"(.+)\.lora_([ab])")
@@ -89,50 +88,10 @@ def read_mlx(folder: Path, scale: float | None = None) -> MlxAdapter:
 
 
 def write_peft(adapter: MlxAdapter, folder: Path, *, replace: bool = False) -> None:
-    """Write an adapter in PEFT's form; it is there whole or not at all.
-
-    Args:
-        adapter: To be written.
-        folder: Nothing may be there, unless `replace`: then the two files of an adapter in it are
-            written anew, and all else in it stays.
-        replace: See `folder`.
-
-    Raises:
-        FileExistsError: Something is there.
-        OSError: It cannot be written.
-    """
-    tensors = {}
-    for module, (a, b) in adapter.factors.items():
-        tensors[factor_key(module, "A")] = a.T.contiguous()
-        tensors[factor_key(module, "B")] = b.T.contiguous()
-    data = save(tensors, metadata={"format": "pt"})
-    text = (json.dumps(_peft_config(adapter), indent=2, sort_keys=True) + "\n").encode()
-    if folder.exists() or folder.is_symlink():
-        if not replace:
-            raise FileExistsError(f"{folder} exists: name another folder, or pass --replace")
-        # Without its config a folder is no adapter, so the two never are those of different ones.
-        (folder / CONFIG_NAME).unlink(missing_ok=True)
-        write_file(folder / TENSORS_NAME, data)
-        write_file(folder / CONFIG_NAME, text)
-        return
-    with new_folder(folder) as fresh:
-        (fresh / TENSORS_NAME).write_bytes(data)
-        (fresh / CONFIG_NAME).write_bytes(text)
-
-
-def _peft_config(adapter: MlxAdapter) -> dict[str, Any]:
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": adapter.base,
-        "r": adapter.rank,
-        "lora_alpha": adapter.scale * adapter.rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        # Whole names: which layers were trained is then said too.
-        "target_modules": list(adapter.factors),
-        "inference_mode": True,
-    }
+    """Write an adapter in PEFT's form; see `write_adapter`, which this is."""
+    factors = {module: (a.T, b.T) for module, (a, b) in adapter.factors.items()}
+    files = adapter_files(factors, base=adapter.base, scaling=adapter.scale)
+    write_adapter(folder, *files, replace=replace)
 
 
 def _refuse(folder: Path, reason: str) -> NoReturn:
@@ -164,7 +123,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             + (", but adapters.npz: save it again with a newer mlx-lm" if old else ""),
         )
     try:
-        entries = read_header(io.BytesIO(data), len(data))
+        entries = read_header(io.BytesIO(data), len(data)).entries
     except TensorFileError as error:
         _refuse(folder, f"{MLX_TENSORS_NAME} {error}: save or copy it again")
     for entry in entries:

@@ -2,7 +2,7 @@
 
     <state>/adapters/lock                       held while the store is open
     <state>/adapters/objects/<digest>/...       the two files of an adapter, never changed
-    <state>/adapters/names.json                 {domain: digest, or digest and warnings}
+    <state>/adapters/names.json                 {domain: digest, or what was said with it}
     <state>/adapters/names.json.previous        what it held before
     <state>/adapters/temporary/...              what is being written
 
@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -39,10 +40,9 @@ from superpose_adapters.peft.folder import (
     files_digest,
     parse_adapter,
 )
+from superpose_adapters.provenance import Provenance, provenance_from_json
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-# A digest, and what was said when it got the name.
-_Named = tuple[str, tuple[str, ...]]
 
 
 class StoreError(Exception):
@@ -50,6 +50,24 @@ class StoreError(Exception):
 
     The message is one line that names the path and the remedy.
     """
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a name points at, and what was said when it got there.
+
+    That is kept with the name: adapters of one effect share an object, whatever else their files
+    say.
+
+    Attributes:
+        digest: The adapter's.
+        warnings: See `Adapter`.
+        provenance: See `Adapter`.
+    """
+
+    digest: str
+    warnings: tuple[str, ...] = ()
+    provenance: Provenance | None = None
 
 
 class AdapterStore:
@@ -104,17 +122,15 @@ class AdapterStore:
     @property
     def names(self) -> Mapping[str, str]:
         """The names, {domain: digest}, as a read-only copy."""
-        return MappingProxyType({domain: digest for domain, (digest, _) in self._names.items()})
+        return MappingProxyType({domain: named.digest for domain, named in self._names.items()})
 
-    def warnings(self, domain: str) -> tuple[str, ...]:
-        """Return what was said of the adapter when it was pushed under this name.
-
-        It is kept with the name: adapters of one effect share an object, whatever their files say.
+    def named(self, domain: str) -> Named:
+        """Return what a name points at, and what was said with it.
 
         Raises:
             KeyError: There is no such name.
         """
-        return self._names[domain][1]
+        return self._names[domain]
 
     def __contains__(self, digest: object) -> bool:
         """Tell whether an object of this digest is stored."""
@@ -157,10 +173,16 @@ class AdapterStore:
             shutil.rmtree(fresh, ignore_errors=True)
         return digest
 
-    def set_name(self, domain: str, digest: str, warnings: Sequence[str] = ()) -> None:
+    def set_name(
+        self,
+        domain: str,
+        digest: str,
+        warnings: Sequence[str] = (),
+        provenance: Provenance | None = None,
+    ) -> None:
         """Let `domain` name a stored adapter, in place of what it named before.
 
-        For `warnings` see there.
+        For `warnings` and `provenance` see `Named`.
 
         Raises:
             ValueError: `domain` is no valid name.
@@ -170,7 +192,7 @@ class AdapterStore:
         check_name(domain)
         if digest not in self:
             raise KeyError(digest)
-        self._write_names({**self._names, domain: (digest, tuple(warnings))})
+        self._write_names({**self._names, domain: Named(digest, tuple(warnings), provenance)})
 
     def delete_name(self, domain: str) -> None:
         """Remove a name. The object stays until `collect`: a running row may use it still.
@@ -247,7 +269,7 @@ class AdapterStore:
             return False
         return True
 
-    def _read_names(self) -> dict[str, _Named]:
+    def _read_names(self) -> dict[str, Named]:
         written = self._file.read()
         if written is None:
             return {}
@@ -257,7 +279,7 @@ class AdapterStore:
             raise self._damaged(self._index, "it is not JSON") from error
         if not isinstance(names, dict):
             raise self._damaged(self._index, "it is not an object")
-        read: dict[str, _Named] = {}
+        read: dict[str, Named] = {}
         for domain, value in names.items():
             try:
                 check_name(domain)
@@ -267,17 +289,16 @@ class AdapterStore:
                         f"{self._index}: pushed adapter {domain}: {error} and write it in this file"
                     ) from error
                 raise self._damaged(self._index, str(error)) from error
-            digest, *warnings = value if isinstance(value, list) and value else [value]
-            if digest not in self or not all(isinstance(said, str) for said in warnings):
+            try:
+                read[domain] = _from_json(value)
+            except ValueError as error:
+                raise self._damaged(self._index, f"{domain}: {error}") from error
+            if read[domain].digest not in self:
                 raise self._damaged(self._index, f"{domain} names an adapter that is not stored")
-            read[domain] = (digest, tuple(warnings))
         return read
 
-    def _write_names(self, names: Mapping[str, _Named]) -> None:
-        content = {
-            domain: [digest, *warnings] if warnings else digest
-            for domain, (digest, warnings) in names.items()
-        }
+    def _write_names(self, names: Mapping[str, Named]) -> None:
+        content = {domain: _as_json(named) for domain, named in names.items()}
         try:
             self._file.write(canonical_json(content))
         except OSError as error:
@@ -292,3 +313,34 @@ class AdapterStore:
     @staticmethod
     def _damaged(path: Path, why: str) -> StoreError:
         return StoreError(f"{path}: damaged ({why}): restore it, or remove it and push again")
+
+
+def _as_json(named: Named) -> object:
+    """Return the shortest of the three forms, so that an older server reads what it can."""
+    if named.provenance is not None:
+        return {
+            "digest": named.digest,
+            "warnings": list(named.warnings),
+            "provenance": named.provenance.as_json(),
+        }
+    return [named.digest, *named.warnings] if named.warnings else named.digest
+
+
+def _from_json(value: Any) -> Named:
+    """Return what `_as_json` has written.
+
+    Raises:
+        ValueError: It is something else; the message goes on after the name.
+    """
+    match value:
+        case str():
+            return Named(value)
+        case [str(digest), *warnings]:
+            provenance = None
+        case {"digest": str(digest), "warnings": [*warnings], "provenance": written}:
+            provenance = provenance_from_json(written)
+        case _:
+            raise ValueError("names no adapter")
+    if not all(isinstance(said, str) for said in warnings):
+        raise ValueError("has warnings that are no texts")
+    return Named(digest, tuple(warnings), provenance)

@@ -9,7 +9,9 @@ because digests need the bytes of dtypes that torch may not know.
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -37,6 +39,7 @@ DTYPE_BITS = {
 }
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 LENGTH_BYTES = 8
+METADATA = "__metadata__"  # The one key of a header that is no tensor's.
 
 
 class TensorFileError(ValueError):
@@ -62,10 +65,21 @@ class TensorEntry:
     nbytes: int
 
 
-def read_header(
-    file: BinaryIO, size: int, max_header_bytes: int = MAX_HEADER_BYTES
-) -> list[TensorEntry]:
-    """Read and check the header of a file of `size` bytes; entries come sorted by name.
+@dataclass(frozen=True)
+class Header:
+    """What a file says before its data.
+
+    Attributes:
+        entries: Its tensors, sorted by name.
+        metadata: Texts of whoever wrote it, which nothing here believes.
+    """
+
+    entries: tuple[TensorEntry, ...]
+    metadata: Mapping[str, str]
+
+
+def read_header(file: BinaryIO, size: int, max_header_bytes: int = MAX_HEADER_BYTES) -> Header:
+    """Read and check the header of a file of `size` bytes.
 
     Raises:
         TensorFileError: The file is truncated, longer than its header says, or its header lies.
@@ -86,10 +100,25 @@ def read_header(
         raise TensorFileError("is truncated in its header")
     data_start = LENGTH_BYTES + length
     tensors = _parse_json(text)
-    _check_metadata(tensors.pop("__metadata__", {}))
+    metadata = _metadata(tensors.pop(METADATA, {}))
     entries = [_entry(name, value, data_start) for name, value in tensors.items()]
     _check_cover(entries, data_start, size)
-    return sorted(entries, key=lambda entry: entry.name)
+    return Header(tuple(sorted(entries, key=lambda entry: entry.name)), metadata)
+
+
+def with_metadata(file: bytes, metadata: Mapping[str, str]) -> bytes:
+    """Return a whole file that holds `metadata` in place of its own, in the order given.
+
+    The library writes metadata in an order that changes from run to run, and so makes two files of
+    one content.
+    """
+    end = LENGTH_BYTES + int.from_bytes(file[:LENGTH_BYTES], "little")
+    tensors = json.loads(file[LENGTH_BYTES:end])
+    tensors.pop(METADATA, None)
+    # Compact, and in ASCII; the data begins at a multiple of eight, as the library has it.
+    text = json.dumps({METADATA: dict(metadata), **tensors}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text + file[end:]
 
 
 def _parse_json(text: bytes) -> dict[str, Any]:
@@ -99,10 +128,11 @@ def _parse_json(text: bytes) -> dict[str, Any]:
         raise TensorFileError(f"has a header that {error}") from error
 
 
-def _check_metadata(value: Any) -> None:
-    """Refuse what the format's own library refuses, though nothing here reads it."""
+def _metadata(value: Any) -> dict[str, str]:
+    """Return the metadata; what the format's own library refuses is refused."""
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise TensorFileError("has __metadata__ that is no object of texts")
+    return value
 
 
 def _entry(name: str, value: Any, data_start: int) -> TensorEntry:

@@ -204,7 +204,8 @@ class Runtime:
         for domain, digest in self._store.names.items():
             adapter = self._pushed(domain, digest)
             # Its files may be those of another name, whose adapter has the same effect.
-            adapter = replace(adapter, warnings=self._store.warnings(domain))
+            said = self._store.named(domain)
+            adapter = replace(adapter, warnings=said.warnings, provenance=said.provenance)
             self._register(domain, adapter, Source.PUSHED)
 
     def _register_folders(self, root: Path) -> None:
@@ -309,7 +310,9 @@ class Runtime:
             if registered is not None and registered.source is Source.PUSHED:
                 # Name and mix change one after the other, so that a kill may come between.
                 _log.warning("%s was being replaced and is what it was before", entry.domain)
-                self._store.set_name(entry.domain, adapter.digest, adapter.warnings)
+                self._store.set_name(
+                    entry.domain, adapter.digest, adapter.warnings, adapter.provenance
+                )
                 self.registry.put(replace(registered, adapter=adapter))
             return adapter
         if registered is not None:

@@ -96,12 +96,12 @@ def test_what_is_said_of_an_adapter_is_kept_with_its_name(tmp_path: Path) -> Non
         store.set_name("said", digest, ["one", "two"])
     with AdapterStore(tmp_path) as store:
         assert store.names == {"plain": digest, "said": digest}
-        assert store.warnings("plain") == ()
-        assert store.warnings("said") == ("one", "two")
+        assert store.named("plain").warnings == ()
+        assert store.named("said").warnings == ("one", "two")
         with pytest.raises(KeyError):
-            store.warnings("gone")
+            store.named("gone")
         store.set_name("said", digest)
-        assert store.warnings("said") == ()
+        assert store.named("said").warnings == ()
 
 
 def test_a_name_needs_a_stored_adapter_and_a_valid_domain(folder: Path) -> None:

@@ -76,6 +76,20 @@ def load_checkpoint(
     return module
 
 
+def load_skeleton(folder: Path) -> nn.Module:
+    """Return the model of a base without its parameters: their names, shapes and ties take no memory.
+
+    Code in the folder is never run, and its files of parameters are not read.
+
+    Raises:
+        CheckpointError: It cannot be served as it is; one line says why, and what to do.
+    """
+    _refuse_if(folder, refuse_settings(read_settings(folder)))
+    with quiet():
+        skeleton: nn.Module = _skeleton(folder, _config(folder), torch.float32)
+    return skeleton.eval().requires_grad_(False)
+
+
 def _refuse_if(folder: Path, reason: str | None) -> None:
     if reason is not None:
         refuse(folder, reason)

@@ -124,7 +124,7 @@ def read_headers(folder: Path, paths: Sequence[Path]) -> dict[str, TensorEntry]:
             refuse(folder, f"has a {path.name} that cannot be read: {error.strerror}", error)
         except TensorFileError as error:
             refuse(folder, f"has a damaged {path.name}, which {error}: copy it again", error)
-        for entry in header:
+        for entry in header.entries:
             if entry.name in entries:
                 refuse(
                     folder,

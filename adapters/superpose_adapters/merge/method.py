@@ -8,8 +8,7 @@ from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from superpose_adapters.merge.term import Pair, Term
-
-Option = int | float | bool | str
+from superpose_adapters.provenance import Option
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,13 @@ from superpose_adapters.peft.training_record import (
     TRAINING_NAME,
     training_warnings,
 )
-from superpose_adapters.tensorfile import TensorEntry, TensorFileError, read_header
+from superpose_adapters.provenance import (
+    METADATA_KEY,
+    Provenance,
+    ProvenanceError,
+    read_provenance,
+)
+from superpose_adapters.tensorfile import Header, TensorEntry, TensorFileError, read_header
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -140,7 +146,8 @@ def parse_adapter(
     for name, data in ((CONFIG_NAME, config), (TENSORS_NAME, tensors)):
         _check_content(name, data)
     parsed = parse_config(config)
-    entries = _entries(tensors)
+    header = _header(tensors)
+    entries = {entry.name: entry for entry in header.entries}
     keys = read_keys(entries)
     prefix = _missing_prefix(keys.factors, layout, base)
     # As the adapter was trained: without the head, the names of modules lack the prefix.
@@ -178,6 +185,7 @@ def parse_adapter(
             "every delta is zero (all of lora_A or lora_B, or alpha): the adapter was saved before "
             "it was trained, or its tensors were lost",
         )
+    provenance, unreadable = _provenance(header.metadata)
     return Adapter(
         digest=adapter_digest(stored, parsed.effect),
         modules=modules,
@@ -192,9 +200,11 @@ def parse_adapter(
                     *parsed.warnings,
                     *_other_base(parsed.base_model_name_or_path, base),
                     *training_warnings(training, base),
+                    *unreadable,
                 ),
             )
         ),
+        provenance=provenance,
     )
 
 
@@ -204,7 +214,7 @@ def files_digest(config: bytes, tensors: bytes) -> str:
     Raises:
         AdapterError: They are no longer an adapter's files.
     """
-    entries = _entries(tensors)
+    entries = {entry.name: entry for entry in _header(tensors).entries}
     factors = {name: entries[key] for name, key in read_keys(entries).factors.items()}
     for entry in factors.values():
         _check_dtype(entry)
@@ -239,6 +249,20 @@ def _other_base(name: str | None, base: BaseFacts | None) -> tuple[str, ...]:
         f"its base_model_name_or_path is {name[:200]}, and this base is {base.name}: on another "
         "model than the one it was trained on it means nothing",
     )
+
+
+def _provenance(metadata: Mapping[str, str]) -> tuple[Provenance | None, tuple[str, ...]]:
+    """Return where the adapter was merged from, and a warning where that cannot be read."""
+    text = metadata.get(METADATA_KEY)
+    if text is None:
+        return None, ()
+    try:
+        return read_provenance(text), ()
+    except ProvenanceError as error:
+        return None, (
+            f"{METADATA_KEY} of {TENSORS_NAME} cannot be read ({error}): what the adapter "
+            "was merged from is not known",
+        )
 
 
 def _check_kind(folder: Path) -> None:
@@ -322,16 +346,15 @@ def _read_file(path: Path, home: Path, limit: int) -> bytes:
     return data
 
 
-def _entries(tensors: bytes) -> dict[str, TensorEntry]:
+def _header(tensors: bytes) -> Header:
     try:
-        header = read_header(io.BytesIO(tensors), len(tensors), _MAX_HEADER_BYTES)
+        return read_header(io.BytesIO(tensors), len(tensors), _MAX_HEADER_BYTES)
     except TensorFileError as error:
         if tensors.startswith(b"PK\x03\x04") or tensors[:1] == b"\x80":
             raise _pickle(TENSORS_NAME) from error
         raise AdapterError(
             "FILE_CORRUPT", f"{TENSORS_NAME} {error}: save or copy it again"
         ) from error
-    return {entry.name: entry for entry in header}
 
 
 def _check_surplus(

@@ -186,7 +186,10 @@ class Operator:
         before = self._registry.find(domain)
         same = before is not None and before.adapter == adapter
         if before is not None and same:
-            said_already = before.adapter.warnings == adapter.warnings
+            said_already = (
+                before.adapter.warnings == adapter.warnings
+                and before.adapter.provenance == adapter.provenance
+            )
             if said_already or before.source is not Source.PUSHED:
                 return before, self._default.state
         if before is not None and not same:
@@ -202,12 +205,13 @@ class Operator:
         self._weights.keep_base(adapter)
         try:
             digest = self._store.put(config, tensors)
-            self._store.set_name(domain, digest, adapter.warnings)
+            self._store.set_name(domain, digest, adapter.warnings, adapter.provenance)
             try:
                 state = self._rebind(registered)
             except BaseException:
                 if before is not None:
-                    self._store.set_name(domain, before.adapter.digest, before.adapter.warnings)
+                    said = before.adapter
+                    self._store.set_name(domain, said.digest, said.warnings, said.provenance)
                 raise
         except StoreError as error:
             raise _store_failed(error) from error
