@@ -408,8 +408,9 @@ def test_a_file_that_grows_while_it_is_read_is_refused(
         return original(descriptor, *arguments, **options)
 
     monkeypatch.setattr(os, "fdopen", fdopen)
-    with pytest.raises(AdapterError, match="larger than the limit"):
+    with pytest.raises(AdapterError, match="grew while it was read") as caught:
         read_adapter(good, LAYOUT, Limits(max_bytes=2 * size))
+    assert caught.value.reason == "FILE_CORRUPT"
 
 
 @pytest.mark.parametrize("limit", ["max_rank", "max_bytes", "max_config_bytes"])

@@ -171,9 +171,9 @@ def test_a_damaged_object_is_an_error_that_names_it_and_a_push_mends_it(
     [
         ("", "not JSON"),
         ("[]", "not an object"),
-        ('{"math": 3}', "names an adapter that is not stored"),
-        ('{"math": []}', "names an adapter that is not stored"),
-        (f'{{"math": ["{DIGESTS[0]}", 3]}}', "names an adapter that is not stored"),
+        ('{"math": 3}', "math: names no adapter"),
+        ('{"math": []}', "math: names no adapter"),
+        (f'{{"math": ["{DIGESTS[0]}", 3]}}', "math: has warnings that are no texts"),
         (f'{{"math": "{DIGESTS[1]}"}}', "names an adapter that is not stored"),
         (f'{{"../x": "{DIGESTS[0]}"}}', "not a valid name"),
     ],

@@ -34,8 +34,16 @@ from superpose_adapters.layout import Layout, read_layout
 from superpose_adapters.mix_syntax import format_mix, mix_from_json, parse_mix
 from superpose_adapters.peft.folder import CONFIG_NAME, TENSORS_NAME, parse_adapter
 from superpose_adapters.peft.training_record import training_warnings
+from superpose_adapters.provenance import (
+    METADATA_KEY,
+    Provenance,
+    ProvenanceError,
+    Source,
+    read_provenance,
+)
 from superpose_adapters.store import AdapterStore, StoreError
 from superpose_adapters.strict_json import StrictJsonError, read_object
+from superpose_adapters.tensorfile import with_metadata
 from superpose_adapters.text_encoder import TextEncoder
 from superpose_proto.v1 import inference_pb2, mix_pb2
 from superpose_server.control.checked_file import FileDamaged
@@ -63,6 +71,11 @@ _TRAINING = {
     "special_tokens": ["<s>"],
     "losses": [3.5, 3.25],
 }
+_MERGED = Provenance(
+    "core-ties",
+    {"density": 0.2, "seed": 7, "scale": True, "space": "core"},
+    (Source("math", "0" * 64, 1.0), Source("law", "1" * 64, -0.5)),
+)
 _MIXES = (
     *("math=1,medicine=0.5", "math;medicine", "base", "default", " math = -0.25 ; a.b-c_d = 1e-3 "),
     *("a=+.5,b=1.e2", "math", "m0=0", "z=-10000,y=10000"),
@@ -116,7 +129,7 @@ class Workspace:
         return (adapter / CONFIG_NAME).read_bytes(), (adapter / TENSORS_NAME).read_bytes()
 
     def others(self) -> list[tuple[bytes, bytes]]:
-        """Return one adapter as PEFT's users are known to save it: renamed, with copies beside."""
+        """Return one adapter as it is known to be saved: renamed, with copies beside, merged."""
         config, tensors = self.files(self.adapters[0])
         factors = load(tensors)
         copied = {
@@ -131,6 +144,7 @@ class Workspace:
             (config, save(factors | copied)),
             (config, save({n.replace("transformer.", ""): t for n, t in factors.items()})),
             (json.dumps(json.loads(config) | {"task_type": "SEQ_2_SEQ_LM"}).encode(), tensors),
+            (config, with_metadata(tensors, _MERGED.metadata)),
         ]
 
 
@@ -201,6 +215,15 @@ def _files_of_strangers(workspace: Workspace) -> list[Target]:
     def read_training(record: bytes) -> None:
         _check_lines(*training_warnings(record, workspace.facts))
 
+    def read_merged(text: bytes) -> None:
+        # As a header of a tensor file has it: JSON too, and so whatever JSON can spell.
+        found = read_provenance(text.decode(errors="surrogateescape"))
+        assert found.text.isprintable()
+        assert read_provenance(found.text) == found
+        for source in found.sources:
+            assert parse_mix(format_mix({source.domain: source.weight}))
+        assert all(isinstance(value, int | float | str) for value in found.options.values())
+
     return [
         Target(
             "adapter_config.json",
@@ -217,6 +240,13 @@ def _files_of_strangers(workspace: Workspace) -> list[Target]:
             (AdapterError,),
         ),
         Target("training.json", (_json(_TRAINING),), json_bytes, read_training, ()),
+        Target(
+            METADATA_KEY,
+            (_MERGED.text.encode(),),
+            json_bytes,
+            read_merged,
+            (ProvenanceError,),
+        ),
     ]
 
 
@@ -241,6 +271,7 @@ def _files_of_state(workspace: Workspace) -> list[Target]:
         for adapter in workspace.adapters[:2]:
             digest_of = opened.put(*workspace.files(adapter))
             opened.set_name(adapter.name, digest_of, [f"of {adapter.name}"])
+        opened.set_name("merged", digest_of, (), _MERGED)
     index = store / "names.json"
 
     def read_journal(data: bytes) -> None:

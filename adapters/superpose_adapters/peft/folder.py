@@ -339,10 +339,12 @@ def _read_file(path: Path, home: Path, limit: int) -> bytes:
             raise AdapterError("FILE_CORRUPT", f"{path}: not a regular file: copy it again")
         _check_size(path.name, status.st_size, limit)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            data = file.read(limit + 1)  # the file may have grown since
+            # Memory for that, whatever the limit is; one byte more tells of a file that grows.
+            data = file.read(status.st_size + 1)
     finally:
         os.close(descriptor)
-    _check_size(path.name, len(data), limit)
+    if len(data) > status.st_size:
+        raise AdapterError("FILE_CORRUPT", f"{path}: grew while it was read: copy it again")
     return data
 
 
