@@ -77,7 +77,7 @@ def load_checkpoint(
 
 
 def load_skeleton(folder: Path) -> nn.Module:
-    """Return the model of a base without its parameters: their names, shapes and ties take no memory.
+    """Return the model of a base without its parameters: names, shapes and ties, and no memory.
 
     Code in the folder is never run, and its files of parameters are not read.
 

@@ -1,0 +1,1 @@
+"""Merging offline: the command, and what the methods learn that need rows and the base."""
