@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import pytest
-from benchmarks import correctness, fit, fold, guard, load, memory, scaling, swaps
+from benchmarks import correctness, fit, fold, guard, load, memory, merging, scaling, swaps
 from benchmarks.serverprocess import resident_bytes
 from tests.integration.harness import LoopThread, start
 
@@ -165,6 +165,22 @@ def test_fit(command: Command) -> None:
     (base,) = (row for row in table["rows"] if row[0] == "base")
     assert base[1] == pytest.approx(points[0, 0, 0]["held_out"], rel=1e-3)
     assert found[3] <= best[3]
+
+
+def test_merging(command: Command) -> None:
+    read = command(merging, "merging", "--rows=12", "--methods", "sum", "mean", base="mini")
+    plain, best = ({row[0]: row[1:] for row in table["rows"]} for table in read["tables"])
+    ends = ["math alone", "medicine alone", "finance alone", merging.ALL, "half of each"]
+    assert list(plain) == list(best) == ["base", *ends, "sum", "mean"]
+    # A sum is the mix itself, and the mean a third of it: their best factors are as far apart.
+    assert plain["sum"][3:] == plain[merging.ALL][3:]
+    assert best["sum"][1:5] == pytest.approx(best["mean"][1:5], rel=0.02)
+    assert best["mean"][0] == pytest.approx(3 * best["sum"][0], rel=0.2)
+    assert plain["mean"][2] == pytest.approx(2 / 3)
+    assert best["sum"][4] < plain["sum"][6]
+    # Each alone is best on its own rows.
+    for at, domain in enumerate(("math", "medicine", "finance")):
+        assert min(plain, key=lambda name, at=at: plain[name][3 + at]) == f"{domain} alone"
 
 
 def test_load(command: Command) -> None:
