@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,6 +10,10 @@ from torch import Tensor
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.merge.method import Method
 from superpose_adapters.merge.term import Term
+
+
+class MergeError(ValueError):
+    """Adapters that cannot be merged; one line names the module and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -28,29 +32,60 @@ class Part:
 
 
 def merge(parts: Sequence[Part], method: Method) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return {module: (a (R, in), b (out, R))}, float32, sorted by module.
+    """Return {module: (a (R, in), b (out, R))}, float32, sorted by module; see `merge_each`."""
+    return dict(merge_each(parts, method))
+
+
+def merge_each(
+    parts: Sequence[Part], method: Method
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Yield each module, in ascending order, with its a (R, in) and b (out, R), float32.
 
     What a module's pair means is b @ a: scaling and weights are multiplied in. Modules in which
-    nothing is left have no pair.
+    nothing is left have no pair. Whoever stops asking stops the merge.
 
     Args:
-        parts: At least one. Their order is that of the fold (digest, weight, domain), whatever is
-            given, so that a merge depends on what is merged alone.
+        parts: At least one. They are put `in_order`, so that a merge depends on what is merged
+            alone.
         method: How.
+
+    Raises:
+        MergeError: A module has several shapes, or what comes out is beyond float32.
     """
-    ordered = sorted(parts, key=lambda part: (part.adapter.digest, part.weight, part.domain))
-    merged = {}
-    for module in sorted({module for part in ordered for module in part.adapter.modules}):
-        a, b = method.merge(module, len(ordered), terms_of(ordered, module))
+    ordered = in_order(parts)
+    for module in modules_of(ordered):
+        a, b = (f.float() for f in method.merge(module, len(ordered), terms_of(ordered, module)))
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise MergeError(f"{module}: what is merged is beyond float32: use smaller weights")
         if len(a):
-            merged[module] = (a.float(), b.float())
-    return merged
+            yield module, (a, b)
+
+
+def in_order(parts: Sequence[Part]) -> list[Part]:
+    """Return the parts in the order of the fold, by which a term knows its part."""
+    return sorted(parts, key=lambda part: (part.adapter.digest, part.weight, part.domain))
+
+
+def modules_of(parts: Sequence[Part]) -> list[str]:
+    """Return the modules that any part adapts, sorted."""
+    return sorted({module for part in parts for module in part.adapter.modules})
 
 
 def terms_of(parts: Sequence[Part], module: str) -> list[Term]:
-    """Return the weighted deltas of one module, of those parts that adapt it."""
-    return [
-        Term(i, factors.a.double(), factors.b.double() * (part.weight * factors.scaling))
-        for i, part in enumerate(parts)
-        if (factors := part.adapter.modules.get(module)) is not None
-    ]
+    """Return the weighted deltas of one module, of those parts that adapt it.
+
+    Raises:
+        MergeError: They are not of one shape.
+    """
+    terms: list[Term] = []
+    domains: dict[tuple[int, int], str] = {}  # By (out, in).
+    for i, part in enumerate(parts):
+        factors = part.adapter.modules.get(module)
+        if factors is not None:
+            scale = part.weight * factors.scaling
+            terms.append(Term(i, factors.a.double(), factors.b.double() * scale, scale))
+            domains[factors.b.shape[0], factors.a.shape[1]] = part.domain
+    if len(domains) > 1:
+        shapes = " and ".join(f"{o} x {i} in {domain}" for (o, i), domain in domains.items())
+        raise MergeError(f"{module} is {shapes}: merge adapters of one base")
+    return terms

@@ -7,10 +7,33 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import get_type_hints
 
+from superpose_adapters.merge.cat import Cat
+from superpose_adapters.merge.dare import CoreDare
+from superpose_adapters.merge.iso import CoreIso
+from superpose_adapters.merge.knots_ties import KnotsTies
+from superpose_adapters.merge.magnitude import CoreMagnitude
+from superpose_adapters.merge.mean import Mean
 from superpose_adapters.merge.method import Method
 from superpose_adapters.merge.plain_sum import PlainSum
+from superpose_adapters.merge.svd import TruncatedSvd
+from superpose_adapters.merge.ties import CoreTies
+from superpose_adapters.merge.tsv import CoreTsv
 
-METHODS: Mapping[str, type[Method]] = {method.name: method for method in (PlainSum,)}
+METHODS: Mapping[str, type[Method]] = {
+    method.name: method
+    for method in (
+        PlainSum,
+        Mean,
+        Cat,
+        TruncatedSvd,
+        CoreTsv,
+        CoreIso,
+        CoreTies,
+        CoreDare,
+        CoreMagnitude,
+        KnotsTies,
+    )
+}
 
 
 class MethodError(ValueError):

@@ -14,7 +14,12 @@ from superpose_adapters.merge.term import Pair, Term
 
 @dataclass(frozen=True)
 class PlainSum(Method):
-    """sum_i w_i s_i B_i A_i, exactly: factors are concatenated, never added."""
+    """sum_i w_i s_i B_i A_i, exactly: factors are concatenated, never added.
+
+    Task arithmetic (arXiv 2212.04089). The same factors, to the bit, as a fold of these adapters
+    under these weights has. A negative weight takes a delta away. Gauge and order change nothing.
+    Rank: sum(r_i).
+    """
 
     name: ClassVar[str] = "sum"
 

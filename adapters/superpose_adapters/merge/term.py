@@ -15,11 +15,13 @@ class Term:
         part: Which of the adapters it is of, from 0.
         a: float64, (r, in).
         b: float64, (out, r), the adapter's scaling and its weight multiplied in.
+        scale: What these are together, for whoever would rather have them in a.
     """
 
     part: int
     a: Tensor
     b: Tensor
+    scale: float = 1.0
 
     @property
     def rank(self) -> int:
