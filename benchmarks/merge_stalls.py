@@ -81,9 +81,8 @@ class Stalls:
             for index, request in streams.requests:
                 if request.used is not None and request.tokens:
                     key = key_of(index, request.used)
-                    self.texts.compare(key, request.tokens)
-                    if method == STILL:
-                        self.texts.learn(key, request.tokens)
+                    note = self.texts.learn if method == STILL else self.texts.compare
+                    note(key, request.tokens)
             return phase.rate
 
         return measure
