@@ -33,7 +33,7 @@ from benchmarks.servertarget import ServerTarget
 from benchmarks.shapes import POSITIONS, Group, adapter_folder, base_folder, prompts
 from benchmarks.spread import percentile
 from benchmarks.target import Streamed, Target, Weights
-from benchmarks.texts import TIE, Texts, key_of
+from benchmarks.texts import Texts, key_of, report_texts
 from superpose_client import AsyncClient, Client
 
 GROUP = Group(8)
@@ -270,7 +270,9 @@ def measure(options: Options, load: Load, tell: Tell) -> tuple[Report, Swaps]:
         runner.run(client.close())
         report.settings["rounds"] = rounds.count
         report.tables += _tables(swaps, rounds)
-        _note_texts(report, swaps, server.address, options, load)
+        with Client(server.address) as asking:
+            report_texts(report, swaps.texts, asking, load.prompts, options.dtype)
+        _check_changes(report, swaps)
     report.notes.append(
         "A gap is the time between two chunks of one stream, counted once for each token that the "
         "later chunk holds, from when all streams have their first token. Ratios are taken round "
@@ -288,39 +290,7 @@ async def _connect(address: str) -> AsyncClient:
     return AsyncClient(address)
 
 
-def _note_texts(report: Report, swaps: Swaps, address: str, options: Options, load: Load) -> None:
-    """Say whether every text was that of the run without changes."""
-    rows: list[list[Cell]] = []
-    margins: list[float] = []
-    with Client(address) as client:
-        for variant, texts in swaps.texts.items():
-            found = texts.margins(client, load.prompts)
-            margins += found
-            worst = max(found, default=None)
-            counts: list[Cell] = [texts.texts, texts.tokens, len(found), worst, texts.unknown]
-            rows.append([variant, *counts])
-    columns = (
-        "variant",
-        "texts compared",
-        "tokens compared",
-        "texts that differ",
-        "widest margin of the two tokens, nat",
-        "without reference",
-    )
-    report.tables.append(Table("Greedy texts with changes against those without", columns, rows))
-    if options.dtype == "float32":
-        ties = sum(value < TIE for value in margins)
-        report.checks.append(
-            Check(
-                f"no token differs in float32, but for ties closer than {TIE:g} nat ({ties})",
-                all(value < TIE for value in margins),
-            )
-        )
-    else:
-        report.notes.append(
-            "In bfloat16 greedy texts part where two tokens are nearly as likely; the table says "
-            "how near they were (by Score)."
-        )
+def _check_changes(report: Report, swaps: Swaps) -> None:
     changes = sum((p.statuses for ps in swaps.phases.values() for p in ps), Counter[str]())
     refused = {status: count for status, count in changes.items() if status != "OK"}
     report.checks.append(Check(f"no change failed ({refused or 'none'})", not refused))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from benchmarks.report import Cell, Check, Report, Table
 from benchmarks.target import Weights
 from superpose_client import Client
 
@@ -84,3 +85,42 @@ class Texts:
         scored = client.score(candidates, mix=dict(mix), logprobs=True)
         first, second = (item.logprobs[-1] for item in scored.items)
         return abs(first - second)
+
+
+def report_texts(
+    report: Report,
+    found: Mapping[str, Texts],
+    client: Client,
+    prompts: Sequence[Sequence[int]],
+    dtype: str,
+) -> None:
+    """Say in a report whether every text, {variant: texts}, was that of the run without changes."""
+    rows: list[list[Cell]] = []
+    margins: list[float] = []
+    for variant, texts in found.items():
+        apart = texts.margins(client, prompts)
+        margins += apart
+        worst = max(apart, default=None)
+        rows.append([variant, texts.texts, texts.tokens, len(apart), worst, texts.unknown])
+    columns = (
+        "variant",
+        "texts compared",
+        "tokens compared",
+        "texts that differ",
+        "widest margin of the two tokens, nat",
+        "without reference",
+    )
+    report.tables.append(Table("Greedy texts with changes against those without", columns, rows))
+    if dtype == "float32":
+        ties = sum(value < TIE for value in margins)
+        report.checks.append(
+            Check(
+                f"no token differs in float32, but for ties closer than {TIE:g} nat ({ties})",
+                all(value < TIE for value in margins),
+            )
+        )
+    else:
+        report.notes.append(
+            "In bfloat16 greedy texts part where two tokens are nearly as likely; the table says "
+            "how near they were (by Score)."
+        )

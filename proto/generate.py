@@ -20,7 +20,8 @@ def generate(out: Path) -> None:
     """Write the stubs of every .proto file below `out`."""
     from grpc_tools import protoc
 
-    arguments = ["protoc", f"-I{ROOT}"]
+    # Beside ours, the messages that every installation of protobuf has.
+    arguments = ["protoc", f"-I{ROOT}", f"-I{Path(protoc.__file__).parent / '_proto'}"]
     arguments += [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
     arguments += [str(source) for source in SOURCES]
     if protoc.main(arguments) != 0:

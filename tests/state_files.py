@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 _FILES = ("audit.jsonl", "audit.jsonl.1", "mix.json", "named_mixes.json", "adapters/names.json")
 _FOLDERS = ("adapters", "adapters/objects", "adapters/temporary")
@@ -26,6 +27,12 @@ def _digests(state_dir: Path) -> set[str]:
     if mix.exists():
         digests |= {e["adapter_digest"] for e in json.loads(mix.read_bytes())["body"]["entries"]}
     if names.exists():
-        named = json.loads(names.read_bytes()).values()
-        digests |= {value if isinstance(value, str) else value[0] for value in named}
+        digests |= set(map(_digest, json.loads(names.read_bytes()).values()))
     return digests
+
+
+def _digest(named: Any) -> str:
+    match named:
+        case {"digest": str(digest)} | [str(digest), *_] | str(digest):
+            return digest
+    raise ValueError(f"{named!r} names no adapter")

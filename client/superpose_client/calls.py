@@ -4,7 +4,7 @@ A function here is the method of its name in `Client` and in `AsyncClient`; `set
 named for that. What such a method returns, or streams, is what the Call is of.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Unpack
 
@@ -31,6 +31,7 @@ from superpose_client.results import (
     Generation,
     GenerationChunk,
     HealthStatus,
+    MergeResult,
     MixState,
     NamedMix,
     PushResult,
@@ -296,6 +297,30 @@ def push(
         "Adapter.PushAdapter", request, PushResult.from_proto, timeout, WORK
     )
     return result
+
+
+def merge(
+    domain: str,
+    mix: MixLike | None = None,
+    *,
+    method: str,
+    options: Mapping[str, float | bool | str] | None = None,
+    replace: bool = False,
+    timeout: float | None = None,
+) -> Call[MergeResult]:
+    """Merge the adapters of a mix (None: the default mix) into one, stored under a domain name.
+
+    Requests go on meanwhile. The same result again is fine; another needs `replace`. The server
+    knows the methods and their options: one that it does not have it refuses with those it has.
+    """
+    request = adapter_pb2.MergeAdaptersRequest(
+        domain=domain,
+        mix=requests.mix(mix),
+        method=method,
+        options=requests.merge_options(options or {}),
+        replace=replace,
+    )
+    return Call("Adapter.MergeAdapters", request, MergeResult.from_proto, timeout, WORK)
 
 
 def delete(domain: str, *, timeout: float | None = None) -> Call[None]:

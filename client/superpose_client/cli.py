@@ -27,6 +27,7 @@ from typing import (
 
 import typer
 
+from superpose_adapters.option_syntax import parse_options
 from superpose_client.common_options import AccessOptions, AllOptions, settings_of, within
 from superpose_client.keywords import spelled_out
 from superpose_client.one_line_errors import one_line_errors
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         FitUpdate,
         Generation,
         GenerationChunk,
+        MergeResult,
         MixState,
         NamedMix,
         PushResult,
@@ -211,6 +213,38 @@ def _push(
 ) -> "PushResult":
     """Upload an adapter in PEFT's format."""
     return session.client.push(name, folder, replace=replace)
+
+
+@command("merge", changes=True)
+def _merge(
+    session: Session,
+    name: NameArgument,
+    mix: Annotated[
+        str | None, typer.Argument(metavar="[MIX]", help="[default: the default mix now]")
+    ] = None,
+    *,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            metavar="M",
+            help="How, such as sum or svd; the server names all that it has where it lacks one.",
+        ),
+    ],
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An option of the method. May be repeated."),
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Put it in the place of another adapter.")
+    ] = False,
+) -> "MergeResult":
+    """Merge the adapters of MIX into one, NAME, while the server serves."""
+    try:
+        options = parse_options(option or ())
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--option") from error
+    return session.client.merge(name, mix, method=method, options=options, replace=replace)
 
 
 @command("delete", changes=True)

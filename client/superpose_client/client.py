@@ -199,6 +199,7 @@ class Client(OfOneProcess):
     adapters = _method(calls.adapters)
     adapter = _method(calls.adapter)
     push = _method(calls.push)
+    merge = _method(calls.merge)
     delete = _method(calls.delete)
 
     # The server.

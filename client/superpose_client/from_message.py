@@ -5,6 +5,7 @@
     a FromMessage   that, from the message in the field
     tuple[X, ...]   X for each of a repeated field
     X | None        X, or None where the message leaves the field out
+    dict[str, X]    the object that a Struct holds, its whole numbers as int
 
 A field stands under its own name in the message, unless `at` puts it elsewhere.
 """
@@ -15,8 +16,9 @@ from enum import StrEnum
 from functools import cache
 from operator import attrgetter
 from types import MappingProxyType
-from typing import Any, ClassVar, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
+from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 
@@ -67,7 +69,7 @@ def _readers(kind: type[FromMessage]) -> tuple[Callable[[Any], Any], ...]:
 
 def _reader(kind: type[FromMessage], path: str, of: Any) -> Callable[[Any], Any]:
     get = attrgetter(path)
-    inner, *rest = get_args(of) or (of,)
+    inner, *rest = (of,) if get_origin(of) is dict else get_args(of) or (of,)
     convert = _converter(inner, _descriptor(kind, path))
     if rest == [type(None)]:
         return lambda message: convert(get(message)) if message.HasField(path) else None
@@ -79,12 +81,22 @@ def _reader(kind: type[FromMessage], path: str, of: Any) -> Callable[[Any], Any]
 
 
 def _converter(of: type, field: Any) -> Callable[[Any], Any]:
+    if get_origin(of) is dict:
+        return _object
     if issubclass(of, FromMessage):
         return of.from_proto
     if issubclass(of, StrEnum):
         members = {value.number: of(value.name) for value in field.enum_type.values}
         return lambda number: members.get(number, members[0])
     return _as_it_is
+
+
+def _object(struct: Any) -> dict[str, Any]:
+    """Return what a Struct holds, by name: it keeps no order, and its numbers are doubles."""
+    return {
+        name: int(value) if isinstance(value, float) and value.is_integer() else value
+        for name, value in sorted(MessageToDict(struct).items())
+    }
 
 
 def _as_it_is(value: Any) -> Any:

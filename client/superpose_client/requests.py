@@ -7,6 +7,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypedDict, TypeVar, cast
 
+from google.protobuf.struct_pb2 import Struct
+
 from superpose_client.errors import (
     AdapterFolderError,
     FieldViolation,
@@ -140,6 +142,13 @@ def mix(value: MixLike | None) -> mix_pb2.Mix | None:
         return None
     entries = [mix_pb2.DomainWeight(domain=name, weight=w) for name, w in weights.items()]
     return mix_pb2.Mix(entries=entries)
+
+
+def merge_options(options: Mapping[str, float | bool | str]) -> Struct:
+    """Return the message; what is a fit option is the server's to say."""
+    struct = Struct()
+    struct.update(options)
+    return struct
 
 
 def generate(

@@ -236,8 +236,28 @@ class FitUpdate(FromMessage, message=inference_pb2.FitMixResponse):
 
 
 @dataclass(frozen=True)
+class Provenance(FromMessage, message=adapter_pb2.Provenance):
+    """How an adapter was merged: method, all of its options, and what was merged.
+
+    `parts` have the domains as they were called then.
+    """
+
+    method: str
+    options: dict[str, float | bool | str]
+    parts: tuple[BoundEntry, ...]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What was merged as {domain: weight}, which every call takes as its `mix`."""
+        return {entry.domain: entry.weight for entry in self.parts}
+
+
+@dataclass(frozen=True)
 class AdapterInfo(FromMessage, message=adapter_pb2.Adapter):
-    """An adapter. In lists `modules`, `config_json` and `warnings` are empty."""
+    """An adapter. In lists `modules`, `config_json` and `warnings` are empty.
+
+    `provenance` is None unless the adapter says that it was merged.
+    """
 
     domain: str
     digest: str
@@ -249,6 +269,7 @@ class AdapterInfo(FromMessage, message=adapter_pb2.Adapter):
     weight: float
     config_json: str
     warnings: tuple[str, ...]
+    provenance: Provenance | None
 
 
 @dataclass(frozen=True)
@@ -257,6 +278,20 @@ class PushResult(FromMessage, message=adapter_pb2.PushAdapterResponse):
 
     adapter: AdapterInfo
     generation: int
+
+
+@dataclass(frozen=True)
+class MergeResult(FromMessage, message=adapter_pb2.MergeAdaptersResponse):
+    """The merged adapter as stored, and the generation of the default mix after that.
+
+    `seconds` is how long the merging took; `deviation` how far the merged delta is from the plain
+    sum, over the norm of the sum.
+    """
+
+    adapter: AdapterInfo
+    generation: int
+    seconds: float
+    deviation: float
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,16 @@ from superpose_client.mix import format_mix, format_weight
 from superpose_client.results import (
     AdapterInfo,
     Analysis,
+    BoundEntry,
     Change,
     CurrentMix,
     Estimate,
     FitResult,
+    MergeResult,
     MixState,
     NamedMix,
     PairAnalysis,
+    Provenance,
     PushResult,
     ScoreResult,
     ServerInfo,
@@ -197,12 +200,26 @@ def _(adapter: AdapterInfo) -> RenderableType:
         fields.append((f"{len(adapter.modules)} modules", _by_layer(adapter.modules)))
     if adapter.config_json:
         fields.append(("config", adapter.config_json))
-    return _fields(*fields, *_warnings(adapter.warnings))
+    whole = _fields(*fields, *_merge_fields(adapter.provenance), *_warnings(adapter.warnings))
+    return _above_entries(whole, adapter.provenance.parts if adapter.provenance else ())
 
 
 @screen.register
 def _(result: PushResult) -> RenderableType:
     return Group(screen(result.adapter), _fields(("generation", str(result.generation))))
+
+
+@screen.register
+def _(result: MergeResult) -> RenderableType:
+    return Group(
+        screen(result.adapter),
+        "",
+        _fields(
+            ("deviation", f"{result.deviation:.2%} of the plain sum's norm"),
+            ("merged in", f"{result.seconds:.2f} s"),
+            ("generation", str(result.generation)),
+        ),
+    )
 
 
 @screen.register
@@ -408,13 +425,24 @@ def _warnings(warnings: Iterable[str]) -> list[tuple[str, Text]]:
     return [("warning", Text(warning, style="yellow")) for warning in warnings]
 
 
+def _merge_fields(provenance: Provenance | None) -> list[tuple[str, str]]:
+    if provenance is None:
+        return []
+    options = "".join(f" {name}={value}" for name, value in provenance.options.items())
+    return [("merged by", provenance.method + options)]
+
+
 def _with_entries(mix: MixState, fields: Sequence[tuple[str, str | Text]]) -> RenderableType:
-    if not mix.entries:
-        return _fields(*fields)
+    return _above_entries(_fields(*fields), mix.entries)
+
+
+def _above_entries(fields: RenderableType, entries: Sequence[BoundEntry]) -> RenderableType:
+    if not entries:
+        return fields
     table = Rows("DOMAIN", ">WEIGHT", "ADAPTER")
-    for entry in mix.entries:
+    for entry in entries:
         table.add_row(entry.domain, format_weight(entry.weight), _short(entry.adapter_digest))
-    return Group(_fields(*fields), "", table)
+    return Group(fields, "", table)
 
 
 def _fields(*rows: tuple[str, str | Text]) -> Table:

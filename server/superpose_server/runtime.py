@@ -29,6 +29,7 @@ from superpose_server.control.default_mix import DefaultMix, MixState
 from superpose_server.control.guard import Guard
 from superpose_server.control.integrity import Integrity
 from superpose_server.control.journal import Journal, JournalEntry
+from superpose_server.control.merger import Merger
 from superpose_server.control.named_mixes import NamedMixes
 from superpose_server.control.registry import Registered, Registry, Source
 from superpose_server.engine.engine import Engine
@@ -45,7 +46,7 @@ from superpose_server.errors import (
 from superpose_server.loading import load_base, startup_error
 from superpose_server.metrics import Metrics
 from superpose_server.model.memory import MIB
-from superpose_server.model.threads import compute_with
+from superpose_server.model.threads import compute_with, thread_of_one_core
 from superpose_server.weights.resident import ResidentWeights, Verification
 
 T = TypeVar("T")
@@ -167,8 +168,14 @@ class Runtime:
         )
         self._operator.collect()
         threads = torch.get_num_threads()
-        self._operator_thread = ThreadPoolExecutor(1, "operator", compute_with, (1,))
-        self._operator_thread.submit(torch.get_num_threads).result()
+        self._operator_thread = thread_of_one_core("operator")
+        self.merger = Merger(
+            thread_of_one_core("merger"),
+            model.layout,
+            self._facts,
+            self.adapter_limits,
+            self.config.max_queue,
+        )
         compute_with(threads)  # The last number that is set is the one for threads to come.
         self.metrics.follow(lambda: self.engine.running, lambda: self.engine.waiting)
         self.metrics.mix_changed(state)
@@ -355,8 +362,9 @@ class Runtime:
         return await asyncio.shield(asyncio.wrap_future(self.engine.verify()))
 
     async def finish(self, grace: float) -> None:
-        """Refuse what is new; let actions and rows end within `grace` seconds."""
+        """Refuse what is new, and merges; let actions and rows end within `grace` seconds."""
         self.ending.set()
+        self.merger.end()
         await asyncio.to_thread(self.guard.stop)
         deadline = time.monotonic() + grace
         if self._actions:
@@ -370,4 +378,5 @@ class Runtime:
         # First the engine, for which an action may be waiting.
         self.engine.stop()
         self._operator_thread.shutdown(wait=True, cancel_futures=True)
+        self.merger.close()
         self._store.close()

@@ -21,6 +21,7 @@ from benchmarks import (
     guard,
     load,
     memory,
+    merge_stalls,
     merging,
     orthogonal,
     scaling,
@@ -70,7 +71,7 @@ class ServerHere:
 
 @pytest.fixture(autouse=True)
 def servers_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (fit, load, memory, swaps):
+    for module in (fit, load, memory, merge_stalls, swaps):
         monkeypatch.setattr(module, "ServerProcess", ServerHere)
 
 
@@ -162,6 +163,21 @@ def test_swaps(command: Command) -> None:
     assert all(row[2] > 0 and row[5] == 0 for row in texts)
 
 
+def test_merge_stalls(command: Command) -> None:
+    options = ("--streams=4", "--phase=0.3", "--methods=sum,svd")
+    read = command(merge_stalls, "merge-stalls", "--seconds=0.1", *options)
+    assert all(check["ok"] for check in read["checks"])
+    assert list(read["data"]) == ["none", "sum", "svd"]
+    merges, gaps, texts = read["tables"]
+    assert [row[0] for row in merges["rows"]] == ["sum", "svd"]
+    for _, count, merged, slowest, reply, last in merges["rows"]:
+        assert count > 0
+        assert 0 < merged <= slowest
+        assert merged < reply <= last
+    assert all(row[6] > 0 for row in gaps["rows"])
+    assert texts["rows"][0][2] > 0
+
+
 def test_fit(command: Command) -> None:
     # So few rows do not tell which mix is better on others, which is the first check.
     read = command(fit, "fit", "--rows=3", "--step=1", base="mini", holds=False)
@@ -247,6 +263,7 @@ def test_memory(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     ("module", "options", "message"),
     [
         (swaps, ["--variants=other"], "use explicit, default, churn, engine"),
+        (merge_stalls, ["--methods=other"], "use sum, "),
         (scaling, ["--sweeps=other"], "use loaded, mixes, domains, rank, streams"),
         (scaling, ["--steps=0"], "use 1 to 64"),
     ],

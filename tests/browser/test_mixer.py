@@ -346,3 +346,17 @@ def test_what_others_write_stays_text(mixer: Mixer, served: Served) -> None:
     mixer.button("Set it").click()
     expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text("<img")
     assert page.locator("img").count() == 0
+
+
+def test_a_merged_adapter_says_what_it_was_merged_from(mixer: Mixer, served: Served) -> None:
+    merged = served.client.merge("blend", "math=1,finance=-0.5", method="svd", options={"rank": 2})
+    try:
+        mixer.open()
+        made = merged.adapter.provenance
+        assert made is not None
+        mix = ",".join(f"{part.domain}={part.weight:g}" for part in made.parts)
+        row = mixer.page.locator(".sliders li", has_text="blend")
+        expect(row.locator(".merged")).to_have_text(f"svd rank=2 of {mix}")
+        expect(mixer.page.locator(".sliders .merged")).to_have_count(1)
+    finally:
+        served.client.delete("blend")

@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -25,16 +26,19 @@ from tests.chaos.forked_server import ForkedServer
 from tests.chaos.script import Record, make_parser
 from tests.state_files import stray_files
 
-from superpose_client import CallError, Client
+from superpose_client import AdapterInfo, CallError, Client, MergeResult
 
 T = TypeVar("T")
 Weights = Mapping[str, float]
 # What comes next, and the call that asks for it.
 Change = tuple[T, Callable[[Client], object]]
 
-# Domains that are replaced and mixed, and those that come and go.
-_MIXED, _PASSING = ("a", "b", "c"), ("x", "y")
+# Domains that are replaced and mixed, those that come and go, those that stay, and what of these is
+# merged, and goes again.
+_MIXED, _PASSING, _STAYING, _MERGED = ("a", "b", "c"), ("x", "y"), ("u", "v"), ("m", "n")
 _VARIANTS = (1, 2)
+# What each variant of a merged domain is merged from; by TIES, which takes longer than a sum.
+_MERGES: Mapping[int, Weights] = {1: {"u": 1.0, "v": 1.0}, 2: {"u": 1.0, "v": -0.5}}
 _NAMES = ("p", "q", "r")
 # Seconds of a storm, at most.
 _STORM = 0.7
@@ -113,7 +117,7 @@ def _some_weights(draw: random.Random) -> Weights:
 
 @dataclass(frozen=True)
 class Files:
-    """Two adapters for each domain.
+    """Two adapters for each domain that changes.
 
     Attributes:
         folders: {(domain, variant): folder}.
@@ -124,19 +128,37 @@ class Files:
     digests: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def change(self, known: Mapping[str, int], draw: random.Random) -> Change[Mapping[str, int]]:
-        """Push, replace or delete; `known` is {domain: variant}."""
-        domain = draw.choice((*_MIXED, *_PASSING))
-        if domain in _PASSING and domain in known and draw.random() < 0.5:
+        """Push, merge, replace or delete; `known` is {domain: variant}."""
+        domain = draw.choice((*_MIXED, *_PASSING, *_MERGED))
+        if domain not in _MIXED and domain in known and draw.random() < 0.5:
             rest = {other: variant for other, variant in known.items() if other != domain}
             return rest, lambda client: client.delete(domain)
         variant = draw.choice([v for v in _VARIANTS if v != known.get(domain)])
+        if domain in _MERGED:
+            return {**known, domain: variant}, lambda client: merge(client, domain, variant)
         folder = self.folders[domain, variant]
         return {**known, domain: variant}, lambda client: client.push(domain, folder, replace=True)
 
     def found(self, client: Client) -> Mapping[str, int]:
         """Return what the server has, {domain: variant}; 0 for what is neither."""
-        names = {(domain, digest): variant for (domain, variant), digest in self.digests.items()}
-        return {a.domain: names.get((a.domain, a.digest), 0) for a in client.adapters()}
+        return {
+            adapter.domain: self._variant(adapter)
+            for adapter in client.adapters()
+            if adapter.domain not in _STAYING
+        }
+
+    def _variant(self, adapter: AdapterInfo) -> int:
+        for variant in _VARIANTS:
+            if self.digests.get((adapter.domain, variant)) == adapter.digest:
+                made = adapter.provenance.weights if adapter.provenance else None
+                expected = _MERGES[variant] if adapter.domain in _MERGED else None
+                return variant if made == expected else 0
+        return 0
+
+
+def merge(client: Client, domain: str, variant: int) -> MergeResult:
+    """Merge a variant of a domain."""
+    return client.merge(domain, _MERGES[variant], method="core-ties", replace=True)
 
 
 class Storms:
@@ -154,7 +176,9 @@ class Storms:
         self._log = folder / "server.log"
         model = tiny_gpt2()
         self._base = save_base(model, folder / "base")
-        pairs = [(domain, variant) for domain in (*_MIXED, *_PASSING) for variant in _VARIANTS]
+        pairs = [
+            (domain, variant) for domain in (*_MIXED, *_PASSING, *_STAYING) for variant in _VARIANTS
+        ]
         self._files = Files(
             {
                 (domain, variant): make_adapter(
@@ -190,7 +214,10 @@ class Storms:
         for (domain, variant), folder in self._files.folders.items():
             pushed = client.push(domain, folder, replace=True)
             self._files.digests[domain, variant] = pushed.adapter.digest
-        for domain in _PASSING:
+        for domain, variant in product(_MERGED, _VARIANTS):
+            merged = merge(client, domain, variant)
+            self._files.digests[domain, variant] = merged.adapter.digest
+        for domain in (*_PASSING, *_MERGED):
             client.delete(domain)
         self._adapters.known = dict.fromkeys(_MIXED, _VARIANTS[-1])
         client.close()

@@ -272,7 +272,10 @@ def _mutate_repeated(random: Random, message: Message, field: FieldDescriptor) -
     values: Any = getattr(message, field.name)
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         key, value = field.message_type.fields
-        values[_scalar(random, key)] = _scalar(random, value)
+        if value.message_type is not None:
+            mutate_message(random, values[_scalar(random, key)])
+        else:
+            values[_scalar(random, key)] = _scalar(random, value)
         return
     choice = random.randrange(5)
     if choice == 0 and values:

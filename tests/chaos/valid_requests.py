@@ -8,6 +8,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
+from google.protobuf.struct_pb2 import Struct
 
 from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2, server_pb2
 
@@ -92,6 +93,12 @@ def _generate(**more: Any) -> tuple[Rpc, Rpc]:
     )
 
 
+def _struct(**values: Any) -> Struct:
+    struct = Struct()
+    struct.update(values)
+    return struct
+
+
 _INFERENCE, _MIXES = "superpose.v1.InferenceService", "superpose.v1.MixService"
 _ADAPTERS = "superpose.v1.AdapterService"
 GRPC: tuple[Rpc, ...] = (
@@ -154,6 +161,12 @@ GRPC: tuple[Rpc, ...] = (
         adapter_pb2.PushAdapterRequest(domain="d", config=b"{}", tensors=b"", replace=True),
     ),
     Rpc(f"{_ADAPTERS}/DeleteAdapter", adapter_pb2.DeleteAdapterRequest(domain="d")),
+    Rpc(
+        f"{_ADAPTERS}/MergeAdapters",
+        adapter_pb2.MergeAdaptersRequest(
+            domain="m", mix=_MIX, method="svd", options=_struct(rank=2), replace=True
+        ),
+    ),
     Rpc("superpose.v1.ServerService/GetServerInfo", server_pb2.GetServerInfoRequest()),
 )
 
@@ -256,6 +269,12 @@ HTTP: tuple[Call, ...] = (
     Call("GET", "/v1/adapters/{domain}", "/v1/adapters/a"),
     Call("PUT", "/v1/adapters/{domain}", "/v1/adapters/d?replace=true"),
     Call("DELETE", "/v1/adapters/{domain}", "/v1/adapters/d"),
+    Call(
+        "POST",
+        "/v1/adapters/{domain}/merge",
+        "/v1/adapters/m/merge",
+        _json({"mix": _MIX_JSON, "method": "svd", "options": {"rank": 2}, "replace": True}),
+    ),
     Call("GET", "/v1/server"),
     Call("GET", "/healthz"),
     Call("GET", "/readyz"),

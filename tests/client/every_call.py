@@ -29,6 +29,7 @@ CALLS: dict[str, tuple[int, Callable[[Caller], Any]]] = {
     "GetAdapter": (ALWAYS, lambda caller: caller.adapter("math")),
     "PushAdapter": (ONCE, lambda caller: caller.push("math", AdapterFiles(b"{}", b""))),
     "DeleteAdapter": (ONCE, lambda caller: caller.delete("math")),
+    "MergeAdapters": (ONCE, lambda caller: caller.merge("sum", "math", method="sum")),
     "GetServerInfo": (ALWAYS, lambda caller: caller.info()),
     "ListChanges": (ALWAYS, lambda caller: caller.changes()),
 }

@@ -120,6 +120,12 @@ def named_mix(name: str, weights: Mapping[str, float]) -> mix_pb2.NamedMix:
     )
 
 
+def provenance(request: adapter_pb2.MergeAdaptersRequest) -> adapter_pb2.Provenance:
+    return adapter_pb2.Provenance(
+        method=request.method, options=request.options, parts=state_for(request).entries
+    )
+
+
 def adapter(domain: str = "math", weight: float = 1.0, **fields: Any) -> adapter_pb2.Adapter:
     return adapter_pb2.Adapter(
         domain=domain,
@@ -270,6 +276,12 @@ def default_answers() -> dict[str, Answer]:
             adapter=adapter(request.domain, 0.0), generation=GENERATION
         ),
         "DeleteAdapter": adapter_pb2.DeleteAdapterResponse(),
+        "MergeAdapters": lambda request: adapter_pb2.MergeAdaptersResponse(
+            adapter=adapter(request.domain, 0.0, provenance=provenance(request)),
+            generation=GENERATION,
+            seconds=0.125,
+            deviation=0.25,
+        ),
         "GetServerInfo": server_pb2.GetServerInfoResponse(
             version="0.1.0",
             base="mini",

@@ -45,6 +45,7 @@ COMMANDS = [
     "list",
     "show",
     "push",
+    "merge",
     "delete",
     "add",
     "remove",
@@ -64,6 +65,9 @@ COMMANDS = [
     "audit",
     "health",
 ]
+
+
+OPTIONS = ("density=0.25", "seed=3", "rescale=true", "join=mean")
 
 
 @pytest.fixture
@@ -169,6 +173,51 @@ def test_push_refuses_a_pickle(ctl: Ctl, server: FakeServer, folder: Path) -> No
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     assert "adapter_model.bin is a pickle" in one_line(ctl("push", "math", str(folder)))
     assert "is not a folder" in one_line(ctl("push", "math", str(folder / "no")))
+    assert server.requests == []
+
+
+def test_merge(ctl: Ctl, server: FakeServer) -> None:
+    words = ["merge", "both", "math=1,medicine=0.5", "--method", "dare"]
+    words += [word for option in OPTIONS for word in ("--option", option)]
+    shown = ctl(*words, "--replace").stdout
+    asked = server.request
+    assert (asked.domain, asked.method, asked.replace) == ("both", "dare", True)
+    assert {entry.domain: entry.weight for entry in asked.mix.entries} == DEFAULT
+    assert dict(asked.options.items()) == {
+        "density": 0.25,
+        "seed": 3,
+        "rescale": True,
+        "join": "mean",
+    }
+    assert "merged by      dare " in shown
+    for part in ("density=0.25", "seed=3", "rescale=True", "join=mean"):
+        assert part in shown
+    assert re.search(r"^medicine +0.5 +6d65", shown, re.MULTILINE)
+    assert "deviation      25.00% of the plain sum's norm\n" in shown
+    assert "merged in      0.12 s\n" in shown
+    result = printed(ctl(*words, "--json"))
+    assert result["adapter"]["provenance"]["options"]["seed"] == 3
+    assert [part["domain"] for part in result["adapter"]["provenance"]["parts"]] == [*DEFAULT]
+    ctl("merge", "both", "--method=sum")
+    assert not server.requests[-1].HasField("mix")
+    assert not server.requests[-1].replace
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["merge", "both", "math"], "Missing option '--method'"),
+        (["merge", "both", "math", "--method=m", "--option=density"], "is no NAME=VALUE"),
+        (["merge", "both", "math", "--method=m", *["--option=a=1"] * 2], "'a' is given twice"),
+        (["merge", "both", "math=", "--method=m"], "math"),
+    ],
+)
+def test_a_merge_that_is_written_wrongly_is_not_sent(
+    ctl: Ctl, server: FakeServer, words: list[str], why: str
+) -> None:
+    result = ctl(*words)
+    assert result.exit_code == 2
+    assert why in result.stderr
     assert server.requests == []
 
 
@@ -988,6 +1037,9 @@ def responses() -> list[Any]:
     score = answers["Score"](
         inference_pb2.ScoreRequest(items=[inference_pb2.ScoreItem(text="one")], mix=named)
     )
+    merged = answers["MergeAdapters"](
+        adapter_pb2.MergeAdaptersRequest(domain="both", mix=named, method="core-ties")
+    )
     listed = answers["ListAdapters"].adapters
     listed[0].source = adapter_pb2.ADAPTER_SOURCE_DIRECTORY
     return [
@@ -996,6 +1048,7 @@ def responses() -> list[Any]:
         results.NamedMix.from_proto(answers["ListNamedMixes"].named_mixes[0]),
         tuple(results.AdapterInfo.from_proto(adapter) for adapter in listed),
         results.AdapterInfo.from_proto(adapter.adapter),
+        results.MergeResult.from_proto(merged),
         results.Analysis.from_proto(analysis(state())),
         results.Verification.from_proto(verification(ok=False)),
         results.ScoreResult.from_proto(score),

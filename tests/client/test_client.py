@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.struct_pb2 import Struct
 from tests.client.callers import Caller
 from tests.client.fake_server import (
     DEFAULT,
@@ -513,7 +514,7 @@ def test_changes(
 
 
 @pytest.mark.parametrize(
-    "method", ["add", "remove", "set", "name_mix", "unname_mix", "push", "delete"]
+    "method", ["add", "remove", "set", "name_mix", "unname_mix", "push", "delete", "merge"]
 )
 def test_a_change_is_sent_once(caller: Caller, server: FakeServer, method: str) -> None:
     names = {
@@ -524,11 +525,13 @@ def test_a_change_is_sent_once(caller: Caller, server: FakeServer, method: str) 
         "unname_mix": "UnnameMix",
         "push": "PushAdapter",
         "delete": "DeleteAdapter",
+        "merge": "MergeAdapters",
     }
     server.answers[names[method]] = Failure(grpc.StatusCode.UNAVAILABLE, reason="SHUTTING_DOWN")
     arguments = ["math", AdapterFiles(b"", b"")] if method == "push" else ["math"]
+    options = {"method": "sum"} if method == "merge" else {}
     with pytest.raises(errors.UnavailableError):
-        call(caller, method, *arguments)
+        getattr(caller, method)(*arguments, **options)
     assert len(server.requests) == 1
 
 
@@ -692,6 +695,26 @@ def test_an_adapter_of_mlx_is_named(caller: Caller, folder: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapters.safetensors")
     with pytest.raises(errors.AdapterFolderError, match=r"MLX .*superpose-convert"):
         caller.push("math", folder)
+
+
+def test_merge(caller: Caller, server: FakeServer) -> None:
+    options = {"density": 0.25, "seed": 3, "rescale": True, "join": "mean"}
+    merged = caller.merge("both", {"math": 1, "medicine": 0.5}, method="dare", options=options)
+    asked = server.request
+    assert (asked.domain, asked.method, asked.replace) == ("both", "dare", False)
+    assert weights_of(asked.mix) == DEFAULT
+    assert dict(asked.options.items()) == options
+    assert (merged.adapter.domain, merged.generation) == ("both", GENERATION)
+    assert (merged.seconds, merged.deviation) == (0.125, 0.25)
+    made = merged.adapter.provenance
+    assert made is not None
+    assert (made.method, made.options, made.weights) == ("dare", options, DEFAULT)
+    assert type(made.options["seed"]) is int
+    assert caller.adapter("math").provenance is None
+    caller.merge("both", method="sum", replace=True)
+    assert server.requests[-1] == adapter_pb2.MergeAdaptersRequest(
+        domain="both", method="sum", options=Struct(), replace=True
+    )
 
 
 def test_delete(caller: Caller, server: FakeServer) -> None:

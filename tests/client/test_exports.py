@@ -24,6 +24,7 @@ INTERNAL = {
     "format_weight",
     "from_rpc_error",
     "generate",
+    "merge_options",
     "mix",
     "score_items",
     "score_scope",

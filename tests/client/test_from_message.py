@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from google.protobuf.json_format import MessageToDict
+from google.protobuf.struct_pb2 import Struct
 
 from superpose_client import results
 from superpose_client.from_message import FromMessage, at, path_of
@@ -15,6 +16,7 @@ from superpose_client.results import AdapterSource, FinishReason
 from superpose_proto.v1 import adapter_pb2, audit_pb2, inference_pb2, mix_pb2, server_pb2
 
 FILES = (adapter_pb2, audit_pb2, inference_pb2, mix_pb2, server_pb2)
+STRUCT = Struct.DESCRIPTOR
 KINDS = [
     kind
     for kind in vars(results).values()
@@ -23,14 +25,14 @@ KINDS = [
 
 
 def received() -> dict[str, Any]:
-    """The descriptors of all messages that can arrive, by name."""
+    """The descriptors of all messages of ours that can arrive, by name."""
     found: dict[str, Any] = {}
 
     def walk(message: Any) -> None:
         if message.full_name not in found:
             found[message.full_name] = message
             for inner in message.fields:
-                if inner.message_type is not None:
+                if inner.message_type is not None and inner.message_type is not STRUCT:
                     walk(inner.message_type)
 
     for file in FILES:
@@ -86,6 +88,9 @@ def fill(message: Any, numbers: Iterator[int]) -> Any:
     for inner in message.DESCRIPTOR.fields:
         for _ in range(2 if inner.is_repeated else 1):
             number = next(numbers)
+            if inner.message_type is STRUCT:
+                getattr(message, inner.name).update({"a": number + 0.5, "b": True, "c": "d"})
+                continue
             if inner.message_type is not None:
                 part = getattr(message, inner.name)
                 fill(part.add() if inner.is_repeated else part, numbers)

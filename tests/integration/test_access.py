@@ -66,6 +66,7 @@ ADMIN = {
     "UnnameMix",
     "PushAdapter",
     "DeleteAdapter",
+    "MergeAdapters",
     "ListChanges",
 }
 ADMIN_ENDPOINTS = {
@@ -77,6 +78,7 @@ ADMIN_ENDPOINTS = {
     ("DELETE", "/v1/mix/names/{name}"),
     ("PUT", "/v1/adapters/{domain}"),
     ("DELETE", "/v1/adapters/{domain}"),
+    ("POST", "/v1/adapters/{domain}/merge"),
     ("GET", "/v1/audit"),
     ("HEAD", "/v1/audit"),
 }

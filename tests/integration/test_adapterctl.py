@@ -111,6 +111,24 @@ def test_push_add_and_delete(mini: Served) -> None:
     assert gone.stderr.startswith("adapterctl: no adapter is loaded as 'sums'")
 
 
+def test_merge_and_show(mini: Served) -> None:
+    arguments = ("merge", "both", "math=1,medicine=0.5", "--method=svd", "--option=rank=4")
+    merged = output(mini, *arguments)
+    assert merged["adapter"]["rank"] == 4
+    assert 0 < merged["deviation"] < 1
+    assert output(mini, "show", "both") == merged["adapter"]
+    made = merged["adapter"]["provenance"]
+    assert (made["method"], made["options"]) == ("svd", {"rank": 4})
+    assert {part["domain"]: part["weight"] for part in made["parts"]} == {
+        "math": 1.0,
+        "medicine": 0.5,
+    }
+    refused = adapterctl(mini, "merge", "none", "math", "--method=magic")
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("adapterctl: no method is called 'magic': use sum, ")
+    assert output(mini, "delete", "both") == {}
+
+
 def test_add_set_mix_and_remove(mini: Served) -> None:
     generation = output(mini, "mix")["generation"]
     added = output(mini, "add", "math")
@@ -291,6 +309,9 @@ def test_every_command_has_a_screen_for_people(mini: Served, tmp_path: Path) -> 
         (("score", str(texts)), "perplexity"),
         (("health",), "SERVING"),
         (("push", "sums", str(MINI.adapters()["math"])), "sums"),
+        (("delete", "sums"), "deleted sums"),
+        (("merge", "sums", "math,medicine", "--method=sum"), "merged by      sum"),
+        (("show", "sums"), "merged by      sum"),
         (("delete", "sums"), "deleted sums"),
     ):
         result = adapterctl(mini, *arguments)

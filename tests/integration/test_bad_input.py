@@ -696,6 +696,7 @@ UNARY = (
     *("MixService/NameMix", "MixService/UnnameMix", "MixService/ListNamedMixes"),
     *("AdapterService/ListAdapters", "AdapterService/GetAdapter"),
     *("AdapterService/PushAdapter", "AdapterService/DeleteAdapter"),
+    "AdapterService/MergeAdapters",
     "ServerService/GetServerInfo",
 )
 
@@ -740,7 +741,7 @@ def test_bytes_that_are_no_request_are_an_invalid_argument(small: Served, data: 
     before = small.fingerprint()
     texts = {  # Methods whose field 1 is a string.
         *("Generate", "GenerateStream", "AddDomain", "RemoveDomain", "GetAdapter", "PushAdapter"),
-        *("DeleteAdapter", "NameMix", "UnnameMix"),
+        *("DeleteAdapter", "MergeAdapters", "NameMix", "UnnameMix"),
         *("Check", "Watch", "ServerReflectionInfo"),
     }
     for name, call in calls_in_bytes(small.channel):

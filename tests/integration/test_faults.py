@@ -175,6 +175,7 @@ CHANGES: dict[str, Callable[[Client, Family], object]] = {
     "name": lambda client, _: client.name_mix("qa", {"b": 2.0}),
     "push": lambda client, family: client.push("d", family.adapters["a2"]),
     "replace": lambda client, family: client.push("a", family.adapters["a2"], replace=True),
+    "merge": lambda client, _: client.merge("d", "b,c=-0.5", method="sum"),
     "delete": lambda client, _: client.delete("c"),
 }
 

@@ -195,6 +195,26 @@ SAME_ERRORS: dict[str, tuple[int, Callable[[Served], Any], tuple[str, str, Any]]
         lambda s: s.client.name_mix("a", "b"),
         ("PUT", "/v1/mix/names/a", {"mix": {"b": 1}}),
     ),
+    "a merge of nothing": (
+        400,
+        lambda s: s.client.merge("x", "base", method="sum"),
+        ("POST", "/v1/adapters/x/merge", {"mix": {}, "method": "sum"}),
+    ),
+    "a merge by no method": (
+        400,
+        lambda s: s.client.merge("x", "a,b", method="magic"),
+        ("POST", "/v1/adapters/x/merge", {"mix": {"a": 1, "b": 1}, "method": "magic"}),
+    ),
+    "a merge of an unknown domain": (
+        404,
+        lambda s: s.client.merge("x", "nobody", method="sum"),
+        ("POST", "/v1/adapters/x/merge", {"mix": {"nobody": 1}, "method": "sum"}),
+    ),
+    "a merge in the place of an adapter": (
+        409,
+        lambda s: s.client.merge("c", "a,b", method="sum"),
+        ("POST", "/v1/adapters/c/merge", {"mix": {"a": 1, "b": 1}, "method": "sum"}),
+    ),
 }
 
 
@@ -362,6 +382,57 @@ def test_adapters_are_pushed_replaced_and_deleted(served: Served, http: Http, gp
     served.client.set("a")
     assert http.ask("DELETE", "/v1/adapters/new").json == {}
     assert http.ask("GET", "/v1/adapters/new").outcome == (404, "DOMAIN_NOT_FOUND")
+
+
+def test_adapters_are_merged_as_over_grpc(served: Served, http: Http) -> None:
+    asked = {"mix": {"a": 1, "b": -0.5}, "method": "svd", "options": {"rank": 3}}
+    answer = http.ask("POST", "/v1/adapters/both/merge", asked).json
+    expected = told(
+        served.client.merge("both", {"a": 1, "b": -0.5}, method="svd", options={"rank": 3})
+    )
+    for merged in (answer, expected):
+        assert merged.pop("seconds") > 0
+    assert answer == expected
+    made = answer["adapter"]["provenance"]
+    assert (made["method"], made["options"]) == ("svd", {"rank": 3})
+    parts = sorted(made["parts"], key=lambda part: str(part["domain"]))
+    assert parts == told(served.client.analyze({"a": 1, "b": -0.5}).mix)["entries"]
+    assert http.ask("GET", "/v1/adapters/both").json["adapter"] == answer["adapter"]
+    default = http.ask("POST", "/v1/adapters/now/merge", {"method": "sum"}).json["adapter"]
+    weights = {part["domain"]: part["weight"] for part in default["provenance"]["parts"]}
+    assert weights == served.client.mix().weights
+    other = asked | {"options": {"rank": 2}}
+    refused = http.ask("POST", "/v1/adapters/both/merge", other)
+    assert refused.outcome == (409, "ADAPTER_EXISTS")
+    replaced = http.ask("POST", "/v1/adapters/both/merge", other | {"replace": True}).json
+    assert replaced["adapter"]["rank"] == 2
+    for name in ("both", "now"):
+        served.client.delete(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "outcome"),
+    [
+        ([], (400, "INVALID_FIELD")),
+        ({"rank": None}, (400, "INVALID_FIELD")),
+        ({"rank": [2]}, (400, "INVALID_FIELD")),
+        ({"rank": 10**400}, (400, "INVALID_FIELD")),
+        ({"rank": 2**53 + 1}, (400, "INVALID_METHOD")),
+        ({"rank": 2.5}, (400, "INVALID_METHOD")),
+        ({"rank": True}, (400, "INVALID_METHOD")),
+        ({"rank": "2"}, (400, "INVALID_METHOD")),
+        ({"rnak": 2}, (400, "INVALID_METHOD")),
+    ],
+)
+def test_options_that_a_method_cannot_have_are_refused(
+    served: Served, http: Http, options: Any, outcome: tuple[int, str]
+) -> None:
+    before = served.client.adapters()
+    asked = {"mix": {"a": 1, "b": 1}, "method": "svd", "options": options}
+    answer = http.ask("POST", "/v1/adapters/both/merge", asked)
+    assert answer.outcome == outcome
+    assert answer.json["error"]["param"].startswith("options")
+    assert served.client.adapters() == before
 
 
 def test_how_an_adapter_was_trained_may_be_sent_along(

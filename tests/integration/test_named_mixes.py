@@ -105,7 +105,7 @@ def test_a_domain_and_a_mix_never_share_a_name(served: Served, gpt2: Family) -> 
         client.name_mix("a", "b")
     assert no.value.reason == "NAME_TAKEN"
     for replace in (False, True):
-        with pytest.raises(AlreadyExistsError, match="qa is a named mix: push under") as no:
+        with pytest.raises(AlreadyExistsError, match="qa is a named mix: choose another") as no:
             client.push("qa", gpt2.adapters["c"], replace=replace)
         assert no.value.reason == "NAME_TAKEN"
     with pytest.raises(NotFoundError, match="qa is a named mix and no domain"):

@@ -16,7 +16,7 @@ from tests.instants import Instants, plant
 from tests.integration.harness import Family, LoopThread, Served, ServerProcess, start
 from tests.state_files import stray_files
 
-from superpose_client import Client, MixState
+from superpose_client import Client, MixState, Provenance
 from superpose_server.errors import StartupError
 
 
@@ -182,7 +182,7 @@ class Kept:
     """What a restart must bring back."""
 
     mix: tuple[int, str]
-    adapters: dict[str, str]
+    adapters: dict[str, tuple[str, Provenance | None]]
     names: dict[str, dict[str, float]]
 
 
@@ -190,7 +190,7 @@ def kept(client: Client) -> Kept:
     mix = client.mix()
     return Kept(
         (mix.generation, mix.digest),
-        {adapter.domain: adapter.digest for adapter in client.adapters()},
+        {each.domain: (each.digest, each.provenance) for each in client.adapters()},
         {named.name: dict(named.weights) for named in client.named_mixes()},
     )
 
@@ -204,6 +204,7 @@ def test_the_state_at_any_instant_of_any_change_is_what_was_before_or_what_comes
         lambda client: client.set({"a": 1.0, "b": 0.5}),
         lambda client: client.name_mix("qa", {"b": 2.0}),
         lambda client: client.push("d", adapters["a2"]),
+        lambda client: client.merge("d", "a,b=-0.5", method="sum", replace=True),
         lambda client: client.push("a", adapters["a2"], replace=True),  # in the mix
         lambda client: client.delete("c"),
         lambda client: client.unname_mix("qa"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from superpose_adapters.mix_syntax import parse_mix
+from superpose_adapters.option_syntax import option_value
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -128,17 +128,8 @@ def _options(pairs: Sequence[tuple[str, str]]) -> dict[str, object]:
     for name, text in pairs:
         if name in options:
             raise ValueError(f"--option {name} is given twice: give it once")
-        options[name] = _value(text)
+        options[name] = option_value(text)
     return options
-
-
-def _value(text: str) -> object:
-    """Return an option's value: a number or a truth value as JSON writes it, else a word."""
-    try:
-        value: object = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return value if isinstance(value, bool | int | float) else text
 
 
 def _files(pairs: Sequence[tuple[str, str]]) -> dict[str, list[Path]]:

@@ -22,9 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
+from superpose_proto.v1 import mix_pb2 as superpose__proto_dot_v1_dot_mix__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n superpose_proto/v1/adapter.proto\x12\x0csuperpose.v1\"\xcf\x01\n\x07\x41\x64\x61pter\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12+\n\x06source\x18\x03 \x01(\x0e\x32\x1b.superpose.v1.AdapterSource\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nparameters\x18\x05 \x01(\x04\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x12\x0f\n\x07modules\x18\x07 \x03(\t\x12\x0e\n\x06weight\x18\x08 \x01(\x01\x12\x13\n\x0b\x63onfig_json\x18\t \x01(\t\x12\x10\n\x08warnings\x18\n \x03(\t\"\x15\n\x13ListAdaptersRequest\"?\n\x14ListAdaptersResponse\x12\'\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x15.superpose.v1.Adapter\"#\n\x11GetAdapterRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\"<\n\x12GetAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.superpose.v1.Adapter\"h\n\x12PushAdapterRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\x0c\x12\x0f\n\x07tensors\x18\x03 \x01(\x0c\x12\x0f\n\x07replace\x18\x04 \x01(\x08\x12\x10\n\x08training\x18\x05 \x01(\x0c\"Q\n\x13PushAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.superpose.v1.Adapter\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"&\n\x14\x44\x65leteAdapterRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteAdapterResponse*\x84\x01\n\rAdapterSource\x12\x1e\n\x1a\x41\x44\x41PTER_SOURCE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41\x44\x41PTER_SOURCE_BUNDLED\x10\x01\x12\x1c\n\x18\x41\x44\x41PTER_SOURCE_DIRECTORY\x10\x02\x12\x19\n\x15\x41\x44\x41PTER_SOURCE_PUSHED\x10\x03\x32\xf0\x02\n\x0e\x41\x64\x61pterService\x12Z\n\x0cListAdapters\x12!.superpose.v1.ListAdaptersRequest\x1a\".superpose.v1.ListAdaptersResponse\"\x03\x90\x02\x01\x12T\n\nGetAdapter\x12\x1f.superpose.v1.GetAdapterRequest\x1a .superpose.v1.GetAdapterResponse\"\x03\x90\x02\x01\x12R\n\x0bPushAdapter\x12 .superpose.v1.PushAdapterRequest\x1a!.superpose.v1.PushAdapterResponse\x12X\n\rDeleteAdapter\x12\".superpose.v1.DeleteAdapterRequest\x1a#.superpose.v1.DeleteAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n superpose_proto/v1/adapter.proto\x12\x0csuperpose.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1csuperpose_proto/v1/mix.proto\"\xfd\x01\n\x07\x41\x64\x61pter\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12+\n\x06source\x18\x03 \x01(\x0e\x32\x1b.superpose.v1.AdapterSource\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nparameters\x18\x05 \x01(\x04\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x12\x0f\n\x07modules\x18\x07 \x03(\t\x12\x0e\n\x06weight\x18\x08 \x01(\x01\x12\x13\n\x0b\x63onfig_json\x18\t \x01(\t\x12\x10\n\x08warnings\x18\n \x03(\t\x12,\n\nprovenance\x18\x0b \x01(\x0b\x32\x18.superpose.v1.Provenance\"o\n\nProvenance\x12\x0e\n\x06method\x18\x01 \x01(\t\x12(\n\x07options\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\'\n\x05parts\x18\x03 \x03(\x0b\x32\x18.superpose.v1.BoundEntry\"\x15\n\x13ListAdaptersRequest\"?\n\x14ListAdaptersResponse\x12\'\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x15.superpose.v1.Adapter\"#\n\x11GetAdapterRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\"<\n\x12GetAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.superpose.v1.Adapter\"h\n\x12PushAdapterRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\x0c\x12\x0f\n\x07tensors\x18\x03 \x01(\x0c\x12\x0f\n\x07replace\x18\x04 \x01(\x08\x12\x10\n\x08training\x18\x05 \x01(\x0c\"Q\n\x13PushAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.superpose.v1.Adapter\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"&\n\x14\x44\x65leteAdapterRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteAdapterResponse\"\x9e\x01\n\x14MergeAdaptersRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12#\n\x03mix\x18\x02 \x01(\x0b\x32\x11.superpose.v1.MixH\x00\x88\x01\x01\x12\x0e\n\x06method\x18\x03 \x01(\t\x12(\n\x07options\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x0f\n\x07replace\x18\x05 \x01(\x08\x42\x06\n\x04_mix\"w\n\x15MergeAdaptersResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x15.superpose.v1.Adapter\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x11\n\tdeviation\x18\x04 \x01(\x01*\x84\x01\n\rAdapterSource\x12\x1e\n\x1a\x41\x44\x41PTER_SOURCE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41\x44\x41PTER_SOURCE_BUNDLED\x10\x01\x12\x1c\n\x18\x41\x44\x41PTER_SOURCE_DIRECTORY\x10\x02\x12\x19\n\x15\x41\x44\x41PTER_SOURCE_PUSHED\x10\x03\x32\xca\x03\n\x0e\x41\x64\x61pterService\x12Z\n\x0cListAdapters\x12!.superpose.v1.ListAdaptersRequest\x1a\".superpose.v1.ListAdaptersResponse\"\x03\x90\x02\x01\x12T\n\nGetAdapter\x12\x1f.superpose.v1.GetAdapterRequest\x1a .superpose.v1.GetAdapterResponse\"\x03\x90\x02\x01\x12R\n\x0bPushAdapter\x12 .superpose.v1.PushAdapterRequest\x1a!.superpose.v1.PushAdapterResponse\x12X\n\rDeleteAdapter\x12\".superpose.v1.DeleteAdapterRequest\x1a#.superpose.v1.DeleteAdapterResponse\x12X\n\rMergeAdapters\x12\".superpose.v1.MergeAdaptersRequest\x1a#.superpose.v1.MergeAdaptersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,26 +37,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ADAPTERSERVICE'].methods_by_name['ListAdapters']._serialized_options = b'\220\002\001'
   _globals['_ADAPTERSERVICE'].methods_by_name['GetAdapter']._loaded_options = None
   _globals['_ADAPTERSERVICE'].methods_by_name['GetAdapter']._serialized_options = b'\220\002\001'
-  _globals['_ADAPTERSOURCE']._serialized_start=702
-  _globals['_ADAPTERSOURCE']._serialized_end=834
-  _globals['_ADAPTER']._serialized_start=51
-  _globals['_ADAPTER']._serialized_end=258
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=260
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=281
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=283
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=346
-  _globals['_GETADAPTERREQUEST']._serialized_start=348
-  _globals['_GETADAPTERREQUEST']._serialized_end=383
-  _globals['_GETADAPTERRESPONSE']._serialized_start=385
-  _globals['_GETADAPTERRESPONSE']._serialized_end=445
-  _globals['_PUSHADAPTERREQUEST']._serialized_start=447
-  _globals['_PUSHADAPTERREQUEST']._serialized_end=551
-  _globals['_PUSHADAPTERRESPONSE']._serialized_start=553
-  _globals['_PUSHADAPTERRESPONSE']._serialized_end=634
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=636
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=674
-  _globals['_DELETEADAPTERRESPONSE']._serialized_start=676
-  _globals['_DELETEADAPTERRESPONSE']._serialized_end=699
-  _globals['_ADAPTERSERVICE']._serialized_start=837
-  _globals['_ADAPTERSERVICE']._serialized_end=1205
+  _globals['_ADAPTERSOURCE']._serialized_start=1203
+  _globals['_ADAPTERSOURCE']._serialized_end=1335
+  _globals['_ADAPTER']._serialized_start=111
+  _globals['_ADAPTER']._serialized_end=364
+  _globals['_PROVENANCE']._serialized_start=366
+  _globals['_PROVENANCE']._serialized_end=477
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=479
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=500
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=502
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=565
+  _globals['_GETADAPTERREQUEST']._serialized_start=567
+  _globals['_GETADAPTERREQUEST']._serialized_end=602
+  _globals['_GETADAPTERRESPONSE']._serialized_start=604
+  _globals['_GETADAPTERRESPONSE']._serialized_end=664
+  _globals['_PUSHADAPTERREQUEST']._serialized_start=666
+  _globals['_PUSHADAPTERREQUEST']._serialized_end=770
+  _globals['_PUSHADAPTERRESPONSE']._serialized_start=772
+  _globals['_PUSHADAPTERRESPONSE']._serialized_end=853
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=855
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=893
+  _globals['_DELETEADAPTERRESPONSE']._serialized_start=895
+  _globals['_DELETEADAPTERRESPONSE']._serialized_end=918
+  _globals['_MERGEADAPTERSREQUEST']._serialized_start=921
+  _globals['_MERGEADAPTERSREQUEST']._serialized_end=1079
+  _globals['_MERGEADAPTERSRESPONSE']._serialized_start=1081
+  _globals['_MERGEADAPTERSRESPONSE']._serialized_end=1200
+  _globals['_ADAPTERSERVICE']._serialized_start=1338
+  _globals['_ADAPTERSERVICE']._serialized_end=1796
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,8 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import google.protobuf.struct_pb2
+import superpose_proto.v1.mix_pb2
 import sys
 import typing
 
@@ -58,6 +60,7 @@ class Adapter(google.protobuf.message.Message):
     WEIGHT_FIELD_NUMBER: builtins.int
     CONFIG_JSON_FIELD_NUMBER: builtins.int
     WARNINGS_FIELD_NUMBER: builtins.int
+    PROVENANCE_FIELD_NUMBER: builtins.int
     domain: builtins.str
     digest: builtins.str
     """sha256 (hex) of the tensors and of the config fields that change the effect."""
@@ -77,6 +80,10 @@ class Adapter(google.protobuf.message.Message):
     def warnings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """What an operator should know of it, such as that its config names another base; a line each."""
 
+    @property
+    def provenance(self) -> Global___Provenance:
+        """How it was merged, as the adapter itself says; absent if it says nothing."""
+
     def __init__(
         self,
         *,
@@ -90,10 +97,42 @@ class Adapter(google.protobuf.message.Message):
         weight: builtins.float = ...,
         config_json: builtins.str = ...,
         warnings: collections.abc.Iterable[builtins.str] | None = ...,
+        provenance: Global___Provenance | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "config_json", b"config_json", "digest", b"digest", "domain", b"domain", "modules", b"modules", "parameters", b"parameters", "rank", b"rank", "source", b"source", "warnings", b"warnings", "weight", b"weight"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["provenance", b"provenance"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "config_json", b"config_json", "digest", b"digest", "domain", b"domain", "modules", b"modules", "parameters", b"parameters", "provenance", b"provenance", "rank", b"rank", "source", b"source", "warnings", b"warnings", "weight", b"weight"]) -> None: ...
 
 Global___Adapter: typing_extensions.TypeAlias = Adapter
+
+@typing.final
+class Provenance(google.protobuf.message.Message):
+    """Where a merged adapter comes from."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    METHOD_FIELD_NUMBER: builtins.int
+    OPTIONS_FIELD_NUMBER: builtins.int
+    PARTS_FIELD_NUMBER: builtins.int
+    method: builtins.str
+    @property
+    def options(self) -> google.protobuf.struct_pb2.Struct:
+        """All options of the method, those that had their defaults too: numbers, truth values, words."""
+
+    @property
+    def parts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[superpose_proto.v1.mix_pb2.BoundEntry]:
+        """What was merged, in the order of the fold; domains as they were called then."""
+
+    def __init__(
+        self,
+        *,
+        method: builtins.str = ...,
+        options: google.protobuf.struct_pb2.Struct | None = ...,
+        parts: collections.abc.Iterable[superpose_proto.v1.mix_pb2.BoundEntry] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["options", b"options"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["method", b"method", "options", b"options", "parts", b"parts"]) -> None: ...
+
+Global___Provenance: typing_extensions.TypeAlias = Provenance
 
 @typing.final
 class ListAdaptersRequest(google.protobuf.message.Message):
@@ -230,3 +269,72 @@ class DeleteAdapterResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 Global___DeleteAdapterResponse: typing_extensions.TypeAlias = DeleteAdapterResponse
+
+@typing.final
+class MergeAdaptersRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DOMAIN_FIELD_NUMBER: builtins.int
+    MIX_FIELD_NUMBER: builtins.int
+    METHOD_FIELD_NUMBER: builtins.int
+    OPTIONS_FIELD_NUMBER: builtins.int
+    REPLACE_FIELD_NUMBER: builtins.int
+    domain: builtins.str
+    """What the merged adapter is called."""
+    method: builtins.str
+    """The word of a method, such as `sum`; a word that there is not is refused with those there are."""
+    replace: builtins.bool
+    """Whether another adapter of this name is replaced."""
+    @property
+    def mix(self) -> superpose_proto.v1.mix_pb2.Mix:
+        """What is merged, with its weights. Absent: the default mix. Named mixes are resolved now."""
+
+    @property
+    def options(self) -> google.protobuf.struct_pb2.Struct:
+        """Options of the method; those left out have their defaults."""
+
+    def __init__(
+        self,
+        *,
+        domain: builtins.str = ...,
+        mix: superpose_proto.v1.mix_pb2.Mix | None = ...,
+        method: builtins.str = ...,
+        options: google.protobuf.struct_pb2.Struct | None = ...,
+        replace: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_mix", b"_mix", "mix", b"mix", "options", b"options"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_mix", b"_mix", "domain", b"domain", "method", b"method", "mix", b"mix", "options", b"options", "replace", b"replace"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_mix", b"_mix"]) -> typing.Literal["mix"] | None: ...
+
+Global___MergeAdaptersRequest: typing_extensions.TypeAlias = MergeAdaptersRequest
+
+@typing.final
+class MergeAdaptersResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: builtins.int
+    GENERATION_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    DEVIATION_FIELD_NUMBER: builtins.int
+    generation: builtins.int
+    """Generation of the default mix; grows if an adapter was replaced while in it."""
+    seconds: builtins.float
+    """How long the merging took; neither waiting for another merge nor storing counts."""
+    deviation: builtins.float
+    """norm(merged delta - plain sum) / norm(plain sum): what the method has changed or lost, which says
+    nothing of quality; 0 is the sum itself.
+    """
+    @property
+    def adapter(self) -> Global___Adapter: ...
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+        generation: builtins.int = ...,
+        seconds: builtins.float = ...,
+        deviation: builtins.float = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["adapter", b"adapter"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "deviation", b"deviation", "generation", b"generation", "seconds", b"seconds"]) -> None: ...
+
+Global___MergeAdaptersResponse: typing_extensions.TypeAlias = MergeAdaptersResponse

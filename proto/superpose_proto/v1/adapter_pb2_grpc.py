@@ -55,6 +55,11 @@ class AdapterServiceStub(object):
                 request_serializer=superpose__proto_dot_v1_dot_adapter__pb2.DeleteAdapterRequest.SerializeToString,
                 response_deserializer=superpose__proto_dot_v1_dot_adapter__pb2.DeleteAdapterResponse.FromString,
                 _registered_method=True)
+        self.MergeAdapters = channel.unary_unary(
+                '/superpose.v1.AdapterService/MergeAdapters',
+                request_serializer=superpose__proto_dot_v1_dot_adapter__pb2.MergeAdaptersRequest.SerializeToString,
+                response_deserializer=superpose__proto_dot_v1_dot_adapter__pb2.MergeAdaptersResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer(object):
@@ -88,6 +93,14 @@ class AdapterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MergeAdapters(self, request, context):
+        """Merges the adapters of a mix into one, beside running requests, and stores it as PushAdapter
+        does. Nothing is stored if the client goes away before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdapterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -110,6 +123,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.DeleteAdapter,
                     request_deserializer=superpose__proto_dot_v1_dot_adapter__pb2.DeleteAdapterRequest.FromString,
                     response_serializer=superpose__proto_dot_v1_dot_adapter__pb2.DeleteAdapterResponse.SerializeToString,
+            ),
+            'MergeAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.MergeAdapters,
+                    request_deserializer=superpose__proto_dot_v1_dot_adapter__pb2.MergeAdaptersRequest.FromString,
+                    response_serializer=superpose__proto_dot_v1_dot_adapter__pb2.MergeAdaptersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -221,6 +239,33 @@ class AdapterService(object):
             '/superpose.v1.AdapterService/DeleteAdapter',
             superpose__proto_dot_v1_dot_adapter__pb2.DeleteAdapterRequest.SerializeToString,
             superpose__proto_dot_v1_dot_adapter__pb2.DeleteAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MergeAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/superpose.v1.AdapterService/MergeAdapters',
+            superpose__proto_dot_v1_dot_adapter__pb2.MergeAdaptersRequest.SerializeToString,
+            superpose__proto_dot_v1_dot_adapter__pb2.MergeAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

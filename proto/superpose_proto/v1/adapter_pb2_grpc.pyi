@@ -89,7 +89,23 @@ _AdapterServiceDeleteAdapterType = typing_extensions.TypeVar(
     ],
 )
 
-class AdapterServiceStub(typing.Generic[_AdapterServiceListAdaptersType, _AdapterServiceGetAdapterType, _AdapterServicePushAdapterType, _AdapterServiceDeleteAdapterType]):
+_AdapterServiceMergeAdaptersType = typing_extensions.TypeVar(
+    '_AdapterServiceMergeAdaptersType',
+    grpc.UnaryUnaryMultiCallable[
+        superpose_proto.v1.adapter_pb2.MergeAdaptersRequest,
+        superpose_proto.v1.adapter_pb2.MergeAdaptersResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        superpose_proto.v1.adapter_pb2.MergeAdaptersRequest,
+        superpose_proto.v1.adapter_pb2.MergeAdaptersResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        superpose_proto.v1.adapter_pb2.MergeAdaptersRequest,
+        superpose_proto.v1.adapter_pb2.MergeAdaptersResponse,
+    ],
+)
+
+class AdapterServiceStub(typing.Generic[_AdapterServiceListAdaptersType, _AdapterServiceGetAdapterType, _AdapterServicePushAdapterType, _AdapterServiceDeleteAdapterType, _AdapterServiceMergeAdaptersType]):
     """The adapters that domains name."""
 
     @typing.overload
@@ -109,6 +125,10 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceListAdaptersType, _Adapte
         grpc.UnaryUnaryMultiCallable[
             superpose_proto.v1.adapter_pb2.DeleteAdapterRequest,
             superpose_proto.v1.adapter_pb2.DeleteAdapterResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            superpose_proto.v1.adapter_pb2.MergeAdaptersRequest,
+            superpose_proto.v1.adapter_pb2.MergeAdaptersResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -130,6 +150,10 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceListAdaptersType, _Adapte
             superpose_proto.v1.adapter_pb2.DeleteAdapterRequest,
             superpose_proto.v1.adapter_pb2.DeleteAdapterResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            superpose_proto.v1.adapter_pb2.MergeAdaptersRequest,
+            superpose_proto.v1.adapter_pb2.MergeAdaptersResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     ListAdapters: _AdapterServiceListAdaptersType
@@ -143,6 +167,11 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceListAdaptersType, _Adapte
 
     DeleteAdapter: _AdapterServiceDeleteAdapterType
     """FAILED_PRECONDITION if the default mix holds the domain."""
+
+    MergeAdapters: _AdapterServiceMergeAdaptersType
+    """Merges the adapters of a mix into one, beside running requests, and stores it as PushAdapter
+    does. Nothing is stored if the client goes away before.
+    """
 
 AdapterServiceAsyncStub: typing_extensions.TypeAlias = AdapterServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -160,6 +189,10 @@ AdapterServiceAsyncStub: typing_extensions.TypeAlias = AdapterServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         superpose_proto.v1.adapter_pb2.DeleteAdapterRequest,
         superpose_proto.v1.adapter_pb2.DeleteAdapterResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        superpose_proto.v1.adapter_pb2.MergeAdaptersRequest,
+        superpose_proto.v1.adapter_pb2.MergeAdaptersResponse,
     ],
 ]
 
@@ -197,5 +230,15 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[superpose_proto.v1.adapter_pb2.DeleteAdapterResponse, collections.abc.Awaitable[superpose_proto.v1.adapter_pb2.DeleteAdapterResponse]]:
         """FAILED_PRECONDITION if the default mix holds the domain."""
+
+    @abc.abstractmethod
+    def MergeAdapters(
+        self,
+        request: superpose_proto.v1.adapter_pb2.MergeAdaptersRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[superpose_proto.v1.adapter_pb2.MergeAdaptersResponse, collections.abc.Awaitable[superpose_proto.v1.adapter_pb2.MergeAdaptersResponse]]:
+        """Merges the adapters of a mix into one, beside running requests, and stores it as PushAdapter
+        does. Nothing is stored if the client goes away before.
+        """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

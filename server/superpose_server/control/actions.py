@@ -16,6 +16,7 @@ from superpose_adapters.peft.folder import Limits, parse_adapter
 from superpose_adapters.store import AdapterStore, StoreError
 from superpose_server.control.audit import Audit
 from superpose_server.control.default_mix import DefaultMix, MixState
+from superpose_server.control.merger import Merged
 from superpose_server.control.named_mixes import NamedMix
 from superpose_server.control.registry import Registered, Registry, Source
 from superpose_server.errors import (
@@ -153,6 +154,20 @@ class Operator:
         now = self._default.state
         self._audit.note(what, before or now, now)
 
+    def check_domain(self, domain: str) -> None:
+        """Refuse a name that no adapter may have, whatever the adapter.
+
+        Raises:
+            InvalidArgument: It is no name.
+            AlreadyExists: It names a mix.
+        """
+        _check_name(domain)
+        if self._registry.named_mixes.find(domain) is not None:
+            raise AlreadyExists(
+                f"{domain} is a named mix: choose another name, or unname the mix first",
+                "NAME_TAKEN",
+            )
+
     def push(
         self, domain: str, config: bytes, tensors: bytes, replace: bool, training: bytes = b""
     ) -> tuple[Registered, MixState]:
@@ -166,12 +181,37 @@ class Operator:
             FailedPrecondition: The adapter is unfit, the domain is read only, or the disk refuses.
             AlreadyExists: The domain names other bytes, and `replace` is false; or it names a mix.
         """
-        _check_name(domain)
-        if self._registry.named_mixes.find(domain) is not None:
-            raise AlreadyExists(
-                f"{domain} is a named mix: push under another name, or unname the mix first",
-                "NAME_TAKEN",
-            )
+        return self._keep("push", domain, config, tensors, replace, training=training)
+
+    def keep_merged(
+        self, domain: str, merged: Merged, replace: bool
+    ) -> tuple[Registered, MixState]:
+        """Store what was merged, and let `domain` name it, as `push` does."""
+        made = merged.provenance
+        options = "".join(f" {name}={value}" for name, value in made.options.items())
+        mix = format_mix({source.domain: source.weight for source in made.sources})
+        return self._keep(
+            "merge",
+            domain,
+            merged.config,
+            merged.tensors,
+            replace,
+            how=f" method={made.method}{options} of {mix}",
+        )
+
+    def _keep(
+        self,
+        verb: str,
+        domain: str,
+        config: bytes,
+        tensors: bytes,
+        replace: bool,
+        *,
+        training: bytes = b"",
+        how: str = "",
+    ) -> tuple[Registered, MixState]:
+        """See `push`; `verb` and `how` are for the record of changes."""
+        self.check_domain(domain)
         try:
             adapter = parse_adapter(
                 config,
@@ -197,7 +237,7 @@ class Operator:
             if not replace:
                 raise AlreadyExists(
                     f"{domain} names another adapter ({before.adapter.digest[:12]}): "
-                    "push with replace, or under another name",
+                    "ask to replace it, or choose another name",
                     "ADAPTER_EXISTS",
                 )
         registered = Registered(domain, adapter, Source.PUSHED)
@@ -216,7 +256,7 @@ class Operator:
         except StoreError as error:
             raise _store_failed(error) from error
         self._registry.put(registered)
-        self._note(f"push {domain} {adapter.digest}", mix_before)
+        self._note(f"{verb} {domain} {adapter.digest}{how}", mix_before)
         registered.log_warnings()
         self.collect()
         return registered, state
@@ -304,7 +344,7 @@ def _check_writable(registered: Registered) -> None:
     }.get(registered.source)
     if origin is not None:
         raise FailedPrecondition(
-            f"{registered.domain} {origin} and is read only: push under another name",
+            f"{registered.domain} {origin} and is read only: choose another name",
             "ADAPTER_READ_ONLY",
         )
 

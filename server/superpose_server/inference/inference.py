@@ -32,6 +32,7 @@ from superpose_server.inference.request import (
     Chat,
     FitRequest,
     GenerateRequest,
+    MergeRequest,
     Prompt,
     ScoreRequest,
 )
@@ -39,6 +40,7 @@ from superpose_server.inference.result import (
     FitProgress,
     FitResult,
     ItemScore,
+    MergedAdapter,
     MixAnalysis,
     Scores,
     VerifiedWeights,
@@ -219,6 +221,34 @@ class Inference:
         return MixAnalysis(
             bound, geometry, measured.value, prepared.foldable, measured.longest_stall_seconds
         )
+
+    async def merge(self, request: MergeRequest) -> MergedAdapter:
+        """Merge the adapters of a mix into one, and store and serve that.
+
+        The mix is bound now: what becomes of its domains meanwhile does not matter. If this is
+        cancelled before the merging ends, nothing is stored.
+
+        Raises:
+            InvalidArgument: The mix is the base model, the name is none, or the method does not
+                take these adapters.
+            FailedPrecondition, AlreadyExists: As `Operator.push`; or more would come out than an
+                adapter may have, or nothing.
+            NotFound, QueueFull, DataLoss, ShuttingDown: As `generate`.
+        """
+        bound = self.bind(request.mix)
+        if not bound.mix.entries:
+            raise InvalidArgument(
+                "the mix is the base model, and there is nothing to merge: name a domain or more",
+                "NOTHING_TO_MERGE",
+                field="mix",
+            )
+        runtime = self._runtime
+        await runtime.operate(lambda operator: operator.check_domain(request.domain))
+        merged = await runtime.merger.merge(bound.mix, request.method)
+        registered, state = await runtime.operate(
+            lambda operator: operator.keep_merged(request.domain, merged, request.replace)
+        )
+        return MergedAdapter(registered, state, merged.deviation, merged.seconds)
 
     async def verify(self) -> VerifiedWeights:
         """Compare the resident weights with a fresh fold, and the base with its hash.

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from superpose_adapters.merge.method import Method
 from superpose_adapters.mix import Mix
 from superpose_adapters.mix_syntax import check_weight
 from superpose_adapters.scoring import Scope
@@ -79,6 +80,23 @@ class ScoreRequest:
     max_length: int | None = None
     scope: Scope = "all"
     top_logprobs: int = 0
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """Adapters to merge into one.
+
+    Attributes:
+        domain: What the merged adapter is called.
+        mix: Which adapters, and their weights; None: the default mix. It may hold named mixes.
+        method: How.
+        replace: Whether another adapter of this name is replaced.
+    """
+
+    domain: str
+    mix: Mix | None
+    method: Method
+    replace: bool = False
 
 
 @dataclass(frozen=True)

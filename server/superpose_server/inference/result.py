@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from superpose_adapters.geometry import Analysis
 from superpose_adapters.scoring import Loss
 from superpose_server.control.default_mix import MixState
+from superpose_server.control.registry import Registered
 from superpose_server.engine.logprobs import TopLogprobs
 from superpose_server.weights.resident import Verification
 
@@ -144,3 +145,20 @@ class VerifiedWeights:
     mix: MixState
     found: Verification
     longest_stall_seconds: float
+
+
+@dataclass(frozen=True)
+class MergedAdapter:
+    """An adapter that was merged, and is stored and served.
+
+    Attributes:
+        registered: The adapter under its name.
+        mix: The default mix then; its generation has grown if it holds the name.
+        deviation: Norm of its difference from the plain sum, over the norm of the sum.
+        seconds: How long the merging took, without waiting and storing.
+    """
+
+    registered: Registered
+    mix: MixState
+    deviation: float
+    seconds: float

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 
@@ -14,3 +16,13 @@ def compute_with(threads: int) -> None:
     """
     torch.get_num_threads()  # This thread's first moment, as far as torch itself goes, is now.
     torch.set_num_threads(threads)
+
+
+def thread_of_one_core(name: str) -> ThreadPoolExecutor:
+    """Return a thread that computes without workers of torch's, beside those that have them.
+
+    It is begun here, with the number set for it; who calls sets the number for other threads anew.
+    """
+    thread = ThreadPoolExecutor(1, name, compute_with, (1,))
+    thread.submit(torch.get_num_threads).result()
+    return thread

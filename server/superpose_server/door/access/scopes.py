@@ -42,6 +42,7 @@ _METHODS: Mapping[str, Needs] = {
         "GetAdapter": _INFERENCE,
         "PushAdapter": _ADMIN,
         "DeleteAdapter": _ADMIN,
+        "MergeAdapters": _ADMIN,
     },
     "superpose.v1.ServerService": {"GetServerInfo": _INFERENCE},
     "superpose.v1.AuditService": {"ListChanges": _ADMIN},
@@ -75,6 +76,7 @@ _ENDPOINTS = {
     "GET /v1/adapters/{domain}": "AdapterService/GetAdapter",
     "PUT /v1/adapters/{domain}": "AdapterService/PushAdapter",
     "DELETE /v1/adapters/{domain}": "AdapterService/DeleteAdapter",
+    "POST /v1/adapters/{domain}/merge": "AdapterService/MergeAdapters",
     "GET /v1/server": "ServerService/GetServerInfo",
     "GET /v1/audit": "AuditService/ListChanges",
 }

@@ -6,16 +6,18 @@ from typing import Any
 
 from superpose_proto.v1 import adapter_pb2 as pb
 from superpose_proto.v1 import adapter_pb2_grpc
-from superpose_server.door.contract.convert import adapter_to_wire
+from superpose_server.door.contract.convert import adapter_to_wire, merge_from_wire
+from superpose_server.inference.inference import Inference
 from superpose_server.runtime import Runtime
 
 
 class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
-    """Reads come from the registry, changes go to the operator thread."""
+    """Reads come from the registry, changes go to the operator thread, merges through inference."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        """Serve from `runtime`."""
+    def __init__(self, runtime: Runtime, inference: Inference) -> None:
+        """Serve from these."""
         self._runtime = runtime
+        self._inference = inference
 
     async def ListAdapters(
         self, request: pb.ListAdaptersRequest, context: Any
@@ -61,3 +63,15 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         """Forget a pushed adapter."""
         await self._runtime.operate(lambda operator: operator.delete(request.domain))
         return pb.DeleteAdapterResponse()
+
+    async def MergeAdapters(
+        self, request: pb.MergeAdaptersRequest, context: Any
+    ) -> pb.MergeAdaptersResponse:
+        """Merge adapters into one, store it and serve it."""
+        merged = await self._inference.merge(merge_from_wire(request))
+        return pb.MergeAdaptersResponse(
+            adapter=adapter_to_wire(merged.registered, merged.mix.mix, whole=True),
+            generation=merged.mix.generation,
+            seconds=merged.seconds,
+            deviation=merged.deviation,
+        )

@@ -10,12 +10,15 @@ from typing import Any, TypeVar
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
+from superpose_adapters.merge.methods import METHODS, MethodError, read_method
 from superpose_adapters.mix import BoundMix, Mix
+from superpose_adapters.provenance import Provenance
 from superpose_adapters.scoring import Loss, Scope
 from superpose_proto.v1 import adapter_pb2, inference_pb2, mix_pb2
 from superpose_server.control.default_mix import MixState
 from superpose_server.control.named_mixes import NamedMix
 from superpose_server.control.registry import Registered, Source
+from superpose_server.door.contract.options import options_from_wire, options_to_wire
 from superpose_server.engine.sampling import SamplingParams
 from superpose_server.engine.sequence import Chunk, FinishReason
 from superpose_server.errors import InvalidArgument
@@ -23,6 +26,7 @@ from superpose_server.inference.request import (
     Chat,
     FitRequest,
     GenerateRequest,
+    MergeRequest,
     Prompt,
     QuestionAnswer,
     ScoreItem,
@@ -48,7 +52,8 @@ _SOURCES = {
 }
 
 _MixedRequest = (
-    inference_pb2.GenerateRequest
+    adapter_pb2.MergeAdaptersRequest
+    | inference_pb2.GenerateRequest
     | inference_pb2.GenerateStreamRequest
     | inference_pb2.ScoreRequest
     | mix_pb2.AnalyzeMixRequest
@@ -306,9 +311,37 @@ def adapter_to_wire(
         parameters=adapter.parameters,
         bytes=adapter.nbytes,
         weight=held.get(registered.domain, 0.0),
+        provenance=_provenance_to_wire(adapter.provenance),
     )
     if whole:
         message.modules.extend(adapter.modules)
         message.config_json = json.dumps(dict(adapter.config), sort_keys=True)
         message.warnings.extend(adapter.warnings)
     return message
+
+
+def _provenance_to_wire(provenance: Provenance | None) -> adapter_pb2.Provenance | None:
+    if provenance is None:
+        return None
+    return adapter_pb2.Provenance(
+        method=provenance.method,
+        options=options_to_wire(provenance.options),
+        parts=[
+            mix_pb2.BoundEntry(domain=each.domain, weight=each.weight, adapter_digest=each.digest)
+            for each in provenance.sources
+        ],
+    )
+
+
+def merge_from_wire(request: adapter_pb2.MergeAdaptersRequest) -> MergeRequest:
+    """Return what a client asks to merge.
+
+    Raises:
+        InvalidArgument: A mix that means nothing, or a method or an option that there is not.
+    """
+    field = "options" if request.method in METHODS else "method"
+    try:
+        method = read_method(request.method, options_from_wire(request.options))
+    except MethodError as error:
+        raise InvalidArgument(str(error), "INVALID_METHOD", field=field) from error
+    return MergeRequest(request.domain, requested_mix(request), method, request.replace)

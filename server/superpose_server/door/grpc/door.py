@@ -93,7 +93,9 @@ class GrpcDoor:
             InferenceService(inference), server
         )
         mix_pb2_grpc.add_MixServiceServicer_to_server(MixService(runtime, inference), server)
-        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(runtime), server)
+        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(
+            AdapterService(runtime, inference), server
+        )
         server_pb2_grpc.add_ServerServiceServicer_to_server(ServerService(runtime), server)
         audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditService(runtime), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

@@ -7,28 +7,43 @@ import asyncio
 from starlette.requests import Request
 from starlette.responses import Response
 
+from superpose_adapters.merge.methods import METHODS
 from superpose_proto.v1 import adapter_pb2 as pb
 from superpose_server.config import PUSH_MARGIN_MIB
 from superpose_server.door.contract.adapter_service import AdapterService
+from superpose_server.door.contract.options import options_to_wire
+from superpose_server.door.http.connection import while_connected
 from superpose_server.door.http.endpoint import Endpoint
-from superpose_server.door.http.fields import SWITCH, Asked, Field, Form
+from superpose_server.door.http.fields import FLAG, SWITCH, TEXT, Asked, Field, Form
 from superpose_server.door.http.json_text import json_answer
 from superpose_server.door.http.message import plain, schema
+from superpose_server.door.http.mix import MIX, mix_message
+from superpose_server.door.http.options import OPTIONS
 from superpose_server.door.http.upload import File, Upload
+from superpose_server.inference.inference import Inference
 from superpose_server.model.memory import MIB
 from superpose_server.runtime import Runtime
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _TRAINING = "training.json"
 _REPLACE = Field("replace", SWITCH, "Whether other bytes of the same name are replaced.")
+_MERGE = Form(
+    "MergeAdaptersRequest",
+    (
+        MIX,
+        Field("method", TEXT, f"How: one of {', '.join(METHODS)}.", required=True),
+        Field("options", OPTIONS, "Options of the method; those left out have their defaults."),
+        Field("replace", FLAG, "Whether another adapter of the same name is replaced."),
+    ),
+)
 
 
 class Adapters:
     """The adapters that domains name."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        """Serve from `runtime`."""
-        self._service = AdapterService(runtime)
+    def __init__(self, runtime: Runtime, inference: Inference) -> None:
+        """Serve from these."""
+        self._service = AdapterService(runtime, inference)
         self._upload = Upload(
             "PushAdapterRequest",
             (
@@ -73,6 +88,14 @@ class Adapters:
                 "Forget an adapter that was pushed.",
                 reply=schema(pb.DeleteAdapterResponse.DESCRIPTOR),
             ),
+            Endpoint(
+                "POST",
+                "/v1/adapters/{domain}/merge",
+                self.merge,
+                "Merge the adapters of a mix into one, and keep that under a name.",
+                _MERGE,
+                reply=schema(pb.MergeAdaptersResponse.DESCRIPTOR),
+            ),
         )
 
     async def list(self, request: Request, asked: Asked) -> Response:
@@ -105,3 +128,15 @@ class Adapters:
         """Forget an adapter."""
         message = pb.DeleteAdapterRequest(domain=request.path_params["domain"])
         return json_answer(plain(await self._service.DeleteAdapter(message, None)))
+
+    async def merge(self, request: Request, asked: Asked) -> Response:
+        """Merge adapters, unless the client goes away before."""
+        message = pb.MergeAdaptersRequest(
+            domain=request.path_params["domain"],
+            mix=mix_message(asked),
+            method=asked["method"],
+            options=options_to_wire(asked.get("options", {})),
+            replace=asked.get("replace", False),
+        )
+        merging = self._service.MergeAdapters(message, None)
+        return json_answer(plain(await while_connected(request.receive, merging)))

@@ -46,7 +46,7 @@ def endpoints(runtime: Runtime, inference: Inference) -> tuple[Endpoint, ...]:
         *ScoreTexts(inference).endpoints(),
         *Mixes(runtime, inference).endpoints(),
         *Fits(inference).endpoints(),
-        *Adapters(runtime).endpoints(),
+        *Adapters(runtime, inference).endpoints(),
         *Changes(runtime).endpoints(),
         *ServerInfo(runtime).endpoints(),
     )

@@ -1,7 +1,8 @@
 """Messages of `superpose.v1` as JSON: the names of the contract, whatever wire carries them.
 
 Unlike protobuf's own JSON, integers are numbers and a field that holds its default is there, as
-`adapterctl --json` writes them. What JSON has no number for (a perplexity of nothing) is null.
+`adapterctl --json` writes them. What JSON has no number for (a perplexity of nothing) is null; a
+Struct is the object that it holds.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
+from google.protobuf.struct_pb2 import Struct
 
 _SCALARS: dict[int, dict[str, Any]] = {
     FieldDescriptor.CPPTYPE_BOOL: {"type": "boolean"},
@@ -27,6 +30,8 @@ _SCALARS: dict[int, dict[str, Any]] = {
 
 def plain(message: Message) -> dict[str, Any]:
     """Return a message as JSON's own values; a field that may be absent and is, is None."""
+    if isinstance(message, Struct):
+        return {name: _number(value) for name, value in sorted(MessageToDict(message).items())}
     descriptor: Any = message.DESCRIPTOR  # in Python or in C: its type says one of the two
     return {field.name: _value(message, field) for field in descriptor.fields}
 
@@ -48,8 +53,15 @@ def _one(field: FieldDescriptor, value: Any) -> Any:
     return value
 
 
+def _number(value: Any) -> Any:
+    """Return a whole number without a point: in a Struct all are doubles."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def schema(message: Descriptor) -> Mapping[str, Any]:
     """Return the JSON Schema of what `plain` makes of such messages."""
+    if message.full_name == Struct.DESCRIPTOR.full_name:
+        return {"type": "object"}
     return {
         "type": "object",
         "properties": {field.name: _field_schema(field) for field in message.fields},

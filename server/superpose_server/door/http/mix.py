@@ -7,6 +7,7 @@ from typing import Any
 
 from superpose_adapters.mix import Mix
 from superpose_adapters.mix_syntax import mix_from_json, parse_mix
+from superpose_proto.v1 import mix_pb2
 from superpose_server.door.http.fields import TEXT, Asked, Field, ListOf
 from superpose_server.errors import InvalidArgument
 
@@ -96,3 +97,13 @@ def requested_mixes(asked: Asked) -> tuple[Mix | None, ...]:
             "mixes is empty: send one or more, or leave it out", "NO_MIXES", field="mixes"
         )
     return tuple(asked["mixes"])
+
+
+def mix_message(asked: Asked) -> mix_pb2.Mix | None:
+    """Return the `mix` of a body as gRPC has it; None, an absent one, is the default mix."""
+    mix: Mix | None = asked.get("mix")
+    if mix is None:
+        return None
+    return mix_pb2.Mix(
+        entries=[mix_pb2.DomainWeight(domain=name, weight=weight) for name, weight in mix.entries]
+    )

@@ -15,7 +15,6 @@ from google.protobuf.message import Message
 from starlette.requests import Request
 from starlette.responses import Response
 
-from superpose_adapters.mix import Mix
 from superpose_proto.v1 import mix_pb2 as pb
 from superpose_server.door.contract.mix_service import MixService
 from superpose_server.door.http.endpoint import Endpoint
@@ -24,7 +23,7 @@ from superpose_server.door.http.fields import NUMBER, TEXT, Asked, Field, Form
 from superpose_server.door.http.header import header
 from superpose_server.door.http.json_text import json_answer, to_json
 from superpose_server.door.http.message import plain, schema
-from superpose_server.door.http.mix import MIX
+from superpose_server.door.http.mix import MIX, mix_message
 from superpose_server.errors import InvalidArgument
 from superpose_server.inference.inference import Inference
 from superpose_server.runtime import Runtime
@@ -137,7 +136,7 @@ class Mixes:
     async def set(self, request: Request, asked: Asked) -> Response:
         """Set the default mix."""
         message = pb.SetMixRequest(
-            mix=_mix(asked), expected_generation=expected_generation(request)
+            mix=mix_message(asked), expected_generation=expected_generation(request)
         )
         return _answer(await self._service.SetMix(message, None))
 
@@ -164,7 +163,7 @@ class Mixes:
 
     async def analyze(self, request: Request, asked: Asked) -> Response:
         """Report how the domains of a mix interfere."""
-        message = pb.AnalyzeMixRequest(mix=_mix(asked))
+        message = pb.AnalyzeMixRequest(mix=mix_message(asked))
         return json_answer(plain(await self._service.AnalyzeMix(message, None)))
 
     async def verify(self, request: Request, asked: Asked) -> Response:
@@ -179,7 +178,7 @@ class Mixes:
 
     async def name(self, request: Request, asked: Asked) -> Response:
         """Name a mix."""
-        message = pb.NameMixRequest(name=request.path_params["name"], mix=_mix(asked))
+        message = pb.NameMixRequest(name=request.path_params["name"], mix=mix_message(asked))
         return json_answer(plain(await self._service.NameMix(message, None)))
 
     async def unname(self, request: Request, asked: Asked) -> Response:
@@ -212,15 +211,6 @@ def expected_generation(request: Request) -> int | None:
             field="if-match",
         )
     return int(match[1])
-
-
-def _mix(asked: Asked) -> pb.Mix | None:
-    mix: Mix | None = asked.get("mix")
-    if mix is None:
-        return None
-    return pb.Mix(
-        entries=[pb.DomainWeight(domain=name, weight=weight) for name, weight in mix.entries]
-    )
 
 
 def _answer(message: Message) -> Response:

@@ -1,6 +1,6 @@
 /** The mix of the sliders: a weight for every domain that is loaded. */
 
-import { BASE, MAX_WEIGHT, formatMix, mixOf, parseMix, parseWeight, sameMix, withWeight } from "./mix.js";
+import { BASE, MAX_WEIGHT, formatMix, mixOf, mixOfState, parseMix, parseWeight, sameMix, withWeight } from "./mix.js";
 import { Problem } from "./panel.js";
 import { defaultMix, setMine } from "./state.js";
 import { useStore } from "./store.js";
@@ -20,14 +20,15 @@ export function Sliders({ store }) {
     ${adapters.length === 0 &&
     html`<p class="hint">No adapter is loaded yet: <code>adapterctl push NAME FOLDER</code> loads one.</p>`}
     <ul class="sliders">
-      ${adapters.map(({ domain }) => html`<${Slider} key=${domain} store=${store} domain=${domain} />`)}
+      ${adapters.map(({ domain, provenance }) => html`
+        <${Slider} key=${domain} store=${store} domain=${domain} provenance=${provenance} />`)}
     </ul>
     <${Written} store=${store} />
   `;
 }
 
-/** @param {{store: Store, domain: string}} props */
-function Slider({ store, domain }) {
+/** @param {{store: Store, domain: string, provenance: any}} props */
+function Slider({ store, domain, provenance }) {
   const weight = useStore(store, (state) => state.mine.get(domain) ?? 0);
   const served = useStore(store, (state) => defaultMix(state).get(domain) ?? 0);
   const set = (/** @type {number} */ weight) => {
@@ -44,8 +45,18 @@ function Slider({ store, domain }) {
       <input type="range" id="weight-${domain}" min=${LOWEST} max=${HIGHEST} step=${STEP}
         style=${filled} value=${weight} aria-valuetext=${weight === 0 ? "0, absent" : String(weight)}
         onInput=${(/** @type {any} */ event) => set(Number(event.currentTarget.value))} />
+      ${provenance && html`<span class="hint merged">${mergedFrom(provenance)}</span>`}
     </li>
   `;
+}
+
+/**
+ * Return how an adapter was merged: method, options and mix.
+ * @param {{method: string, options: Record<string, unknown>, parts: {domain: string, weight: number}[]}} provenance
+ */
+function mergedFrom({ method, options, parts }) {
+  const words = Object.entries(options).map(([name, value]) => ` ${name}=${value}`);
+  return `${method}${words.join("")} of ${formatMix(mixOfState({ entries: parts }))}`;
 }
 
 /**
