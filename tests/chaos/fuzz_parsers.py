@@ -1,6 +1,6 @@
 """Mutated inputs for every parser, in this process: `python -m tests.chaos.fuzz_parsers`.
 
-A million of them take about a quarter of an hour of one core. What is found is written to `tests/corpora`,
+A million of them take a quarter of an hour of one core. What is found is written to `tests/corpora`,
 where `test_corpora.py` reads it again with every run of the tests.
 """
 
