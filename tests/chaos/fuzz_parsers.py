@@ -1,7 +1,7 @@
 """Mutated inputs for every parser, in this process: `python -m tests.chaos.fuzz_parsers`.
 
-A million of them take a quarter of an hour of one core. What is found is written to `tests/corpora`,
-where `test_corpora.py` reads it again with every run of the tests.
+A million of them take a quarter of an hour of one core. What is found is written to
+`tests/corpora`, where `test_corpora.py` reads it again with every run of the tests.
 """
 
 from __future__ import annotations
