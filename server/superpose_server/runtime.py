@@ -170,7 +170,7 @@ class Runtime:
         threads = torch.get_num_threads()
         self._operator_thread = thread_of_one_core("operator")
         self.merger = Merger(
-            thread_of_one_core("merger"),
+            thread_of_one_core("merger", yields=True),
             model.layout,
             self._facts,
             self.adapter_limits,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from tests.server.helpers import bound, random_adapter
 from superpose_adapters.mix import BoundMix
 from superpose_server.config import ServerConfig
 from superpose_server.engine.observer import EngineObserver
-from superpose_server.model.threads import compute_with
+from superpose_server.model.threads import compute_with, thread_of_one_core
 from superpose_server.runtime import Runtime
 
 
@@ -87,3 +89,16 @@ def test_a_number_that_another_thread_sets_later_changes_nothing() -> None:
     go.set()
     worker.join()
     assert counts == [2]
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities are of processes elsewhere")
+def test_a_thread_that_yields_does_so_alone() -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    here = priority()
+    with thread_of_one_core("prompt") as prompt, thread_of_one_core("late", yields=True) as late:
+        assert prompt.submit(priority).result() == here
+        assert late.submit(priority).result() == max(here, 10)
+    assert priority() == here
