@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from superpose_adapters.merge.low_rank_svd import Svd, balanced, low_rank_svd, svd
+from superpose_adapters.merge.low_rank_svd import Svd, balanced, low_rank_svd, principal_basis, svd
 from superpose_adapters.merge.term import Pair, Term
 
 
@@ -44,8 +44,8 @@ class CoreSpace:
         """Find the core space of at least one term, in O((in + out) R^2) for R ranks together."""
         deltas = [low_rank_svd(term.a, term.b) for term in terms]
         halves = [balanced(*delta) for delta in deltas]
-        left, _, _ = svd(torch.cat([b for _, b in halves], dim=1))
-        _, _, right = svd(torch.cat([a for a, _ in halves]))
+        left = principal_basis(torch.cat([b for _, b in halves], dim=1))
+        right = principal_basis(torch.cat([a.T for a, _ in halves], dim=1)).T
         cores = [(left.T @ u) * s @ (vh @ right.T) for u, s, vh in deltas]
         return cls(left, right, torch.stack(cores))
 

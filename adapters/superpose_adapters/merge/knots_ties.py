@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from superpose_adapters.merge.low_rank_svd import low_rank_svd, svd
+from superpose_adapters.merge.low_rank_svd import low_rank_svd, principal_basis
 from superpose_adapters.merge.term import Pair, Term
 from superpose_adapters.merge.ties import Ties
 
@@ -32,7 +32,7 @@ class KnotsTies(Ties):
     def merge(self, module: str, parts: int, terms: Sequence[Term]) -> Pair:
         """Resolve the coefficients."""
         deltas = [low_rank_svd(term.a, term.b) for term in terms]
-        basis, _, _ = svd(torch.cat([u * s for u, s, _ in deltas], dim=1))  # (out, p)
+        basis = principal_basis(torch.cat([u * s for u, s, _ in deltas], dim=1))  # (out, p)
         coefficients = torch.stack([(basis.T @ u) * s @ vh for u, s, vh in deltas])  # (T, p, in)
         merged = self.resolve(coefficients)
         kept = merged.any(dim=1)  # What is trimmed or cancels is 0 and not almost.

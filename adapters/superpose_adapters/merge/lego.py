@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from superpose_adapters.merge.low_rank_svd import balanced, low_rank_svd
+from superpose_adapters.merge.low_rank_svd import NEGLIGIBLE, balanced, low_rank_svd
 from superpose_adapters.merge.method import Method
 from superpose_adapters.merge.term import Pair, Term
 
@@ -82,26 +82,33 @@ class Lego(Method):
         """Return at most `count` means of units (n, in + out); fewer where units coincide."""
         if count >= len(units):
             return units
-        centres = self._first_centres(units, count)
+        # In coordinates of their span distances are the same, and n numbers long at most.
+        basis, triangle = torch.linalg.qr(units.T)
+        points = triangle.T
+        centres = self._first_centres(points, count)
         for _ in range(self.iterations):
-            nearest = _distances(units, centres).argmin(1)
+            nearest = _distances(points, centres).argmin(1)
             # A centre that has lost all of its units is the mean of none, and goes.
-            clusters = [units[nearest == c] for c in sorted(set(nearest.tolist()))]
+            clusters = [points[nearest == c] for c in sorted(set(nearest.tolist()))]
             centres = torch.stack([members.mean(0) for members in clusters])
         if self.reweight:
             centres = torch.stack([_mean_at_length(members) for members in clusters])
-        return centres
+        means: Tensor = centres @ basis.T
+        return means
 
-    def _first_centres(self, units: Tensor, count: int) -> Tensor:
-        """Draw units, each with a chance that grows as its squared distance to those drawn."""
+    def _first_centres(self, points: Tensor, count: int) -> Tensor:
+        """Draw points, each with a chance that grows as its squared distance to those drawn."""
         random = torch.Generator().manual_seed(self.seed)
-        drawn = [int(torch.randint(len(units), (1,), generator=random))]
+        rounding = NEGLIGIBLE * points.norm(dim=1).max()
+        drawn = [int(torch.randint(len(points), (1,), generator=random))]
         while len(drawn) < count:
-            chances = _distances(units, units[drawn]).amin(1).square()
-            if not chances.any():
+            away = _distances(points, points[drawn]).amin(1)
+            # Units of one delta in other factors are a rounding apart, and the same.
+            if away.max() <= rounding:
                 break
+            chances = away.masked_fill(away <= rounding, 0).square()
             drawn.append(int(torch.multinomial(chances, 1, generator=random)))
-        return units[drawn]
+        return points[drawn]
 
 
 def _units(term: Term) -> Tensor:
@@ -111,13 +118,13 @@ def _units(term: Term) -> Tensor:
     return torch.cat([a, b.T], dim=1) * largest.sign()
 
 
-def _distances(units: Tensor, centres: Tensor) -> Tensor:
-    # Not through products, by which equal ones would be a rounding apart.
-    return torch.cdist(units, centres, compute_mode="donot_use_mm_for_euclid_dist")
+def _distances(points: Tensor, centres: Tensor) -> Tensor:
+    # Not through products, whose differences keep half of the digits.
+    return torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _mean_at_length(members: Tensor) -> Tensor:
-    """Return the mean of units, as long as they are on average; 0 if they cancel."""
+    """Return the mean of points, as long as they are on average; 0 if they cancel."""
     mean = members.mean(0)
-    length = mean.norm()
-    return mean * (members.norm(dim=1).mean() / length) if length > 0 else mean
+    length, average = mean.norm(), members.norm(dim=1).mean()
+    return mean * (average / length) if length > NEGLIGIBLE * average else torch.zeros_like(mean)

@@ -48,6 +48,20 @@ def low_rank_svd(a: Tensor, b: Tensor) -> Svd:
     return left @ u, s, vh @ right.T
 
 
+def principal_basis(columns: Tensor) -> Tensor:
+    """Return the left singular vectors of a matrix (m, n) whose values are not rounding, (m, k).
+
+    Of a tall matrix, as factors beside each other are: its triangle alone is decomposed.
+
+    Args:
+        columns: float64.
+    """
+    basis, triangle = torch.linalg.qr(columns)
+    u, _, _ = svd(triangle)
+    principal: Tensor = basis @ u
+    return principal
+
+
 def balanced(u: Tensor, s: Tensor, vh: Tensor) -> Pair:
     """Return the factors of u @ diag(s) @ vh that have a root of s each."""
     root = s.sqrt()

@@ -123,6 +123,16 @@ def test_more_clusters_than_different_units_are_not_filled_up() -> None:
     assert distance(b.numpy() @ a.numpy(), deltas_of(terms)[0]) < 1e-10
 
 
+def test_units_of_one_delta_in_other_factors_are_one_unit() -> None:
+    first = make_terms(4, [2])[0]
+    gauge = torch.tensor([[3.0, 0.7], [-0.2, 1.1]]).double()
+    second = Term(1, gauge @ first.a, first.b @ torch.linalg.inv(gauge))
+    for seed in range(8):
+        a, b = Lego(rank=3, seed=seed, reweight=False).merge("x", 2, [first, second])
+        assert len(a) == 2
+        assert distance(b.numpy() @ a.numpy(), deltas_of([first])[0]) < 1e-10
+
+
 def test_an_adapter_and_its_negative_cancel_in_one_cluster() -> None:
     first = make_terms(5, [1])[0]
     terms = weighted([first, Term(1, first.a, first.b)], [1.0, -1.0])
