@@ -1,4 +1,4 @@
-"""How options of a merge method are written on a command line: density=0.2, seed=3, signs=true.
+"""What options of a merge method are, and how a command line writes them: density=0.2, seed=3.
 
 Both commands that merge read them here; it needs no torch, since one of them has none.
 """
@@ -7,26 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+Option = int | float | bool | str
+"""What an option of a method may be, as JSON has it."""
 
-def parse_options(texts: Iterable[str]) -> dict[str, int | float | bool | str]:
+LARGEST_WHOLE = 2**53 - 1
+"""Of a whole number: from here on doubles, which the wire has for all numbers, leave some out."""
+
+
+def parse_options(texts: Iterable[str]) -> dict[str, Option]:
     """Return options by name: a number where the value is one, a truth value, else the word.
 
     Raises:
         ValueError: One is not written as NAME=VALUE, or a name comes twice; one line.
     """
-    options: dict[str, int | float | bool | str] = {}
+    options: dict[str, Option] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
             raise ValueError(f"{text[:80]!r} is no NAME=VALUE, as in density=0.2")
         if name in options:
             raise ValueError(f"{name[:80]!r} is given twice: give it once")
-        options[name] = option_value(value)
+        options[name] = _value(value)
     return options
 
 
-def option_value(text: str) -> int | float | bool | str:
-    """Return what a value means: a number, a truth value, or else the word."""
+def _value(text: str) -> Option:
     if text in ("true", "false"):
         return text == "true"
     for number in (int, float):

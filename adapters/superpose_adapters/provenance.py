@@ -15,12 +15,10 @@ from typing import Any
 
 from superpose_adapters.digest import canonical_json
 from superpose_adapters.mix_syntax import NAME_PATTERN, check_name, check_weight
+from superpose_adapters.option_syntax import LARGEST_WHOLE, Option
 from superpose_adapters.strict_json import StrictJsonError, read_object, shorten
 
 METADATA_KEY = "superpose_merge"
-
-Option = int | float | bool | str
-"""What an option of a method may be, as JSON has it."""
 
 # A merge of a hundred adapters by a method of a dozen options has less than a third of it.
 MAX_BYTES = 64 << 10
@@ -177,7 +175,7 @@ def _check_option(name: str, value: object) -> None:
         case bool():
             fine = True
         case int():
-            fine = abs(value) < 1 << 63
+            fine = abs(value) <= LARGEST_WHOLE
         case float():
             fine = math.isfinite(value)
         case str():
@@ -186,5 +184,6 @@ def _check_option(name: str, value: object) -> None:
             fine = False
     if not fine:
         raise ProvenanceError(
-            f"option {name} is no number, no truth value, and no line of {_MAX_TEXT} characters"
+            f"option {name} is no number (a whole one below 2^53), no truth value, and no line of "
+            f"{_MAX_TEXT} characters"
         )

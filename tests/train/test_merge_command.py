@@ -208,10 +208,6 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "unknown adapter": (["law,sky"], r"no adapter is called sky \(there: law, sea, tax\)"),
     "unknown method": (["law", "--method", "blend"], "no method is called 'blend': use .*sum"),
     "unknown option": (["law", "--option", "rank=3"], "sum has no option 'rank'"),
-    "option twice": (
-        ["law", "--method", "svd", "--option", "rank=3", "--option", "rank=4"],
-        "--option rank is given twice",
-    ),
     "option of another kind": (
         ["law", "--method", "svd", "--option", "rank=many"],
         "svd: rank is 'many': use a whole number",
@@ -326,14 +322,29 @@ def test_the_methods_are_listed_whatever_else_is_missing(
     assert all(len(line.split()) > 3 for line in lines if line.split()[0] in METHODS)
 
 
+USAGE = ["law", "--base", "b", "--method", "svd", "--out", "o"]
+
+
 @pytest.mark.parametrize(
-    "arguments",
-    [[], ["law"], ["law", "--base", "b", "--method", "m", "--out", "o", "--option", "x"]],
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required"),
+        (["law"], "the following arguments are required"),
+        ([*USAGE, "--option", "x"], "argument --option: 'x' is no NAME=VALUE, as in density=0.2"),
+        (
+            [*USAGE, "--option", "rank=3", "--option", "rank=4"],
+            "argument --option: 'rank' is given twice: give it once",
+        ),
+        ([*USAGE, "--data", "x"], "argument --data: invalid NAME=FILE value: 'x'"),
+    ],
 )
-def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
+def test_wrong_usage_ends_with_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_without_the_trainers_packages_methods_that_learn_say_so(

@@ -27,5 +27,6 @@ class Cat(Method):
     def merge(self, module: str, parts: int, terms: Sequence[Term]) -> Pair:
         """Concatenate, with the scale on the side of A."""
         a = torch.cat([term.a * term.scale for term in terms])
-        b = torch.cat([term.b / term.scale for term in terms], dim=1)
+        # A scale of 0, of an alpha of 0, has made 0 of B, which stays so.
+        b = torch.cat([term.b / (term.scale or 1.0) for term in terms], dim=1)
         return a, b

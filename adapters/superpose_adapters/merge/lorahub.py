@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from superpose_adapters.merge.method import LEARNED, Method
+from superpose_adapters.merge.method import LEARNED, MergeError, Method
 from superpose_adapters.merge.term import Pair, Term
 
 BOUND = 1.5
@@ -63,17 +63,17 @@ class LoraHub(Method):
         """Sum the A's and the B's.
 
         Raises:
-            ValueError: The adapters' ranks differ in this module.
+            MergeError: The adapters' ranks differ in this module.
         """
         assert self.weights is not None
         assert len(self.weights) == parts
         ranks = sorted({term.rank for term in terms})
         if len(ranks) > 1:
-            raise ValueError(
+            raise MergeError(
                 f"lorahub adds A's to A's, and {module} has ranks {', '.join(map(str, ranks))}: "
                 "merge adapters of one rank"
             )
         weights = [self.weights[term.part] for term in terms]
         a = torch.stack([v * term.a for v, term in zip(weights, terms, strict=True)]).sum(0)
         b = torch.stack([v * term.b for v, term in zip(weights, terms, strict=True)]).sum(0)
-        return (a, b) if any(weights) else (a[:0], b[:, :0])
+        return a, b

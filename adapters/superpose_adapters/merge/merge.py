@@ -8,12 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from superpose_adapters.adapter import Adapter
-from superpose_adapters.merge.method import Method
+from superpose_adapters.merge.method import MergeError, Method
 from superpose_adapters.merge.term import Term
-
-
-class MergeError(ValueError):
-    """Adapters that cannot be merged; one line names the module and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +46,15 @@ def merge_each(
         method: How.
 
     Raises:
-        MergeError: A module has several shapes, or what comes out is beyond float32.
+        MergeError: A module has several shapes, what comes out is beyond float32, or the method
+            cannot merge these adapters.
     """
     ordered = in_order(parts)
     for module in modules_of(ordered):
         a, b = (f.float() for f in method.merge(module, len(ordered), terms_of(ordered, module)))
         if not (a.isfinite().all() and b.isfinite().all()):
             raise MergeError(f"{module}: what is merged is beyond float32: use smaller weights")
-        if len(a):
+        if a.any() and b.any():
             yield module, (a, b)
 
 

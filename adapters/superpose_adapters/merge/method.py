@@ -8,10 +8,14 @@ from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar
 
 from superpose_adapters.merge.term import Pair, Term
-from superpose_adapters.provenance import Option
+from superpose_adapters.option_syntax import Option
 
 LEARNED: Mapping[str, bool] = {"learned": True}
 """Metadata of a field that holds what a method has learned from rows: no option, None at first."""
+
+
+class MergeError(ValueError):
+    """Adapters that cannot be merged; one line names the module and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,9 @@ class Method(ABC):
 
         Returns:
             a (R, in) and b (out, R), float64; R may be 0, where nothing is left.
+
+        Raises:
+            MergeError: The method cannot merge these adapters.
         """
 
     @property

@@ -22,6 +22,7 @@ from superpose_adapters.merge.soups import Soups
 from superpose_adapters.merge.svd import TruncatedSvd
 from superpose_adapters.merge.ties import CoreTies
 from superpose_adapters.merge.tsv import CoreTsv
+from superpose_adapters.option_syntax import LARGEST_WHOLE
 
 METHODS: Mapping[str, type[Method]] = {
     method.name: method
@@ -90,6 +91,8 @@ def _value(what: str, value: object, kind: type) -> object:
     """Return a JSON value as an option's type; JSON writes whole numbers as floats too."""
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
+    if type(value) is int and abs(value) > LARGEST_WHOLE:
+        raise MethodError(f"{what} is beyond 2^53, from where on numbers are not exact: use less")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):

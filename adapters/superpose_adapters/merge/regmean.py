@@ -12,14 +12,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from superpose_adapters.merge.method import LEARNED, Method
+from superpose_adapters.merge.method import LEARNED, MergeError, Method
 from superpose_adapters.merge.term import Pair, Term
 
 Moments = Mapping[str, Sequence[Tensor]]
 """{module: E[x x^T] of its inputs, float32 (in, in), for each part in the order of the fold}."""
 
-# Of an input's energy, what the inputs before it must leave unexplained: moments are float32.
-_SMALLEST_SHARE = 1e-6
+# Of the moments' least eigenvalue, inputs being scaled to 1: by its inverse the rounding of
+# moments, which are float32, enters the result.
+_SMALLEST = 1e-4
+_ITERATIONS = 10
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class RegMean(Method):
     s at 768 inputs, 2 s at 3072, on 2 busy cores).
 
     Numbers off the diagonal of each G_i are multiplied by `off_diagonal`, as the paper does: at 1
-    the solve is as ill-conditioned as the inputs are few. An input that is 0 in all rows gets
-    nothing.
+    the solve is ill-conditioned where inputs hardly differ, and refused where the rounding of
+    moments would decide it. An input that is 0 in all rows gets nothing.
 
     The sum of moments is over all parts, those too that leave the module alone: they want what the
     base does with their inputs. With equal moments the result is the mean, with one part that part.
@@ -64,7 +66,7 @@ class RegMean(Method):
         """Solve.
 
         Raises:
-            ValueError: The inputs that were seen do not determine the result.
+            MergeError: The inputs that were seen do not determine the result.
         """
         assert self.moments is not None
         assert len(self.moments[module]) == parts
@@ -83,18 +85,28 @@ def _solved(module: str, total: Tensor, wanted: Tensor) -> Tensor:
     """Return x with x @ total = wanted; total is symmetric.
 
     Raises:
-        ValueError: It is singular, or nearly.
+        MergeError: It is singular, or nearly.
     """
     energies = total.diagonal()
-    # At unit diagonal, the squared diagonal of Cholesky's factor is what of each input's energy
-    # the inputs before it do not explain.
     lengths = torch.where(energies > 0, energies, 1.0).sqrt()
     unit = total / lengths / lengths[:, None]
     unit.diagonal().fill_(1.0)
     factor, failed = torch.linalg.cholesky_ex(unit)
-    if failed or float(factor.diagonal().min()) ** 2 < _SMALLEST_SHARE:
-        raise ValueError(
+    if failed or _least_eigenvalue(factor) < _SMALLEST:
+        raise MergeError(
             f"regmean: the rows do not tell the {len(total)} inputs of {module} apart: "
             "give more of them, or a lower off_diagonal"
         )
     return torch.cholesky_solve((wanted / lengths).T, factor).T / lengths
+
+
+def _least_eigenvalue(factor: Tensor) -> float:
+    """Return about the least eigenvalue of a matrix by its Cholesky factor, by inverse iteration.
+
+    Too large rather than too small, by little: each iteration is a solve in O(n^2).
+    """
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(len(factor), 1, generator=generator, dtype=factor.dtype)
+    for _ in range(_ITERATIONS):
+        vector = torch.cholesky_solve(vector / vector.norm(), factor)
+    return 1 / float(vector.norm())

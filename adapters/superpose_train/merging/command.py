@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from superpose_adapters.mix_syntax import parse_mix
-from superpose_adapters.option_syntax import option_value
+from superpose_adapters.option_syntax import parse_options
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -19,7 +19,7 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-_pair.__name__ = "NAME=VALUE"  # argparse: "invalid NAME=VALUE value"
+_pair.__name__ = "NAME=FILE"  # argparse: "invalid NAME=FILE value"
 
 
 class _ListMethods(argparse.Action):
@@ -57,7 +57,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--option",
         action="append",
         default=[],
-        type=_pair,
         metavar="NAME=VALUE",
         help="of the method",
     )
@@ -86,7 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, or 1 after one line on stderr (argparse exits with 2)."""
-    parsed = build_parser().parse_args(arguments)
+    parser = build_parser()
+    parsed = parser.parse_args(arguments)
+    try:
+        options = parse_options(parsed.option)
+    except ValueError as error:
+        parser.error(f"argument --option: {error}")
     # Imported here: torch is slow to load, and not needed for the help.
     from superpose_train.merging.offline import Request, merge_offline
 
@@ -97,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 base=parsed.base,
                 adapters=parsed.adapters,
                 method=parsed.method,
-                options=_options(parsed.option),
+                options=options,
                 data=_files(parsed.data),
                 out=parsed.out,
                 replace=parsed.replace,
@@ -121,15 +125,6 @@ def _weights(text: str) -> dict[str, float]:
     if not present:
         raise ValueError(f"mix {text!r} is the base: name adapters, such as math=1,medicine=0.5")
     return present
-
-
-def _options(pairs: Sequence[tuple[str, str]]) -> dict[str, object]:
-    options: dict[str, object] = {}
-    for name, text in pairs:
-        if name in options:
-            raise ValueError(f"--option {name} is given twice: give it once")
-        options[name] = option_value(text)
-    return options
 
 
 def _files(pairs: Sequence[tuple[str, str]]) -> dict[str, list[Path]]:

@@ -28,7 +28,7 @@ def search_weights(
         rows: Of whatever they are called.
 
     Raises:
-        ValueError: The adapters' ranks differ in a module.
+        MergeError: The adapters' ranks differ in a module.
     """
     texts = list(chain.from_iterable(rows.values()))
     # Of the mean of |v|, where the search has a sum.

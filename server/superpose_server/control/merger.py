@@ -17,8 +17,8 @@ from torch import Tensor
 from superpose_adapters.base.facts import BaseFacts
 from superpose_adapters.layout import Layout
 from superpose_adapters.merge.deviation import deviation
-from superpose_adapters.merge.merge import MergeError, Part, merge_each
-from superpose_adapters.merge.method import Method
+from superpose_adapters.merge.merge import Part, merge_each
+from superpose_adapters.merge.method import MergeError, Method
 from superpose_adapters.mix import BoundMix
 from superpose_adapters.peft.folder import Limits
 from superpose_adapters.peft.writing import adapter_files
@@ -128,7 +128,7 @@ class Merger:
         except MergeError as error:  # Of one base: it can only be too large a number.
             raise FailedPrecondition(str(error), "NOT_FINITE") from error
         self._check_size(pairs)
-        if not any(a.any() and b.any() for a, b in pairs.values()):
+        if not pairs:
             raise FailedPrecondition(
                 f"{method.name} leaves nothing of this mix: use other weights, or other options",
                 "ZERO_EFFECT",

@@ -23,8 +23,8 @@ from superpose_adapters.merge.iso import CoreIso
 from superpose_adapters.merge.knots_ties import KnotsTies
 from superpose_adapters.merge.magnitude import CoreMagnitude
 from superpose_adapters.merge.mean import Mean
-from superpose_adapters.merge.merge import MergeError, Part, merge
-from superpose_adapters.merge.method import Method
+from superpose_adapters.merge.merge import Part, merge
+from superpose_adapters.merge.method import MergeError, Method
 from superpose_adapters.merge.plain_sum import PlainSum
 from superpose_adapters.merge.svd import TruncatedSvd
 from superpose_adapters.merge.term import Term
@@ -174,6 +174,13 @@ def test_the_sum_has_the_factors_of_a_fold_to_the_bit() -> None:
         assert folded is not None
         assert torch.equal(folded[0], a)
         assert torch.equal(folded[1], b)
+
+
+@each_method
+def test_a_scale_of_zero_leaves_nothing(method: Method) -> None:
+    term = make_terms(1, [2])[0]
+    part = make_part("law", {"x": (term.a, term.b)}, scaling=0.0)
+    assert merge([part], method) == {}
 
 
 def test_adapters_of_two_bases_are_refused() -> None:

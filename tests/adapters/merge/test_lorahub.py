@@ -9,12 +9,15 @@ from tests.adapters.merge.making import (
     MODULE,
     deltas_of,
     distance,
+    make_part,
     make_terms,
     merged_delta,
     weighted,
 )
 
 from superpose_adapters.merge.lorahub import LoraHub
+from superpose_adapters.merge.merge import merge
+from superpose_adapters.merge.method import MergeError
 from superpose_adapters.merge.term import Term
 
 
@@ -54,13 +57,15 @@ def test_a_part_without_the_module_adds_nothing() -> None:
 
 
 def test_weights_of_zero_leave_nothing() -> None:
-    a, b = LoraHub(weights=(0.0, 0.0)).merge(MODULE, 2, make_terms(5, [3, 3]))
-    assert (a.shape, b.shape) == ((0, 11), (14, 0))
+    parts = [
+        make_part(d, {MODULE: (t.a, t.b)}) for d, t in zip("ab", make_terms(5, [3, 3]), strict=True)
+    ]
+    assert merge(parts, LoraHub(weights=(0.0, 0.0))) == {}
 
 
 def test_ranks_that_differ_are_refused() -> None:
     message = f"^lorahub adds A's to A's, and {MODULE} has ranks 2, 3: merge adapters of one rank$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(MergeError, match=message):
         LoraHub(weights=(1.0, 1.0)).merge(MODULE, 2, make_terms(6, [3, 2]))
 
 

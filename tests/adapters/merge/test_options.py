@@ -40,6 +40,8 @@ def test_each_is_called_by_its_word() -> None:
         ("core-ties", {"join": "max"}, "core-ties: join is 'max': use mean or sum"),
         ("core-ties", {"join": 1}, "core-ties: join is '1': use a word"),
         ("svd", {"rank": -1}, "svd: rank is -1: use a rank, or 0 for the adapters' largest"),
+        ("svd", {"rank": 2**53}, "svd: rank is beyond 2^53"),
+        ("core-ties", {"density": 10**400}, "core-ties: density is beyond 2^53"),
         ("svd", {"rank": 2.5}, "svd: rank is '2.5': use a whole number"),
     ],
 )

@@ -19,6 +19,7 @@ from tests.adapters.merge.making import (
 )
 from torch import Tensor
 
+from superpose_adapters.merge.method import MergeError
 from superpose_adapters.merge.regmean import RegMean
 
 
@@ -100,11 +101,32 @@ def test_too_few_inputs_are_refused_unless_numbers_off_the_diagonal_shrink(token
     terms = make_terms(6, [2, 2])
     moments = moments_of(inputs_of(6, 2, tokens))
     message = f"regmean: the rows do not tell the 11 inputs of {MODULE} apart: give more of them"
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(MergeError, match=re.escape(message)):
         merged_delta(RegMean(1.0, {MODULE: moments}), terms)
     deltas = dict(enumerate(deltas_of(terms)))
     found = merged_delta(RegMean(0.6, {MODULE: moments}), terms)
     assert distance(found, by_definition(deltas, moments, 0.6)) < 1e-9
+
+
+@pytest.mark.parametrize(("apart", "refused"), [(0.1, False), (1e-3, True)])
+def test_inputs_that_rounding_confuses_are_refused(apart: float, *, refused: bool) -> None:
+    """Input 0 is the sum of the others but for a little, which no pair of them shows."""
+    terms = make_terms(7, [2, 2])
+    inputs = []
+    for x in inputs_of(7, 2, 200):
+        noise = torch.randn(len(x), generator=torch.Generator().manual_seed(7))
+        x = torch.linalg.qr(x).Q * len(x) ** 0.5
+        x[:, 0] = x[:, 1:].sum(1) + apart * noise
+        inputs.append(x)
+    method = RegMean(1.0, {MODULE: moments_of(inputs)})
+    if refused:
+        with pytest.raises(MergeError, match="do not tell the 11 inputs"):
+            merged_delta(method, terms)
+        return
+    deltas = dict(enumerate(deltas_of(terms)))
+    exact = [x.double() for x in inputs]
+    found = merged_delta(method, terms)
+    assert distance(found, by_definition(deltas, moments_of(exact), 1.0)) < 1e-2
 
 
 def test_an_option_out_of_range_is_refused() -> None:

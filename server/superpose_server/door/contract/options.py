@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from google.protobuf.struct_pb2 import Struct, Value
 
 from superpose_adapters.merge.methods import MethodError
-from superpose_adapters.provenance import Option
-
-# Numbers are doubles: from here on they do not hold every whole number that was meant.
-_TOO_LARGE = 2**53
+from superpose_adapters.option_syntax import LARGEST_WHOLE, Option
 
 
 def options_to_wire(options: Mapping[str, Option]) -> Struct:
@@ -31,7 +28,7 @@ def options_from_wire(options: Struct) -> dict[str, Option]:
 
 def _option(name: str, value: Value) -> Option:
     match value.WhichOneof("kind"):
-        case "number_value" if abs(value.number_value) < _TOO_LARGE:
+        case "number_value" if abs(value.number_value) <= LARGEST_WHOLE:
             return value.number_value
         case "bool_value":
             return value.bool_value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from superpose_adapters.provenance import Option
+from superpose_adapters.option_syntax import Option
 from superpose_server.door.http.fields import NUMBER, Kind, refuse
 
 
