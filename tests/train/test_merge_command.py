@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,10 @@ from superpose_adapters.base.facts import read_facts
 from superpose_adapters.bundled import MINI
 from superpose_adapters.fold import concatenate_factors, fold_into
 from superpose_adapters.layout import Layout, read_layout
+from superpose_adapters.merge.method import MergeError
 from superpose_adapters.merge.methods import DATA_METHODS, METHODS
+from superpose_adapters.merge.plain_sum import PlainSum
+from superpose_adapters.merge.term import Pair, Term
 from superpose_adapters.mix import BoundEntry, BoundMix
 from superpose_adapters.peft.folder import read_adapter
 from superpose_adapters.provenance import Source
@@ -345,6 +348,29 @@ def test_wrong_usage_ends_with_2(
         main(arguments)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_merge_computes_on_one_thread_and_leaves_their_number_as_it_was(
+    llama: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = []
+
+    class Counted(PlainSum):
+        def merge(self, module: str, parts: int, terms: Sequence[Term]) -> Pair:
+            numbers.append(torch.get_num_threads())
+            if len(numbers) > 1:
+                raise MergeError("enough")
+            return super().merge(module, parts, terms)
+
+    monkeypatch.setitem(METHODS, "sum", Counted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert llama.merge("law", "sum", tmp_path / "out") == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert numbers == [1, 1]
 
 
 def test_without_the_trainers_packages_methods_that_learn_say_so(

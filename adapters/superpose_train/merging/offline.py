@@ -19,6 +19,7 @@ from superpose_adapters.peft.folder import DEFAULT_LIMITS, parse_adapter
 from superpose_adapters.peft.writing import adapter_files, write_adapter
 from superpose_adapters.provenance import Provenance, Source
 from superpose_adapters.qa import Row, read_rows
+from superpose_train.merging.one_thread import one_thread
 from superpose_train.merging.parts import LIMITS, Base, find_adapters, read_base, read_parts
 from superpose_train.options import base_label
 
@@ -85,7 +86,9 @@ def merge_offline(request: Request) -> Outcome:
     began = time.perf_counter()
     if rows:
         method = _learned(method, request.base, parts, rows)
-    merged = merge(parts, method)
+    with one_thread():
+        merged = merge(parts, method)
+        off = deviation(parts, merged).whole
     seconds = time.perf_counter() - began
     mix = format_mix(request.weights)
     if not merged:
@@ -97,7 +100,7 @@ def merge_offline(request: Request) -> Outcome:
     write_adapter(request.out, config, tensors, replace=request.replace)
     line = (
         f"wrote {request.out}: {method.name} of {mix}, rank {adapter.rank}, "
-        f"{len(merged)} modules, {seconds:.2f} s; {_off(deviation(parts, merged).whole)}"
+        f"{len(merged)} modules, {seconds:.2f} s; {_off(off)}"
     )
     if adapter.rank > DEFAULT_LIMITS.max_rank:
         line += f"; to serve it a server needs --max-rank {adapter.rank}"
