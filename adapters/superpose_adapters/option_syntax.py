@@ -18,7 +18,8 @@ def parse_options(texts: Iterable[str]) -> dict[str, Option]:
     """Return options by name: a number where the value is one, a truth value, else the word.
 
     Raises:
-        ValueError: One is not written as NAME=VALUE, or a name comes twice; one line.
+        ValueError: One is not written as NAME=VALUE, a name comes twice, or a number is larger than
+            the wire has; one line.
     """
     options: dict[str, Option] = {}
     for text in texts:
@@ -27,7 +28,12 @@ def parse_options(texts: Iterable[str]) -> dict[str, Option]:
             raise ValueError(f"{text[:80]!r} is no NAME=VALUE, as in density=0.2")
         if name in options:
             raise ValueError(f"{name[:80]!r} is given twice: give it once")
-        options[name] = _value(value)
+        read = _value(value)
+        if isinstance(read, int) and abs(read) > LARGEST_WHOLE:
+            raise ValueError(
+                f"{name[:80]!r} is beyond 2^53, from where on numbers are not exact: use less"
+            )
+        options[name] = read
     return options
 
 

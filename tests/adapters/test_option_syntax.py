@@ -31,3 +31,10 @@ def test_what_is_no_option_is_refused(text: str) -> None:
 def test_an_option_is_given_once() -> None:
     with pytest.raises(ValueError, match="'seed' is given twice"):
         parse_options(["seed=1", "seed=1"])
+
+
+@pytest.mark.parametrize("number", [2**53, -(2**53), 10**400])
+def test_a_whole_number_that_doubles_leave_out_is_refused(number: int) -> None:
+    with pytest.raises(ValueError, match="'seed' is beyond 2\\^53"):
+        parse_options([f"seed={number}"])
+    assert parse_options([f"seed={2**53 - 1}"]) == {"seed": 2**53 - 1}
