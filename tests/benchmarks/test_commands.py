@@ -198,7 +198,7 @@ def test_fit(command: Command) -> None:
 def test_orthogonal(command: Command, tmp_path: Path) -> None:
     # So few rows and steps do not tell which way is better, but a penalty tells at once.
     data = [str(write_topic(topic, 60, tmp_path)) for topic in ("birds", "metals")]
-    options = ("--seeds=0", "--steps=4", "--data", *data)
+    options = ("--seeds=0", "--steps=2", "--data", *data)
     read = command(orthogonal, "orthogonal", *options, base="mini", holds=False)
     assert read["checks"][0]["ok"]
     assert read["settings"]["domains"] == ["birds-60", "metals-60"]
