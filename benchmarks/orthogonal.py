@@ -72,19 +72,21 @@ class Pairs:
         }
         self._data = data
 
+    def run(self, way: str, seed: int, at: int, **changes: Any) -> Training:
+        """Return the run of one domain, the first being at 0."""
+        path = self._data[at]
+        return Training(
+            data=(path,),
+            name=_domain(path),
+            out=self._folder / f"{seed} {way}" / _domain(path),
+            seed=seed,
+            init_seed=seed + at * _OTHER_SEED,
+            **(self._shared | changes),
+        )
+
     def runs(self, way: str, seed: int, **changes: Any) -> list[Training]:
         """Return the runs of both domains."""
-        return [
-            Training(
-                data=(path,),
-                name=_domain(path),
-                out=self._folder / f"{seed} {way}" / _domain(path),
-                seed=seed,
-                init_seed=seed + at * _OTHER_SEED,
-                **(self._shared | changes),
-            )
-            for at, path in enumerate(self._data)
-        ]
+        return [self.run(way, seed, at, **changes) for at in range(len(self._data))]
 
     def trained(self, seed: int, tell: Tell) -> dict[str, list[Path]]:
         """Train in every way; return {way: the folders of the pair}."""
@@ -104,7 +106,7 @@ class Pairs:
         first = plain[0].out
         for way, orthogonality in ((BESIDE, 0.0), (ORTHOGONAL, Training.orthogonality)):
             tell(f"seed {seed}: {way}")
-            _, second = self.runs(way, seed, orthogonal_to=(first,), orthogonality=orthogonality)
+            second = self.run(way, seed, 1, orthogonal_to=(first,), orthogonality=orthogonality)
             _train_quietly(second)
             pairs[way] = [first, second.out]
         sparse = self.runs(SPARSE, seed, frozen_a="random", sparsity=0.9)

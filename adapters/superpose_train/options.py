@@ -163,6 +163,13 @@ class Options:
                 raise ValueError(f"{flag(field)} is a term of --orthogonal-to, which names nothing")
         if self.orthogonal_to and self.frozen_a is not None:
             raise ValueError("--orthogonal-to moves A, which --frozen-a does not: give one of them")
+        for folder in self.orthogonal_to:
+            try:
+                check_name(folder.name)
+            except ValueError as error:
+                raise ValueError(
+                    f"--orthogonal-to {folder}: a folder is called as its domain, and {error}"
+                ) from error
         domains = [folder.name for folder in self.orthogonal_to]
         if len(set(domains)) != len(domains):
             raise ValueError("--orthogonal-to names two folders of one name, which is the domain's")

@@ -378,5 +378,6 @@ class Runtime:
         # First the engine, for which an action may be waiting.
         self.engine.stop()
         self._operator_thread.shutdown(wait=True, cancel_futures=True)
-        self.merger.close()
         self._store.close()
+        # Last, since it waits for the module that is being merged, and nothing waits for that.
+        self.merger.close()

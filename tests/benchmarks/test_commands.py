@@ -28,6 +28,7 @@ from benchmarks import (
     swaps,
 )
 from benchmarks.serverprocess import resident_bytes
+from benchmarks.study.synthetic import write_topic
 from tests.integration.harness import LoopThread, start
 
 from superpose_server.config import parse_config
@@ -194,15 +195,17 @@ def test_fit(command: Command) -> None:
     assert found[3] <= best[3]
 
 
-def test_orthogonal(command: Command) -> None:
-    # So few steps do not tell which way is better, but a penalty tells at once.
-    read = command(orthogonal, "orthogonal", "--seeds=0,1", "--steps=4", holds=False)
+def test_orthogonal(command: Command, tmp_path: Path) -> None:
+    # So few rows and steps do not tell which way is better, but a penalty tells at once.
+    data = [str(write_topic(topic, 60, tmp_path)) for topic in ("birds", "metals")]
+    options = ("--seeds=0", "--steps=2", "--data", *data)
+    read = command(orthogonal, "orthogonal", *options, base="mini", holds=False)
     assert read["checks"][0]["ok"]
-    for pairs in read["data"].values():
-        assert len(pairs) == 2
-    assert all(abs(pair["delta_cosine"]) < 1e-6 for pair in read["data"]["frozen A, blocks"])
-    (plain, beside) = (read["data"][way] for way in ("plain", "O-LoRA"))
-    assert [pair["first alone"] for pair in plain] == [pair["first alone"] for pair in beside]
+    assert read["settings"]["domains"] == ["birds-60", "metals-60"]
+    found = {way: pair for way, (pair,) in read["data"].items()}
+    assert abs(found["frozen A, blocks"]["delta_cosine"]) < 1e-6
+    assert found["plain"]["first alone"] == found["O-LoRA"]["first alone"]
+    assert found["plain"]["second alone"] != found["O-LoRA"]["second alone"]
 
 
 def test_merging(command: Command) -> None:

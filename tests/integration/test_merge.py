@@ -26,6 +26,7 @@ from tests.integration.harness import (
 from tests.integration.http_client import Http
 from tests.makers import load_peft
 
+from superpose_adapters.merge.deviation import deviation_norms
 from superpose_adapters.merge.method import Method
 from superpose_adapters.merge.methods import METHODS
 from superpose_adapters.merge.plain_sum import PlainSum
@@ -44,6 +45,7 @@ from superpose_client import (
     format_mix,
 )
 from superpose_proto.v1 import adapter_pb2, adapter_pb2_grpc, mix_pb2
+from superpose_server.control import merger
 
 QA = {"a": 1.0, "b": -0.3}
 MAX_RANK = 8  # Two of these adapters, of rank 4, fit.
@@ -351,6 +353,26 @@ def test_nothing_is_stored_for_a_client_that_goes_away(served: Served, gate: Gat
     assert len(gate.modules) == 2
 
 
+def test_a_client_that_goes_away_while_the_merge_is_measured_stops_that(
+    served: Served, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def held(*arguments: Any) -> Iterator[tuple[str, tuple[float, float]]]:
+        for module, norms in deviation_norms(*arguments):
+            gate.wait(module)
+            yield module, norms
+
+    monkeypatch.setattr(merger, "deviation_norms", held)
+    stub: Any = adapter_pb2_grpc.AdapterServiceStub(served.channel)
+    running = stub.MergeAdapters.future(merged_request("m", "sum"))
+    assert gate.entered.acquire(timeout=PATIENCE)
+    running.cancel()
+    wait_until(lambda: served.runtime.merger._asked == 0, "it has gone")
+    gate.let_go.set()
+    last = served.client.merge("last", QA, method="sum").adapter
+    assert {each.domain for each in served.client.adapters()} == {*"abc", "last"}
+    assert len(gate.modules) == 1 + len(last.modules)
+
+
 def test_a_server_that_ends_ends_its_merges(
     loop: LoopThread, gpt2: Family, tmp_path: Path, gate: Gate
 ) -> None:
@@ -469,6 +491,31 @@ def test_the_rank_is_refused_at_the_first_module(served: Served, gate: Gate) -> 
     with pytest.raises(FailedPreconditionError, match="--max-rank"):
         served.client.merge("all", "a,b,c", method="held")
     assert len(gate.modules) == 1
+
+
+def test_the_size_is_refused_at_the_module_that_is_too_much(
+    served: Served, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate.let_go.set()
+    limits = replace(served.runtime.adapter_limits, max_bytes=1)
+    monkeypatch.setattr(served.runtime.merger, "_limits", limits)
+    with pytest.raises(FailedPreconditionError, match="--max-adapter-mib") as no:
+        served.client.merge("qa", QA, method="held")
+    assert no.value.reason == "TOO_LARGE"
+    assert len(gate.modules) == 1
+
+
+def test_it_may_take_the_place_of_one_of_its_own_parts(served: Served, gpt2: Family) -> None:
+    client = served.client
+    client.merge("m", "a,b", method="sum")
+    part = client.adapter("m").digest
+    client.set("m")
+    merged = client.merge("m", "m=0.5", method="sum", replace=True).adapter
+    assert merged.provenance is not None
+    assert [each.adapter_digest for each in merged.provenance.parts] == [part]
+    assert client.mix().entries[0].adapter_digest == merged.digest != part
+    ids = tuple(served.runtime.texts.prompt(PROMPT))
+    check_greedy(gpt2.folded({"a": 0.5, "b": 0.5}), ids, served.greedy())
 
 
 def test_what_leaves_nothing_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

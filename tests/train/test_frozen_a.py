@@ -16,7 +16,7 @@ from tests.makers import save_base, tiny_gpt2
 from torch import Tensor
 
 from superpose_train import train as trainer_module
-from superpose_train.cli import main
+from superpose_train.cli import main, read_command
 from superpose_train.model import attach_adapter
 from superpose_train.options import Options
 from superpose_train.sparse_b import largest_entries
@@ -167,6 +167,8 @@ def test_a_sparse_b_may_have_a_disjoint_a(base: Path, data: Path, tmp_path: Path
     for block in (1, 2):
         changes: dict[str, Any] = {"frozen_a": (block, 2), "sparsity": 0.5, "max_steps": 2}
         train(options(base, data, tmp_path / str(block), **changes))
+        record = json.loads((tmp_path / str(block) / "training.json").read_text("utf-8"))
+        assert record["parameters"]["frozen_a"] == [block, 2]
         b = all_b(tmp_path / str(block))
         assert (b == 0).sum() >= b.size // 2
     one, two = (tensors(tmp_path / name, "A") for name in "12")
@@ -199,13 +201,13 @@ def test_bad_input_is_one_line(
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_the_command_takes_either_form(base: Path, data: Path, tmp_path: Path) -> None:
-    command = ["--base", str(base), "--data", str(data), "--name", "letters", "--max-steps", "1"]
-    command += ["--max-length", "40", "--device", "cpu", "--sparsity", "0.5"]
-    for name, form in (("one", ["random", "--init-seed", "4"]), ("two", ["2/3"])):
-        assert main([*command, "--out", str(tmp_path / name), "--frozen-a", *form]) == 0
-        record = json.loads((tmp_path / name / "training.json").read_text("utf-8"))
-        assert record["parameters"]["frozen_a"] == ("random" if name == "one" else [2, 3])
+@pytest.mark.parametrize(
+    ("form", "frozen"), [(["random", "--init-seed", "4"], "random"), (["2/3"], (2, 3))]
+)
+def test_the_command_takes_either_form(form: list[str], frozen: object) -> None:
+    command = ["--base", "mini", "--data", "rows.jsonl", "--name", "letters", "--out", "none"]
+    chosen, _ = read_command([*command, "--sparsity", "0.5", "--frozen-a", *form])
+    assert (chosen.frozen_a, chosen.sparsity) == (frozen, 0.5)
 
 
 def test_a_stack_trains_no_sparse_b(base: Path, data: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,31 +29,46 @@ class Deviation:
     whole: float
     by_module: Mapping[str, float]
 
+    @classmethod
+    def of(cls, norms: Mapping[str, tuple[float, float]]) -> Deviation:
+        """Put together what `deviation_norms` yields."""
+        differences, sums = zip(*norms.values(), strict=True)
+        return cls(
+            whole=_share(math.hypot(*differences), math.hypot(*sums)),
+            by_module={module: _share(*pair) for module, pair in norms.items()},
+        )
+
 
 def deviation(parts: Sequence[Part], merged: Mapping[str, tuple[Tensor, Tensor]]) -> Deviation:
     """Measure what `merge` has made of these parts, whatever the method.
 
-    From the factors, and not from their Gram matrix, where squares lose half of the digits.
+    Raises:
+        MergeError: A module has several shapes.
+    """
+    return Deviation.of(dict(deviation_norms(parts, merged)))
+
+
+def deviation_norms(
+    parts: Sequence[Part], merged: Mapping[str, tuple[Tensor, Tensor]]
+) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Yield each module with the norms of its difference from the plain sum, and of the sum.
+
+    From the factors, and not from their Gram matrix, where squares lose half of the digits. Whoever
+    stops asking stops the measuring.
 
     Raises:
         MergeError: A module has several shapes.
     """
-    differences: dict[str, float] = {}
-    sums: dict[str, float] = {}
     for module in modules_of(parts):
         terms = terms_of(parts, module)
         # Beside the terms: a sum that cancels is zero.
         rounding = NEGLIGIBLE * max(_norm(term.a, term.b) for term in terms)
         a, b = PlainSum().merge(module, len(parts), terms)
-        sums[module] = _unless_rounding(_norm(a, b), rounding)
+        whole = _unless_rounding(_norm(a, b), rounding)
         if module in merged:
             a = torch.cat([a, merged[module][0].double()])
             b = torch.cat([b, -merged[module][1].double()], dim=1)
-        differences[module] = _unless_rounding(_norm(a, b), rounding)
-    return Deviation(
-        whole=_share(math.hypot(*differences.values()), math.hypot(*sums.values())),
-        by_module={module: _share(differences[module], sums[module]) for module in sums},
-    )
+        yield module, (_unless_rounding(_norm(a, b), rounding), whole)
 
 
 def _norm(a: Tensor, b: Tensor) -> float:

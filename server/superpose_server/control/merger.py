@@ -16,7 +16,7 @@ from torch import Tensor
 
 from superpose_adapters.base.facts import BaseFacts
 from superpose_adapters.layout import Layout
-from superpose_adapters.merge.deviation import deviation
+from superpose_adapters.merge.deviation import Deviation, deviation_norms
 from superpose_adapters.merge.merge import Part, merge_each
 from superpose_adapters.merge.method import MergeError, Method
 from superpose_adapters.mix import BoundMix
@@ -101,7 +101,7 @@ class Merger:
         began = time.monotonic()
         parts = [Part(entry.domain, entry.adapter, entry.weight) for entry in mix.entries]
         pairs = self._pairs(parts, method, given_up)
-        lost = deviation(parts, pairs).whole
+        lost = self._deviation(parts, pairs, given_up)
         _check_undamaged(mix)
         sources = tuple(Source(e.domain, e.adapter.digest, e.weight) for e in mix.entries)
         provenance = Provenance(method.name, method.options, sources)
@@ -118,6 +118,7 @@ class Merger:
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Merge module by module, and refuse what a push would, in words of merging."""
         pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        nbytes = 0
         self._check_wanted(given_up)
         try:
             for module, pair in merge_each(parts, method):
@@ -125,15 +126,23 @@ class Merger:
                 # At once, since an adapter's modules are alike: one of the first has the rank.
                 self._check_rank(module, len(pair[0]))
                 pairs[module] = pair
+                nbytes += sum(factor.nbytes for factor in pair)
+                self._check_size(nbytes)
         except MergeError as error:  # Of one base: it can only be too large a number.
             raise FailedPrecondition(str(error), "NOT_FINITE") from error
-        self._check_size(pairs)
         if not pairs:
             raise FailedPrecondition(
                 f"{method.name} leaves nothing of this mix: use other weights, or other options",
                 "ZERO_EFFECT",
             )
         return pairs
+
+    def _deviation(self, parts: Sequence[Part], pairs: Pairs, given_up: threading.Event) -> float:
+        norms: dict[str, tuple[float, float]] = {}
+        for module, pair in deviation_norms(parts, pairs):
+            self._check_wanted(given_up)
+            norms[module] = pair
+        return Deviation.of(norms).whole
 
     def _check_wanted(self, given_up: threading.Event) -> None:
         if self._ending.is_set():
@@ -150,11 +159,10 @@ class Merger:
                 "RANK_TOO_HIGH",
             )
 
-    def _check_size(self, pairs: Pairs) -> None:
-        nbytes = sum(factor.nbytes for pair in pairs.values() for factor in pair)
+    def _check_size(self, nbytes: int) -> None:
         if nbytes > self._limits.max_bytes:
             raise FailedPrecondition(
-                f"merged so, the adapter has {nbytes} bytes, and the limit is "
+                f"merged so, the adapter has {nbytes} bytes or more, and the limit is "
                 f"{self._limits.max_bytes}: merge with method svd and a rank, or start the server "
                 "with a larger --max-adapter-mib",
                 "TOO_LARGE",
