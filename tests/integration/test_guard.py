@@ -260,7 +260,7 @@ def test_changes_of_the_mix_do_not_keep_the_weights_from_being_checked(guarded: 
 
 
 def test_without_a_number_a_check_is_as_rare_as_it_is_dear() -> None:
-    assert default_interval(0.0) == default_interval(0.3) == 60.0
+    assert default_interval(0.0) == default_interval(0.15) == 60.0
     assert default_interval(2.0) == 800.0  # of which it is 0.25 %
 
 
