@@ -58,8 +58,11 @@ class Connection:
         """Send what follows over a new channel; what runs on the one before may go on.
 
         An exception that a signal handler raises within gRPC, such as KeyboardInterrupt, may leave
-        locks of the channel held: the next call would wait for them forever.
+        locks of the channel held: the next call would wait for them forever. A closed connection
+        stays closed.
         """
+        if self.closed:
+            return
         channel = self._channel()
         self.channels.append(channel)
         self._stubs = {name: service.stub(channel) for name, service in SERVICES.items()}

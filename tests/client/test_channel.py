@@ -150,6 +150,16 @@ def test_a_closed_client_says_so(server: FakeServer) -> None:
     assert server.requests == []
 
 
+def test_a_client_that_is_closed_within_a_call_stays_closed(server: FakeServer) -> None:
+    client = Client(server.address)
+    client.close()
+    for connection in client._connections.all:
+        connection.renew()
+    with pytest.raises(errors.ClientClosedError):
+        client.mix()
+    assert server.requests == []
+
+
 def test_a_closed_asyncio_client_says_so(server: FakeServer) -> None:
     async def use() -> None:
         client = AsyncClient(server.address)
