@@ -1,23 +1,23 @@
-"""Pushed adapters on disk: contents under their digest, and names that point at digests.
+"""Pushed adapters: contents under their digest, and names that point at digests.
 
     <state>/adapters/lock                       held while the store is open
-    <state>/adapters/objects/<digest>/...       the two files of an adapter, never changed
+    <state>/adapters/objects, temporary         the adapters by digest; see `objects`
     <state>/adapters/names.json                 {domain: digest, or what was said with it}
     <state>/adapters/names.json.previous        what it held before
-    <state>/adapters/temporary/...              what is being written
 
 Invariant: whatever instant the machine stops at, `names.json` is whole and every digest in it has a
 whole object. So an object is made durable first and named afterwards, and every change appears by
 one rename. What a crash left unfinished is removed when the store is next opened, and an object
 that it left without a name when `collect` is next called.
+
+With a shared store the objects here are copies, which are fetched again where they are missing or
+damaged: every digest in `names.json` has a whole object there.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,30 +26,18 @@ from typing import Any
 
 from filelock import lock_descriptor
 
-from superpose_adapters.adapter import Adapter, AdapterError
+from superpose_adapters.adapter import Adapter
 from superpose_adapters.base.facts import BaseFacts
+from superpose_adapters.cached_objects import CachedObjects
 from superpose_adapters.digest import canonical_json
-from superpose_adapters.durable import RevertibleFile, sync, write_synced
+from superpose_adapters.durable import RevertibleFile
 from superpose_adapters.layout import Layout
 from superpose_adapters.mix_syntax import RESERVED_NAMES, check_name
-from superpose_adapters.peft.folder import (
-    CONFIG_NAME,
-    DEFAULT_LIMITS,
-    TENSORS_NAME,
-    Limits,
-    files_digest,
-    parse_adapter,
-)
+from superpose_adapters.objects import Objects
+from superpose_adapters.peft.folder import DEFAULT_LIMITS, Limits, parse_adapter
 from superpose_adapters.provenance import Provenance, provenance_from_json
-
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-class StoreError(Exception):
-    """The store cannot be used as it is: locked, damaged, or the disk refuses.
-
-    The message is one line that names the path and the remedy.
-    """
+from superpose_adapters.shared_objects import SharedObjects
+from superpose_adapters.store_error import StoreError, cannot_write, damaged
 
 
 @dataclass(frozen=True)
@@ -73,34 +61,40 @@ class Named:
 class AdapterStore:
     """A content-addressed store of adapters. One process, and in it one thread, at a time."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shared: SharedObjects | None = None) -> None:
         """Open or create the store in `folder`.
+
+        Args:
+            folder: Names and objects.
+            shared: Where objects are put first, and read where they are not here. Names never are.
 
         Raises:
             StoreError: Another process holds it, its names are damaged, or the disk refuses.
+            SharedStoreError: Whether something is there that a name points at, and that is not
+                here, cannot be asked.
         """
         self._folder = folder
-        self._objects = folder / "objects"
-        self._temporary = folder / "temporary"
+        self._shared = shared
+        local = Objects(folder)
+        self._objects = local if shared is None else CachedObjects(local, shared)
         self._index = folder / "names.json"
         try:
-            self._objects.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
-            raise self._refused(error) from error
+            raise cannot_write(folder, error) from error
         try:
             # Of the descriptor: it ends with the process, however that ends, and the file stays.
             if not lock_descriptor(self._lock, blocking=False):
                 raise StoreError(
                     f"{folder}: another server uses it: stop that one or choose another --state-dir"
                 )
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            self._temporary.mkdir(exist_ok=True)
+            local.clean()
             self._file = RevertibleFile(self._index)
             self._names = self._read_names()
         except OSError as error:
             self.close()
-            raise self._refused(error) from error
+            raise cannot_write(folder, error) from error
         except StoreError:
             self.close()
             raise
@@ -110,6 +104,11 @@ class AdapterStore:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    def give_up(self) -> None:
+        """Let every call that waits for the shared store fail now; whatever thread that is on."""
+        if self._shared is not None:
+            self._shared.give_up()
 
     def __enter__(self) -> AdapterStore:
         """Return the open store."""
@@ -133,45 +132,16 @@ class AdapterStore:
         return self._names[domain]
 
     def __contains__(self, digest: object) -> bool:
-        """Tell whether an object of this digest is stored."""
-        return (
-            isinstance(digest, str)
-            and bool(_DIGEST.fullmatch(digest))
-            and (self._objects / digest).is_dir()
-        )
-
-    def put(self, config: bytes, tensors: bytes) -> str:
-        """Store an adapter's two files, which the loader has accepted, and return their digest.
-
-        Durable when it returns. What is stored already is left as it is, unless it is damaged: then
-        it is replaced.
+        """Tell whether an object of this digest is stored, here or in the shared store.
 
         Raises:
-            StoreError: The disk refuses; the store is as it was.
-            AdapterError: The files are not an adapter's.
+            SharedStoreError: It is not here, and the shared store cannot be asked.
         """
-        digest = files_digest(config, tensors)
-        if digest in self and self._is_whole(digest):
-            return digest
-        fresh, final = self._temporary / digest, self._objects / digest
-        try:
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir()
-            write_synced(fresh / CONFIG_NAME, config)
-            write_synced(fresh / TENSORS_NAME, tensors)
-            sync(fresh)
-            if final.exists():  # damaged: mended file by file, so that it is never missing
-                for name in (CONFIG_NAME, TENSORS_NAME):
-                    (fresh / name).replace(final / name)
-                sync(final)
-            else:
-                fresh.rename(final)
-                sync(self._objects)
-        except OSError as error:
-            raise self._refused(error) from error
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-        return digest
+        return digest in self._objects
+
+    def put(self, config: bytes, tensors: bytes) -> str:
+        """Store an adapter's two files; see `Objects.put`, or `CachedObjects.put`."""
+        return self._objects.put(config, tensors)
 
     def set_name(
         self,
@@ -206,24 +176,8 @@ class AdapterStore:
         self._write_names({d: named for d, named in self._names.items() if d != domain})
 
     def files(self, digest: str) -> tuple[bytes, bytes]:
-        """Return the config and tensor files of an object, checked against its digest.
-
-        Raises:
-            KeyError: No object of this digest is stored.
-            StoreError: The object is damaged.
-        """
-        if digest not in self:
-            raise KeyError(digest)
-        path = self._objects / digest
-        try:
-            config = (path / CONFIG_NAME).read_bytes()
-            tensors = (path / TENSORS_NAME).read_bytes()
-            found = files_digest(config, tensors)
-        except (OSError, AdapterError) as error:
-            raise self._damaged(path, str(error)) from error
-        if found != digest:
-            raise self._damaged(path, f"its contents have the digest {found}")
-        return config, tensors
+        """Return the two files of an object; see `Objects.files`, or `CachedObjects.files`."""
+        return self._objects.files(digest)
 
     def load(
         self,
@@ -247,27 +201,15 @@ class AdapterStore:
     def collect(self, in_use: Collection[str]) -> list[str]:
         """Remove every object that has no name and is not among the digests `in_use`.
 
+        From this folder: nothing is ever removed from a shared store, which others may need.
+
         Returns:
             The digests that were removed.
 
         Raises:
             OSError: The disk refuses; what is left is whole.
         """
-        keep = {*in_use, *self.names.values()}
-        removed = sorted(path.name for path in self._objects.iterdir() if path.name not in keep)
-        for digest in removed:
-            # Out of sight by one rename first, so that no half of an object is found later.
-            doomed = self._temporary / f"removed-{digest}"
-            (self._objects / digest).rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-        return removed
-
-    def _is_whole(self, digest: str) -> bool:
-        try:
-            self.files(digest)
-        except StoreError:
-            return False
-        return True
+        return self._objects.collect({*in_use, *self.names.values()})
 
     def _read_names(self) -> dict[str, Named]:
         written = self._file.read()
@@ -276,9 +218,9 @@ class AdapterStore:
         try:
             names: Any = json.loads(written)
         except (ValueError, RecursionError) as error:
-            raise self._damaged(self._index, "it is not JSON") from error
+            raise damaged(self._index, "it is not JSON") from error
         if not isinstance(names, dict):
-            raise self._damaged(self._index, "it is not an object")
+            raise damaged(self._index, "it is not an object")
         read: dict[str, Named] = {}
         for domain, value in names.items():
             try:
@@ -288,13 +230,14 @@ class AdapterStore:
                     raise StoreError(
                         f"{self._index}: pushed adapter {domain}: {error} and write it in this file"
                     ) from error
-                raise self._damaged(self._index, str(error)) from error
+                raise damaged(self._index, str(error)) from error
             try:
                 read[domain] = _from_json(value)
             except ValueError as error:
-                raise self._damaged(self._index, f"{domain}: {error}") from error
+                raise damaged(self._index, f"{domain}: {error}") from error
             if read[domain].digest not in self:
-                raise self._damaged(self._index, f"{domain} names an adapter that is not stored")
+                where = "" if self._shared is None else f", here or in {self._shared.url}"
+                raise damaged(self._index, f"{domain} names an adapter that is not stored{where}")
         return read
 
     def _write_names(self, names: Mapping[str, Named]) -> None:
@@ -302,17 +245,8 @@ class AdapterStore:
         try:
             self._file.write(canonical_json(content))
         except OSError as error:
-            raise self._refused(error) from error
+            raise cannot_write(self._folder, error) from error
         self._names = dict(names)
-
-    def _refused(self, error: OSError) -> StoreError:
-        return StoreError(
-            f"{self._folder}: cannot write ({error.strerror}): free space or check permissions"
-        )
-
-    @staticmethod
-    def _damaged(path: Path, why: str) -> StoreError:
-        return StoreError(f"{path}: damaged ({why}): restore it, or remove it and push again")
 
 
 def _as_json(named: Named) -> object:

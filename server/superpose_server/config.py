@@ -71,6 +71,16 @@ class ServerConfig:
             "below XDG_STATE_HOME or ~/.local/state"
         ),
     )
+    # Not in a repr, which may come into a log: it may hold a password.
+    store: str | None = field(
+        default=None,
+        repr=False,
+        metadata=_help(
+            "folder or URL, such as s3://BUCKET/PATH, of adapters that servers share: what is "
+            "pushed is kept there, and --state-dir holds names and copies; without it --state-dir "
+            "holds all"
+        ),
+    )
     listen: str = field(
         default="127.0.0.1:50051",
         metadata=_help("address of the gRPC server; port 0: any free one"),

@@ -20,7 +20,9 @@ from superpose_adapters.digest import checkpoint_digest
 from superpose_adapters.fast_bfloat16 import has_fast_bfloat16
 from superpose_adapters.one_line import one_line
 from superpose_adapters.peft.folder import CONFIG_NAME
-from superpose_adapters.store import AdapterStore, StoreError
+from superpose_adapters.shared_objects import SharedObjects
+from superpose_adapters.store import AdapterStore
+from superpose_adapters.store_error import StoreError
 from superpose_adapters.text_encoder import TextEncoder, logits_of, vocabulary_of
 from superpose_server.config import ServerConfig
 from superpose_server.engine.tokenizer import Tokenizer
@@ -72,6 +74,7 @@ def load_base(config: ServerConfig) -> LoadedBase:
     folder = resolve_base(config.base)
     device = _device(config.device)
     _check_adapter_dir(config.adapter_dir)
+    shared = _shared_store(config.store)
     check_state_folder(config)
     dtype = _dtype(config.dtype, device)
     kernels = _has_kernels(config, device, dtype)
@@ -83,7 +86,7 @@ def load_base(config: ServerConfig) -> LoadedBase:
     module = module.to(device)
     base_digest = checkpoint_digest(folder)
     state_dir = state_folder(config, base_digest)
-    store = AdapterStore(state_dir / "adapters")
+    store = AdapterStore(state_dir / "adapters", shared)
     try:
         expected = None
         if config.self_check:
@@ -162,6 +165,18 @@ def _check_adapter_dir(root: Path | None) -> None:
         raise StartupError(
             f"--adapter-dir {root} is an adapter itself: name the folder that holds it"
         )
+
+
+def _shared_store(url: str | None) -> SharedObjects | None:
+    """Return the store of `--store`; one that is away may not be needed, if all was copied."""
+    if url is None:
+        return None
+    shared = SharedObjects(url)
+    try:
+        _ = "0" * 64 in shared  # No adapter's, to see whether there is an answer.
+    except StoreError as error:
+        _log.warning("until the shared store is back, what is pushed is refused: %s", error)
+    return shared
 
 
 def _check_length(config: ServerConfig, module: Any) -> None:

@@ -377,6 +377,7 @@ class Runtime:
         self.guard.stop()
         # First the engine, for which an action may be waiting.
         self.engine.stop()
+        self._store.give_up()
         self._operator_thread.shutdown(wait=True, cancel_futures=True)
         self._store.close()
         # Last, since it waits for the module that is being merged, and nothing waits for that.

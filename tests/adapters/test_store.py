@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import subprocess
@@ -22,26 +21,12 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from safetensors.torch import save
+from tests.tiny_adapters import DIGESTS, LAYOUT, files
 
 from superpose_adapters.adapter import AdapterError
-from superpose_adapters.layout import ModuleLayout
-from superpose_adapters.peft.folder import CONFIG_NAME, TENSORS_NAME, parse_adapter
-from superpose_adapters.store import AdapterStore, StoreError
-
-LAYOUT = {"m": ModuleLayout(3, 2, transposed=False)}
-
-
-def files(seed: int) -> tuple[bytes, bytes]:
-    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["m"]}
-    tensors = {
-        "base_model.model.m.lora_A.weight": torch.full((1, 3), seed + 1.0),
-        "base_model.model.m.lora_B.weight": torch.ones(2, 1),
-    }
-    return json.dumps(config).encode(), save(tensors)
-
-
-DIGESTS = [parse_adapter(*files(seed), LAYOUT).digest for seed in range(4)]
+from superpose_adapters.peft.folder import CONFIG_NAME, TENSORS_NAME
+from superpose_adapters.store import AdapterStore
+from superpose_adapters.store_error import StoreError
 
 
 def tree(folder: Path) -> dict[str, bytes]:

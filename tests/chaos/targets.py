@@ -41,7 +41,8 @@ from superpose_adapters.provenance import (
     Source,
     read_provenance,
 )
-from superpose_adapters.store import AdapterStore, StoreError
+from superpose_adapters.store import AdapterStore
+from superpose_adapters.store_error import StoreError
 from superpose_adapters.strict_json import StrictJsonError, read_object
 from superpose_adapters.tensorfile import with_metadata
 from superpose_adapters.text_encoder import TextEncoder

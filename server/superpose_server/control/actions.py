@@ -13,7 +13,9 @@ from superpose_adapters.geometry import Analysis
 from superpose_adapters.mix import BoundEntry, BoundMix, Mix
 from superpose_adapters.mix_syntax import check_name, check_weight, format_mix
 from superpose_adapters.peft.folder import Limits, parse_adapter
-from superpose_adapters.store import AdapterStore, StoreError
+from superpose_adapters.shared_objects import SharedStoreError
+from superpose_adapters.store import AdapterStore
+from superpose_adapters.store_error import StoreError
 from superpose_server.control.audit import Audit
 from superpose_server.control.default_mix import DefaultMix, MixState
 from superpose_server.control.merger import Merged
@@ -329,6 +331,12 @@ def _check_name(name: str, field: str = "domain") -> None:
 def _store_failed(error: StoreError) -> FailedPrecondition:
     """Return what a client is told; where on the disk it is, is for the log alone."""
     _log.error("%s", error)
+    if isinstance(error, SharedStoreError):
+        return FailedPrecondition(
+            f"the shared store of adapters cannot be used ({error.why}): mend it or --store, and "
+            "try again",
+            "STORE_WRITE_FAILED",
+        )
     why = error.__cause__.strerror if isinstance(error.__cause__, OSError) else None
     return FailedPrecondition(
         f"the store of pushed adapters cannot be written or read ({why or 'see the log'}): free "

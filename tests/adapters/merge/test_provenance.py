@@ -20,7 +20,8 @@ from superpose_adapters.provenance import (
     Source,
     read_provenance,
 )
-from superpose_adapters.store import AdapterStore, StoreError
+from superpose_adapters.store import AdapterStore
+from superpose_adapters.store_error import StoreError
 
 DIGEST = "0123456789abcdef" * 4
 LAYOUT = {"m": ModuleLayout(3, 2, transposed=False)}
