@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from superpose_adapters.objects import Objects
 from superpose_adapters.shared_objects import SharedObjects
-from superpose_adapters.store_error import StoreError
+from superpose_adapters.store_error import Damaged, StoreError
 
 _log = logging.getLogger(__name__)
 
@@ -51,14 +51,14 @@ class CachedObjects:
             KeyError: There is no object of this digest, neither here nor there.
             SharedStoreError: No copy here is whole, and the shared store cannot be read, or its
                 object is damaged too.
-            StoreError: The copy is damaged, and the shared store has no object of this digest.
+            Damaged: The copy is damaged, and the shared store has no object of this digest.
         """
-        damage: StoreError | None = None
+        damage: Damaged | None = None
         try:
             return self._local.files(digest)
         except KeyError:
             pass
-        except StoreError as error:
+        except Damaged as error:
             damage = error
         try:
             config, tensors = self._shared.files(digest)
@@ -72,7 +72,7 @@ class CachedObjects:
             _log.warning("no copy of %s is kept: %s", digest, error)
         else:
             if damage is not None:
-                _log.warning("mended from %s: %s", self._shared.url, damage)
+                _log.warning("mended from %s: %s", self._shared.url, damage.what)
         return config, tensors
 
     def collect(self, keep: Collection[str]) -> list[str]:

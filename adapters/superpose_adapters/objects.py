@@ -20,7 +20,7 @@ from uuid import uuid4
 from superpose_adapters.adapter import AdapterError
 from superpose_adapters.durable import sync, write_synced
 from superpose_adapters.peft.folder import CONFIG_NAME, TENSORS_NAME, files_digest
-from superpose_adapters.store_error import StoreError, cannot_write, damaged
+from superpose_adapters.store_error import Damaged, cannot_write
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -104,7 +104,7 @@ class Objects:
 
         Raises:
             KeyError: No object of this digest is stored.
-            StoreError: The object is damaged.
+            Damaged: Its files are not those of this digest.
         """
         if digest not in self:
             raise KeyError(digest)
@@ -113,16 +113,16 @@ class Objects:
             config = (path / CONFIG_NAME).read_bytes()
             tensors = (path / TENSORS_NAME).read_bytes()
         except OSError as error:
-            raise damaged(path, str(error)) from error
+            raise Damaged(path, str(error)) from error
         why = damage(digest, config, tensors)
         if why is not None:
-            raise damaged(path, why)
+            raise Damaged(path, why)
         return config, tensors
 
     def _is_whole(self, digest: str) -> bool:
         try:
             self.files(digest)
-        except (KeyError, StoreError):
+        except (KeyError, Damaged):
             return False
         return True
 

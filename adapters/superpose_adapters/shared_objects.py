@@ -121,7 +121,7 @@ class SharedObjects:
         self._folder.stat()
         try:
             Objects(self._folder).put(config, tensors)
-        except StoreError as error:
+        except StoreError as error:  # Of what the disk said, which is said in words of ours.
             raise error.__cause__ or error from None
 
     def files(self, digest: str) -> tuple[bytes, bytes]:

@@ -37,7 +37,7 @@ from superpose_adapters.objects import Objects
 from superpose_adapters.peft.folder import DEFAULT_LIMITS, Limits, parse_adapter
 from superpose_adapters.provenance import Provenance, provenance_from_json
 from superpose_adapters.shared_objects import SharedObjects
-from superpose_adapters.store_error import StoreError, cannot_write, damaged
+from superpose_adapters.store_error import Damaged, StoreError, cannot_write
 
 
 @dataclass(frozen=True)
@@ -218,9 +218,9 @@ class AdapterStore:
         try:
             names: Any = json.loads(written)
         except (ValueError, RecursionError) as error:
-            raise damaged(self._index, "it is not JSON") from error
+            raise Damaged(self._index, "it is not JSON") from error
         if not isinstance(names, dict):
-            raise damaged(self._index, "it is not an object")
+            raise Damaged(self._index, "it is not an object")
         read: dict[str, Named] = {}
         for domain, value in names.items():
             try:
@@ -230,14 +230,14 @@ class AdapterStore:
                     raise StoreError(
                         f"{self._index}: pushed adapter {domain}: {error} and write it in this file"
                     ) from error
-                raise damaged(self._index, str(error)) from error
+                raise Damaged(self._index, str(error)) from error
             try:
                 read[domain] = _from_json(value)
             except ValueError as error:
-                raise damaged(self._index, f"{domain}: {error}") from error
+                raise Damaged(self._index, f"{domain}: {error}") from error
             if read[domain].digest not in self:
                 where = "" if self._shared is None else f", here or in {self._shared.url}"
-                raise damaged(self._index, f"{domain} names an adapter that is not stored{where}")
+                raise Damaged(self._index, f"{domain} names an adapter that is not stored{where}")
         return read
 
     def _write_names(self, names: Mapping[str, Named]) -> None:

@@ -12,11 +12,19 @@ class StoreError(Exception):
     """
 
 
+class Damaged(StoreError):
+    """A file, or an object's folder, is not what was written.
+
+    Attributes:
+        what: The same without the remedy.
+    """
+
+    def __init__(self, path: Path, why: str) -> None:
+        """Say so in one line."""
+        self.what = f"{path}: damaged ({why})"
+        super().__init__(f"{self.what}: restore it, or remove it and push again")
+
+
 def cannot_write(folder: Path, error: OSError) -> StoreError:
     """Return what to raise, `from error`, where the disk refuses."""
     return StoreError(f"{folder}: cannot write ({error.strerror}): free space or check permissions")
-
-
-def damaged(path: Path, why: str) -> StoreError:
-    """Return what to raise of a file, or of an object's folder, that is not what was written."""
-    return StoreError(f"{path}: damaged ({why}): restore it, or remove it and push again")
