@@ -60,6 +60,7 @@ class CachedObjects:
             pass
         except Damaged as error:
             damage = error
+            _log.warning("mending from %s: %s", self._shared.url, damage.what)
         try:
             config, tensors = self._shared.files(digest)
         except KeyError:
@@ -70,9 +71,6 @@ class CachedObjects:
             self._local.put(config, tensors)
         except StoreError as error:
             _log.warning("no copy of %s is kept: %s", digest, error)
-        else:
-            if damage is not None:
-                _log.warning("mended from %s: %s", self._shared.url, damage.what)
         return config, tensors
 
     def collect(self, keep: Collection[str]) -> list[str]:

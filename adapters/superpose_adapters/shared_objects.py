@@ -275,7 +275,7 @@ def _is_folder(file_system: Any) -> bool:
 def _said(error: Exception, patience: float) -> tuple[str, str]:
     """Return in our words what went wrong, and the remedy."""
     number = error.errno if isinstance(error, OSError) else None
-    kind = os.strerror(number) if number is not None else type(error).__name__
+    kind = os.strerror(number) if isinstance(number, int) else type(error).__name__
     if isinstance(error, TimeoutError):
         return f"no answer within {patience:.3g} s", "check that it is up and can be reached"
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:

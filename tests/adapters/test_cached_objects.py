@@ -77,7 +77,7 @@ def test_a_damaged_copy_is_fetched_again_with_one_line(
         assert objects.files(DIGESTS[0]) == files(0)
         assert copy.read_bytes() == files(0)[1]
         assert [record.levelno for record in caplog.records] == [logging.WARNING]
-        assert f"mended from {url}: " in caplog.text
+        assert f"mending from {url}: " in caplog.text
         assert DIGESTS[0] in caplog.text
         assert objects.files(DIGESTS[0]) == files(0)
         assert len(caplog.records) == 1

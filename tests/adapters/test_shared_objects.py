@@ -219,6 +219,7 @@ def test_a_package_that_is_missing_is_named(
         (OSError(errno.ENOSPC, "secret"), r"it fails \(No space left on device\)"),
         (ConnectionResetError(errno.ECONNRESET, "secret"), r"it fails \(Connection reset by peer"),
         (fsspec.exceptions.FSTimeoutError("secret"), "no answer within 30 s: check that it is up"),
+        (OSError("secret", "secret"), r"it fails \(OSError\)"),
         (NotImplementedError("secret"), r"it fails \(NotImplementedError\)"),
         (KeyError("secret"), r"it fails \(KeyError\)"),
         (RuntimeError("secret\nhttps://user:secret@host/?X-Amz-Signature=secret"), "RuntimeError"),

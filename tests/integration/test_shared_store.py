@@ -100,7 +100,7 @@ def test_a_damaged_copy_is_mended_at_the_start(
         assert copy.read_bytes() == whole
         told = [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
         assert len(told) == 1, told
-        assert told[0].startswith(f"mended from {store.as_uri()}: {copy.parent}: damaged (")
+        assert told[0].startswith(f"mending from {store.as_uri()}: {copy.parent}: damaged (")
     finally:
         again.stop()
 
