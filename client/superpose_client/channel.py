@@ -74,6 +74,14 @@ def channel_options(address: str, one_of_several: bool) -> tuple[tuple[str, int 
     return (*_OPTIONS, proxied, *(_OPTIONS_OF_SEVERAL if one_of_several else ()))
 
 
+def stands_for_several(address: str) -> bool:
+    """Return whether an address is a name that several servers may share, as its writer says.
+
+    Without `dns:` gRPC looks a name up just the same, but goes to the first address that answers.
+    """
+    return address.startswith("dns:")
+
+
 def proxy_of(target: str) -> str | None:
     """Return how to call the proxy through which gRPC reaches `target`; None without one.
 

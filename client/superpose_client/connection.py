@@ -10,7 +10,7 @@ import grpc
 
 from superpose_client.access import Access
 from superpose_client.call import Call
-from superpose_client.channel import channel_options, proxy_of
+from superpose_client.channel import channel_options, proxy_of, stands_for_several
 from superpose_client.credentials import Credentials
 from superpose_client.errors import AddressError, CallError, ClientClosedError, from_rpc_error
 from superpose_client.services import SERVICES
@@ -19,6 +19,8 @@ DEFAULT_TARGET = "127.0.0.1:50051"
 RETRIES = 4
 
 Target = str | Sequence[str]
+# What a file says that servers follow.
+_SAID = {"Mix.AddDomain", "Mix.RemoveDomain", "Mix.SetMix", "Mix.NameMix", "Mix.UnnameMix"}
 
 
 def addresses_of(target: Target) -> list[str]:
@@ -100,7 +102,7 @@ class Connections:
     gRPC can balance load over one name's addresses, but not over several names, each of which has
     its own certificate. So each address has a channel; gRPC watches the health of its server, fails
     at once what is sent to one that is not there or does not serve, and `Attempts` goes on to the
-    next.
+    next. `dns:NAME:PORT` is one name of several servers: over its addresses gRPC takes the turns.
     """
 
     def __init__(
@@ -129,8 +131,10 @@ class Connections:
         self.retries = retries
         self.addresses = addresses_of(target)
         credentials = Credentials.of(access, self.addresses)
-        several = len(self.addresses) > 1
-        self.all = [Connection(library, each, credentials, several) for each in self.addresses]
+        self._several = len(self.addresses) > 1 or any(map(stands_for_several, self.addresses))
+        self.all = [
+            Connection(library, each, credentials, self._several) for each in self.addresses
+        ]
         self._turns = itertools.count()
 
     def for_call(self, call: Call[Any]) -> list[Connection]:
@@ -139,10 +143,11 @@ class Connections:
         Raises:
             AddressError: The call is about one server, and there are several.
         """
-        if len(self.all) > 1 and not call.method.startswith("Inference."):
+        if self._several and not call.method.startswith("Inference."):
             raise AddressError(
                 f"{call.method} is about one server, not about whichever of "
-                f"{', '.join(self.addresses)} has its turn: give one address"
+                f"{', '.join(self.addresses)} has its turn: give the address of one"
+                + (", or change the file that the servers follow" if call.method in _SAID else "")
             )
         first = next(self._turns) % len(self.all)
         return [*self.all[first:], *self.all[:first]]

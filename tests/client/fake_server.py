@@ -376,13 +376,16 @@ def verification(*, ok: bool) -> mix_pb2.VerifyWeightsResponse:
 
 
 class FakeServer:
-    """Runs while its `with` block does; `address` is on loopback, or the `socket` in a folder.
+    """Runs while its `with` block does; `address` is `listen`'s, or the `socket` in a folder.
 
     With `credentials` it speaks TLS.
     """
 
     def __init__(
-        self, socket: Path | None = None, credentials: grpc.ServerCredentials | None = None
+        self,
+        socket: Path | None = None,
+        credentials: grpc.ServerCredentials | None = None,
+        listen: str = "127.0.0.1:0",
     ) -> None:
         self.answers = default_answers()
         self.requests: list[Any] = []
@@ -408,12 +411,12 @@ class FakeServer:
         health_pb2_grpc.add_HealthServicer_to_server(
             cast(Any, _HealthServicer(servicer, self._health)), self._server
         )
-        address = f"unix:{socket}" if socket else "127.0.0.1:0"
+        address = f"unix:{socket}" if socket else listen
         if credentials is None:
             port = self._server.add_insecure_port(address)
         else:
             port = self._server.add_secure_port(address, credentials)
-        self.address = f"unix:{socket}" if socket else f"127.0.0.1:{port}"
+        self.address = f"unix:{socket}" if socket else f"{listen.rpartition(':')[0]}:{port}"
 
     def serve(self, serving: bool) -> None:
         """Tell those who watch whether texts are served."""

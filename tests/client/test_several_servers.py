@@ -11,6 +11,7 @@ from tests.client.callers import AsyncCaller, Caller, SyncCaller
 from tests.client.certificates import CA, file_of, server_credentials
 from tests.client.every_call import CALLS
 from tests.client.fake_server import Failure, FakeServer, chunks
+from tests.client.name_server import NameServer
 
 from superpose_client import errors
 from superpose_client.client import Client
@@ -19,6 +20,9 @@ from superpose_proto.v1 import inference_pb2
 Made = Callable[..., Caller]
 Code = grpc.StatusCode
 TEXTS = set(inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].methods_by_name)
+
+
+SAID_BY_A_FILE = {"AddDomain", "RemoveDomain", "SetMix", "NameMix", "UnnameMix"}
 
 
 @pytest.fixture
@@ -137,8 +141,9 @@ def test_what_is_about_one_server_is_not_asked_of_several(
     if method in TEXTS:
         call(caller)
     else:
-        with pytest.raises(errors.AddressError, match=f"{method} is about one server"):
+        with pytest.raises(errors.AddressError, match=f"{method} is about one server") as caught:
             call(caller)
+        assert ("or change the file" in str(caught.value)) == (method in SAID_BY_A_FILE)
     assert sum(counts(servers)) == (method in TEXTS)
 
 
@@ -171,3 +176,47 @@ def test_each_server_is_known_by_its_own_name(make: Made, tmp_path: Any) -> None
 def test_no_token_goes_to_one_of_several_unencrypted() -> None:
     with pytest.raises(errors.AccessError, match=r"go to model\.example:1 unencrypted"):
         Client("localhost:1,model.example:1", token="t")
+
+
+@pytest.fixture
+def shared_name() -> Iterator[tuple[str, list[FakeServer], NameServer]]:
+    """A name that two servers have, with TLS by that name: how to ask for it."""
+    with FakeServer() as first, ExitStack() as stack:
+        port = first.address.rpartition(":")[2]
+        second = stack.enter_context(FakeServer(listen=f"127.0.0.2:{port}"))
+        names = stack.enter_context(NameServer("servers.test", ["127.0.0.1", "127.0.0.2"]))
+        yield f"dns://{names.authority}/servers.test:{port}", [first, second], names
+
+
+def test_servers_of_one_name_take_turns(
+    make: Made, shared_name: tuple[str, list[FakeServer], NameServer]
+) -> None:
+    target, servers, _ = shared_name
+    caller = make(target)
+    for _ in range(10):
+        caller.generate("x")
+    # The first goes to whichever is connected first.
+    assert min(counts(servers)) >= 4
+    with pytest.raises(errors.AddressError, match=r"SetMix is about one server.*servers\.test"):
+        caller.set("math")
+    servers[0].__exit__(None, None, None)
+    for _ in range(6):
+        caller.generate("x")
+        caller.collect("stream", "x")
+
+
+def test_servers_of_one_name_are_known_by_it(make: Made, tmp_path: Any) -> None:
+    authority = CA()
+    ca = file_of(authority, tmp_path / "ca.pem")
+    credentials = server_credentials(authority, "servers.test")
+    with (
+        FakeServer(credentials=credentials) as server,
+        NameServer("servers.test", ["127.0.0.1"]) as names,
+    ):
+        port = server.address.rpartition(":")[2]
+        target = f"dns://{names.authority}/servers.test:{port}"
+        with pytest.raises(errors.AccessError, match="unencrypted"):
+            Client(target, token="t")
+        caller = make(target, ca=ca, token="t")
+        assert caller.generate("x").text
+        assert server.authorizations == ["Bearer t"]
