@@ -378,10 +378,20 @@ class Limits(FromMessage, message=server_pb2.Limits):
 
 
 @dataclass(frozen=True)
+class FollowedFile(FromMessage, message=server_pb2.FollowedFile):
+    """A file that says what the default mix is; `problem` is why the server is not at that."""
+
+    name: str
+    reached: bool
+    problem: str
+
+
+@dataclass(frozen=True)
 class ServerInfo(FromMessage, message=server_pb2.GetServerInfoResponse):
     """The server, its base and what it is doing.
 
-    `mix` is the default mix; `generated_tokens` are those of all rows since the start.
+    `mix` is the default mix; `generated_tokens` are those of all rows since the start; `followed`
+    is None if the server follows no file.
     """
 
     version: str
@@ -400,6 +410,7 @@ class ServerInfo(FromMessage, message=server_pb2.GetServerInfoResponse):
     generated_tokens: int
     chat_template: bool
     grpc_address: str
+    followed: FollowedFile | None
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from superpose_client.results import (
     CurrentMix,
     Estimate,
     FitResult,
+    FollowedFile,
     MergeResult,
     MixState,
     NamedMix,
@@ -142,8 +143,18 @@ def _(info: ServerInfo) -> RenderableType:
         ("running", f"{info.running} of {limits.max_batch}"),
         ("waiting", f"{info.waiting} of {limits.max_queue}"),
         ("adapters", str(info.adapters)),
+        *_followed_fields(info.followed),
         *_mix_fields(info.mix),
     )
+
+
+def _followed_fields(followed: FollowedFile | None) -> list[tuple[str, str | Text]]:
+    if followed is None:
+        return []
+    if followed.reached:
+        return [("follows", followed.name)]
+    problem = f"{followed.name}, and is NOT at what it says: {followed.problem}"
+    return [("follows", Text(problem, style="bold red"))]
 
 
 @screen.register

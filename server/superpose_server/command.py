@@ -18,6 +18,8 @@ from pathlib import Path
 
 from superpose_adapters.bundled import BUNDLES, resolve_base
 from superpose_server.config import ServerConfig, parse_config, split_address
+from superpose_server.control.followed_file import FollowedFile
+from superpose_server.control.mix_file import MixFileError
 from superpose_server.door.access.access import Access
 from superpose_server.door.tls import Tls
 from superpose_server.errors import BeyondRepair, StartupError
@@ -34,8 +36,9 @@ def _check(config: ServerConfig) -> None:
     """Refuse what can be seen at once: torch takes seconds to import, and a base minutes to load.
 
     Raises:
-        StartupError: No base, an address that is taken, a state folder, a file of tokens or a
-            certificate that cannot be used, or a door whose packages are not installed.
+        StartupError: No base, an address that is taken, a state folder, a file of tokens, a
+            certificate or a file to follow that cannot be used, or a door whose packages are not
+            installed.
     """
     missing = [name for name in _HTTP_PACKAGES if find_spec(name) is None]
     if config.serves_http and missing:
@@ -60,6 +63,12 @@ def _check(config: ServerConfig) -> None:
                 ) from error
     Access(config.tokens)
     Tls.of(config)
+    if config.follow is not None:
+        file = FollowedFile(config.follow)
+        try:
+            file.read()
+        except MixFileError as error:
+            raise StartupError(f"--follow {file.name}: {error}") from error
     # That of a bundle is there, or has to be made first, which a signal can cut short only later.
     if config.base not in BUNDLES:
         try:

@@ -21,6 +21,7 @@ PUSH_MARGIN_MIB = 16
 # Both together are less than what protobuf can write.
 MOST_ADAPTER_MIB = 2047 - PUSH_MARGIN_MIB
 
+_DAY = 86_400.0
 _LOOPBACK_NAMES = {"localhost"}
 _HOST_NAME = re.compile(r"[a-z0-9_.-]+")
 _ORIGIN = re.compile(
@@ -80,6 +81,17 @@ class ServerConfig:
             "pushed is kept there, and --state-dir holds names and copies; without it --state-dir "
             "holds all"
         ),
+    )
+    follow: str | None = field(
+        default=None,
+        metadata=_help(
+            "file, or URL that fsspec opens (https://, s3://), that says in JSON what the default "
+            "mix is, and which mixes have names; the server is at what it says before it is ready, "
+            "goes where it changes, and is changed by nobody else"
+        ),
+    )
+    follow_every: float = field(
+        default=5, metadata=_help("seconds between two looks at what --follow names")
     )
     listen: str = field(
         default="127.0.0.1:50051",
@@ -246,6 +258,13 @@ class ServerConfig:
             )
         if self.cache_mib is not None and self.cache_mib < 1:
             raise ValueError(f"--cache-mib is {self.cache_mib}: use at least 1")
+        if self.follow == "":
+            raise ValueError("--follow is empty: name a file or a URL")
+        if not 0 < self.follow_every <= _DAY:
+            raise ValueError(
+                f"--follow-every is {self.follow_every:g}: use seconds, more than 0 and at most a "
+                "day"
+            )
         every = self.verify_every
         if every is not None and not (math.isfinite(every) and every >= 0):
             raise ValueError(

@@ -66,6 +66,11 @@ class Metrics(EngineObserver):
         ):
             self._gauge(name, text).set_function(read)
 
+    def following(self, reached: Callable[[], bool]) -> None:
+        """Tell whether the server is at what a followed file says, whenever metrics are read."""
+        gauge = self._gauge("follow_reached", "1 while at what the followed file says")
+        gauge.set_function(reached)
+
     def stepped(self, rows: tuple[Sequence, ...], waiting: int, corrected: int) -> None:
         """Count a decode step, and its rows that were corrected (served as unmerged LoRA)."""
         self._count_generated(len(rows))

@@ -26,10 +26,13 @@ from superpose_server.control.actions import Operator
 from superpose_server.control.audit import Audit
 from superpose_server.control.checked_file import FileDamaged
 from superpose_server.control.default_mix import DefaultMix, MixState
+from superpose_server.control.followed_file import FollowedFile
+from superpose_server.control.following import Following
 from superpose_server.control.guard import Guard
 from superpose_server.control.integrity import Integrity
 from superpose_server.control.journal import Journal, JournalEntry
 from superpose_server.control.merger import Merger
+from superpose_server.control.mix_file import MixFile
 from superpose_server.control.named_mixes import NamedMixes
 from superpose_server.control.registry import Registered, Registry, Source
 from superpose_server.engine.engine import Engine
@@ -104,6 +107,14 @@ class Runtime:
         threads = config.threads or torch.get_num_threads()
         with ThreadPoolExecutor(1, "load", compute_with, (threads,)) as loader:
             loader.submit(self._load, observer or EngineObserver()).result()
+        following = self.following
+        if following is not None:
+            try:
+                following.start()
+            except BaseException:
+                self.close()
+                raise
+            self.metrics.following(lambda: following.state.reached)
 
     def _load(self, observer: EngineObserver) -> None:
         try:
@@ -157,6 +168,10 @@ class Runtime:
         self._weights.fold(self._weights.prepare(state.mix))
         self.default_mix = DefaultMix(journal, self._weights, self.engine, state)
         self.audit = Audit(state_dir)
+        followed = None if self.config.follow is None else FollowedFile(self.config.follow)
+        self.following: Following | None = None
+        if followed is not None:
+            self.following = Following(followed, self.config.follow_every, self._reach)
         self._operator = Operator(
             self.registry,
             self.default_mix,
@@ -165,6 +180,7 @@ class Runtime:
             self._facts,
             self.adapter_limits,
             self.audit,
+            "" if followed is None else followed.short_name,
         )
         self._operator.collect()
         threads = torch.get_num_threads()
@@ -352,6 +368,11 @@ class Runtime:
         running.add_done_callback(self._forget_action)
         return await asyncio.shield(running)
 
+    def _reach(self, wanted: MixFile) -> MixState:
+        """Do what `operate` does, for a thread of our own that follows a file."""
+        act = copy_context().run
+        return self._operator_thread.submit(act, self._operator.reach, wanted).result()
+
     def _forget_action(self, done: asyncio.Future[Any]) -> None:
         self._actions.discard(done)
         if not done.cancelled():
@@ -365,6 +386,8 @@ class Runtime:
         """Refuse what is new, and merges; let actions and rows end within `grace` seconds."""
         self.ending.set()
         self.merger.end()
+        if self.following is not None:
+            self.following.stop()
         await asyncio.to_thread(self.guard.stop)
         deadline = time.monotonic() + grace
         if self._actions:
@@ -375,10 +398,14 @@ class Runtime:
     def close(self) -> None:
         """End the threads and let another server have the state folder."""
         self.guard.stop()
+        if self.following is not None:
+            self.following.stop()
         # First the engine, for which an action may be waiting.
         self.engine.stop()
         self._store.give_up()
         self._operator_thread.shutdown(wait=True, cancel_futures=True)
+        if self.following is not None:
+            self.following.close()
         self._store.close()
         # Last, since it waits for the module that is being merged, and nothing waits for that.
         self.merger.close()

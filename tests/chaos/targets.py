@@ -48,7 +48,9 @@ from superpose_adapters.tensorfile import with_metadata
 from superpose_adapters.text_encoder import TextEncoder
 from superpose_proto.v1 import inference_pb2, mix_pb2
 from superpose_server.control.checked_file import FileDamaged
+from superpose_server.control.followed_file import FollowedFile
 from superpose_server.control.journal import Journal, JournalEntry, Record
+from superpose_server.control.mix_file import MixFileError
 from superpose_server.control.named_mixes import NamedMixes
 from superpose_server.door.contract.convert import (
     fit_from_wire,
@@ -169,6 +171,7 @@ def make_targets(workspace: Workspace) -> list[Target]:
         *_files_of_strangers(workspace),
         *_files_of_state(workspace),
         *_mixes(),
+        _followed(workspace),
         *(_rpc(workspace, kind, seeds) for kind, seeds in _requests().items()),
         *_bodies(workspace),
     ]
@@ -350,6 +353,42 @@ def _mixes() -> list[Target]:
             (ValueError,),
         ),
     ]
+
+
+# The file that servers follow.
+
+
+def _followed(workspace: Workspace) -> Target:
+    path = workspace.folder / "mixes.json"
+    followed = FollowedFile(str(path))
+    digest = "0123456789abcdef" * 4
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        found, theirs = followed.read(), json.loads(data)
+        assert set(theirs) <= {"mix", "named_mixes", "adapters"}
+        assert parse_mix(format_mix(found.mix)) == theirs["mix"]
+        assert (found.named_mixes is None) == ("named_mixes" not in theirs)
+        for name, mix in (found.named_mixes or {}).items():
+            assert parse_mix(format_mix({name: 1.0})) == {name: 1.0}
+            assert parse_mix(format_mix(mix)) == theirs["named_mixes"][name]
+        assert found.adapters == theirs.get("adapters", {})
+        for domain, named in found.adapters.items():
+            assert parse_mix(format_mix({domain: 1.0})) == {domain: 1.0}
+            assert len(bytes.fromhex(named)) == 32
+
+    seeds = (
+        _json({"mix": {}}),
+        _json({"mix": {"math": 1, "law": -0.5}, "named_mixes": {}}),
+        _json(
+            {
+                "mix": {"math": 0.5},
+                "named_mixes": {"qa": {"math": 1, "law": 0.5}, "none": {}},
+                "adapters": {"math": digest, "law": digest[::-1]},
+            }
+        ),
+    )
+    return Target("a file to follow", seeds, json_bytes, read, (MixFileError,), names_files=True)
 
 
 # Requests.

@@ -111,6 +111,23 @@ def test_status_of_a_damaged_server(ctl: Ctl, server: FakeServer) -> None:
     assert "DAMAGED" in ctl("status").stdout
 
 
+def test_status_of_a_server_that_follows_a_file(ctl: Ctl, server: FakeServer) -> None:
+    assert "follows" not in ctl("status").stdout
+    assert printed(ctl("status", "--json"))["followed"] is None
+    info: Any = server.answers["GetServerInfo"]
+    info.followed.name = "/etc/superpose/mixes.json"
+    info.followed.reached = True
+    assert "follows        /etc/superpose/mixes.json" in ctl("status").stdout.splitlines()
+    info.followed.reached, info.followed.problem = False, "it is not JSON"
+    told = " ".join(ctl("status").stdout.split())
+    assert "follows /etc/superpose/mixes.json, and is NOT at what it says: it is not JSON" in told
+    assert printed(ctl("status", "--json"))["followed"] == {
+        "name": "/etc/superpose/mixes.json",
+        "reached": False,
+        "problem": "it is not JSON",
+    }
+
+
 def test_list(ctl: Ctl) -> None:
     header, finance, math, medicine = ctl("list").stdout.splitlines()
     assert header.split() == ["DOMAIN", "WEIGHT", "RANK", "PARAMETERS", "SIZE", "SOURCE", "DIGEST"]

@@ -128,6 +128,7 @@ def test_every_reason_is_there_with_what_clients_get() -> None:
 def test_every_metric_is_there() -> None:
     metrics = Metrics()
     metrics.follow(lambda: 0, lambda: 0)
+    metrics.following(lambda: True)
 
     def name(metric: Metric) -> str:
         return metric.name + ("_total" if metric.type == "counter" else "")

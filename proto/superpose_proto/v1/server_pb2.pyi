@@ -47,6 +47,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     GENERATED_TOKENS_FIELD_NUMBER: builtins.int
     CHAT_TEMPLATE_FIELD_NUMBER: builtins.int
     GRPC_ADDRESS_FIELD_NUMBER: builtins.int
+    FOLLOWED_FIELD_NUMBER: builtins.int
     version: builtins.str
     base: builtins.str
     """As given to --base."""
@@ -74,6 +75,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     def mix(self) -> superpose_proto.v1.mix_pb2.MixState:
         """The default mix."""
 
+    @property
+    def followed(self) -> Global___FollowedFile:
+        """Absent if the server follows no file."""
+
     def __init__(
         self,
         *,
@@ -93,11 +98,38 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         generated_tokens: builtins.int = ...,
         chat_template: builtins.bool = ...,
         grpc_address: builtins.str = ...,
+        followed: Global___FollowedFile | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["limits", b"limits", "mix", b"mix"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapters", b"adapters", "base", b"base", "base_digest", b"base_digest", "chat_template", b"chat_template", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "generated_tokens", b"generated_tokens", "grpc_address", b"grpc_address", "limits", b"limits", "mix", b"mix", "running", b"running", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting", b"waiting", "weights_intact", b"weights_intact"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["followed", b"followed", "limits", b"limits", "mix", b"mix"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapters", b"adapters", "base", b"base", "base_digest", b"base_digest", "chat_template", b"chat_template", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "followed", b"followed", "generated_tokens", b"generated_tokens", "grpc_address", b"grpc_address", "limits", b"limits", "mix", b"mix", "running", b"running", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting", b"waiting", "weights_intact", b"weights_intact"]) -> None: ...
 
 Global___GetServerInfoResponse: typing_extensions.TypeAlias = GetServerInfoResponse
+
+@typing.final
+class FollowedFile(google.protobuf.message.Message):
+    """A file that says what the default mix of a server is, and which mixes have names."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    REACHED_FIELD_NUMBER: builtins.int
+    PROBLEM_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """The path or URL that was given to --follow, without user, password and query."""
+    reached: builtins.bool
+    """Whether the server is at what the file says."""
+    problem: builtins.str
+    """Why not, in one line; empty if it is. What is served is then what the file said before."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        reached: builtins.bool = ...,
+        problem: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "problem", b"problem", "reached", b"reached"]) -> None: ...
+
+Global___FollowedFile: typing_extensions.TypeAlias = FollowedFile
 
 @typing.final
 class Limits(google.protobuf.message.Message):

@@ -6,6 +6,7 @@ Everything here runs on one thread, one action after the other, so that no two c
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from superpose_adapters.adapter import AdapterError
 from superpose_adapters.base.facts import BaseFacts
@@ -19,6 +20,7 @@ from superpose_adapters.store_error import StoreError
 from superpose_server.control.audit import Audit
 from superpose_server.control.default_mix import DefaultMix, MixState
 from superpose_server.control.merger import Merged
+from superpose_server.control.mix_file import MixFile
 from superpose_server.control.named_mixes import NamedMix
 from superpose_server.control.registry import Registered, Registry, Source
 from superpose_server.errors import (
@@ -44,8 +46,12 @@ class Operator:
         base: BaseFacts,
         limits: Limits,
         audit: Audit,
+        follows: str = "",
     ) -> None:
-        """Act on these; `audit` is told what was changed."""
+        """Act on these; `audit` is told what was changed.
+
+        `follows` is what to call the file that the server follows; "" if it follows none.
+        """
         self._registry = registry
         self._default = default_mix
         self._store = store
@@ -53,6 +59,9 @@ class Operator:
         self._base = base
         self._limits = limits
         self._audit = audit
+        self._follows = follows
+        # What that file said last, whether or not it could be reached.
+        self._wanted = MixFile({})
 
     def add(self, domain: str, weight: float, expected_generation: int | None) -> MixState:
         """Add a domain to the default mix.
@@ -62,7 +71,9 @@ class Operator:
             NotFound: It names no adapter.
             InvalidArgument: The weight is 0 or no weight at all.
             GenerationMismatch: The default mix has changed.
+            FailedPrecondition: A file says what the default mix is.
         """
+        self._check_free("what the default mix is")
         self._default.check_generation(expected_generation)
         _check_name(domain)
         try:
@@ -94,7 +105,9 @@ class Operator:
         Raises:
             NotFound: It is not in it.
             GenerationMismatch: The default mix has changed.
+            FailedPrecondition: A file says what the default mix is.
         """
+        self._check_free("what the default mix is")
         self._default.check_generation(expected_generation)
         now = self._default.state.mix
         if not _holds(now, domain):
@@ -112,9 +125,73 @@ class Operator:
         Raises:
             NotFound: It names a domain that is not loaded.
             GenerationMismatch: The default mix has changed.
+            FailedPrecondition: A file says what the default mix is.
         """
+        self._check_free("what the default mix is")
         self._default.check_generation(expected_generation)
         return self._change(f"set {format_mix(dict(mix.entries))}", self._registry.bind(mix))
+
+    def reach(self, wanted: MixFile) -> MixState:
+        """Go to what a followed file says: all of it or, if that cannot be, nothing.
+
+        The same again changes nothing.
+
+        Raises:
+            NotFound: A domain is not loaded.
+            AlreadyExists: A mix is to have the name of a domain.
+            InvalidArgument: A mix has too many domains.
+            FailedPrecondition: A domain names another adapter, the fold would not be finite, there
+                are too many names, or the disk refuses.
+            Internal: The fold failed.
+        """
+        self._wanted = wanted
+        for domain, digest in wanted.adapters.items():
+            # Whoever has adapters by their digest could be asked for one that is not here.
+            found = self._registry.get(domain).adapter.digest
+            if found != digest:
+                raise FailedPrecondition(
+                    f"{domain} is adapter {found[:12]} here, and is to be {digest[:12]}: push that "
+                    "one in its place, or change the file",
+                    "ADAPTER_DIFFERS",
+                )
+        mix = self._of_domains(wanted.mix)
+        what, bound = f"set {format_mix(dict(mix.entries))}", self._registry.bind(mix)
+        if wanted.named_mixes is None:
+            return self._change(what, bound)
+        named = {name: self._of_domains(mix) for name, mix in wanted.named_mixes.items()}
+        for name in named:
+            if self._registry.find(name) is not None:
+                raise AlreadyExists(f"{name} is a domain: choose another name", "NAME_TAKEN")
+        before = {each.name: each.mix for each in self._registry.named_mixes.all()}
+        with self._registry.named_mixes.replacing(named):
+            state = self._change(what, bound)
+        for name in sorted(before.keys() - named.keys()):
+            self._note(f"unname {name}")
+        for name, mix_of_name in sorted(named.items()):
+            if before.get(name) != mix_of_name:
+                self._note(f"name {name} {format_mix(dict(mix_of_name.entries))}")
+        return state
+
+    def _of_domains(self, weights: Mapping[str, float]) -> Mix:
+        """Return a mix of a followed file, which is up to the file alone and so names no mixes."""
+        for domain in weights:
+            self._registry.get(domain)
+        mix = Mix.of(weights)
+        self._registry.check_size(len(mix))
+        return mix
+
+    def _check_free(self, what: str) -> None:
+        """Refuse a call that changes what a followed file says.
+
+        Raises:
+            FailedPrecondition: There is such a file.
+        """
+        if self._follows:
+            raise FailedPrecondition(
+                f"this server follows {self._follows}, which says {what}: change {self._follows} "
+                "instead",
+                "FOLLOWS_FILE",
+            )
 
     def _change(self, what: str, mix: BoundMix) -> MixState:
         before = self._default.state
@@ -129,8 +206,10 @@ class Operator:
         Raises:
             AlreadyExists: It names a domain.
             NotFound: The mix names a domain that is not loaded.
-            FailedPrecondition: Too many mixes have names, or the disk refuses.
+            FailedPrecondition: Too many mixes have names, the disk refuses, or a file says which
+                there are.
         """
+        self._check_names_free()
         _check_name(name, "name")
         if self._registry.find(name) is not None:
             raise AlreadyExists(f"{name} is a domain: choose another name", "NAME_TAKEN")
@@ -146,10 +225,15 @@ class Operator:
 
         Raises:
             NotFound: No mix has this name.
-            FailedPrecondition: The disk refuses.
+            FailedPrecondition: The disk refuses, or a file says which there are.
         """
+        self._check_names_free()
         self._registry.named_mixes.remove(name)
         self._note(f"unname {name}")
+
+    def _check_names_free(self) -> None:
+        if self._wanted.named_mixes is not None:
+            self._check_free("which mixes have names")
 
     def _note(self, what: str, before: MixState | None = None) -> None:
         """Record a change that has left the default mix alone, or came to it from `before`."""
@@ -180,7 +264,8 @@ class Operator:
         `parse_adapter`.
 
         Raises:
-            FailedPrecondition: The adapter is unfit, the domain is read only, or the disk refuses.
+            FailedPrecondition: The adapter is unfit, the domain is read only, a followed file says
+                that it is another one, or the disk refuses.
             AlreadyExists: The domain names other bytes, and `replace` is false; or it names a mix.
         """
         return self._keep("push", domain, config, tensors, replace, training=training)
@@ -243,6 +328,8 @@ class Operator:
                     "ADAPTER_EXISTS",
                 )
         registered = Registered(domain, adapter, Source.PUSHED)
+        if not same:
+            self._check_wanted(registered)
         mix_before = self._default.state
         self._weights.keep_base(adapter)
         try:
@@ -268,13 +355,34 @@ class Operator:
         state = self._default.state
         if not _holds(state.mix, registered.domain):
             return state
-        entries = (
-            BoundEntry(e.domain, registered.adapter, e.weight)
-            if e.domain == registered.domain
-            else e
-            for e in state.mix.entries
+        return self._default.change(_rebound(state.mix, registered))
+
+    def _check_wanted(self, registered: Registered) -> None:
+        """Refuse an adapter where a followed file says that its domain is another one.
+
+        The one that it says may come in the place of another, unless the default mix would then be
+        what neither the file says now nor any said before.
+
+        Raises:
+            FailedPrecondition: The file says otherwise.
+        """
+        domain, digests = registered.domain, self._wanted.adapters
+        if domain not in digests:
+            return
+        if digests[domain] != registered.adapter.digest:
+            self._check_free(f"that {domain} is adapter {digests[domain][:12]}")
+        now = self._default.state.mix
+        entries = _rebound(now, registered).entries
+        reached = Mix.of(self._wanted.mix) == Mix.of((e.domain, e.weight) for e in entries) and all(
+            digests.get(e.domain, e.adapter.digest) == e.adapter.digest for e in entries
         )
-        return self._default.change(BoundMix.of(state.mix.base_digest, entries))
+        if _holds(now, domain) and not reached:
+            raise FailedPrecondition(
+                f"{domain} is in the default mix, and with this adapter alone in it that would not "
+                f"be what {self._follows} says: push it under another name, and let "
+                f"{self._follows} say that",
+                "FOLLOWS_FILE",
+            )
 
     def delete(self, domain: str) -> None:
         """Forget a pushed adapter; running rows keep it to their end.
@@ -355,6 +463,19 @@ def _check_writable(registered: Registered) -> None:
             f"{registered.domain} {origin} and is read only: choose another name",
             "ADAPTER_READ_ONLY",
         )
+
+
+def _rebound(mix: BoundMix, registered: Registered) -> BoundMix:
+    """Return a mix with another adapter under one of its names."""
+    return BoundMix.of(
+        mix.base_digest,
+        (
+            BoundEntry(e.domain, registered.adapter, e.weight)
+            if e.domain == registered.domain
+            else e
+            for e in mix.entries
+        ),
+    )
 
 
 def _holds(mix: BoundMix, domain: str) -> bool:

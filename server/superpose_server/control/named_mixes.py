@@ -8,7 +8,8 @@ and one that is deleted; requests for it are then refused until its domains are 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,32 @@ class NamedMixes:
                 "TOO_MANY_NAMED_MIXES",
             )
         self._write(mixes)
+        self._mixes = mixes  # Readers hold the old mapping or the new one.
+
+    @contextmanager
+    def replacing(self, mixes: Mapping[str, Mix]) -> Iterator[None]:
+        """Let `mixes` be all there are once the block is left: durable within it, seen after it.
+
+        If it raises, they are taken back, and those from before are there still.
+
+        Raises:
+            FailedPrecondition: There are more than may be, or the disk refuses; nothing changes.
+        """
+        if mixes == self._mixes:
+            yield
+            return
+        if len(mixes) > self._most:
+            raise FailedPrecondition(
+                f"{len(mixes)} mixes are to have names, and {self._most} is the most: name fewer",
+                "TOO_MANY_NAMED_MIXES",
+            )
+        self._write(mixes)
+        try:
+            yield
+        except BaseException:
+            self._take_back()
+            raise
+        self._mixes = dict(mixes)
 
     def remove(self, name: str) -> None:
         """Take a name away; rows that were bound by it keep their mix.
@@ -83,7 +110,9 @@ class NamedMixes:
                 "NAMED_MIX_NOT_FOUND",
                 metadata={"name": name[:80]},
             )
-        self._write({other: mix for other, mix in self._mixes.items() if other != name})
+        mixes = {other: mix for other, mix in self._mixes.items() if other != name}
+        self._write(mixes)
+        self._mixes = mixes
 
     def _read(self) -> dict[str, Mix]:
         body = self._file.read()
@@ -106,4 +135,15 @@ class NamedMixes:
                 "space or mend --state-dir and try again; nothing has changed",
                 "NAMED_MIXES_WRITE_FAILED",
             ) from error
-        self._mixes = mixes  # Readers hold the old mapping or the new one.
+
+    def _take_back(self) -> None:
+        try:
+            self._file.undo()
+        except OSError:
+            # The names that are served are right; a restart would come up with the others.
+            _log.critical(
+                "%s holds names of mixes that are not served and could not be taken back: name "
+                "the mixes again before a restart",
+                self._file.path,
+                exc_info=True,
+            )

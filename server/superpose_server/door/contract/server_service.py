@@ -8,6 +8,7 @@ from typing import Any
 
 from superpose_proto.v1 import server_pb2 as pb
 from superpose_proto.v1 import server_pb2_grpc
+from superpose_server.control.following import Followed
 from superpose_server.door.contract.convert import mix_to_wire
 from superpose_server.runtime import Runtime
 
@@ -24,6 +25,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
     ) -> pb.GetServerInfoResponse:
         """Return version, base, limits and load."""
         runtime = self._runtime
+        following = runtime.following
         return pb.GetServerInfoResponse(
             version=version("superpose"),
             base=runtime.config.base,
@@ -49,4 +51,9 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             generated_tokens=runtime.metrics.generated_tokens,
             chat_template=runtime.tokenizer.has_chat_template,
             grpc_address=runtime.grpc_address,
+            followed=None if following is None else _followed_to_wire(following.state),
         )
+
+
+def _followed_to_wire(followed: Followed) -> pb.FollowedFile:
+    return pb.FollowedFile(name=followed.name, reached=followed.reached, problem=followed.problem)

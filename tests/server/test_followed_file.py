@@ -1,0 +1,141 @@
+"""Where followed files lie: paths and URLs, and what is told of those that cannot be read."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from superpose_server.control import followed_file
+from superpose_server.control.followed_file import FollowedFile
+from superpose_server.control.mix_file import MOST_BYTES, MixFile, MixFileError
+
+ONE, TWO = MixFile({"math": 1.0}), MixFile({})
+
+
+def text_of(file: MixFile) -> bytes:
+    return json.dumps({"mix": dict(file.mix)}).encode()
+
+
+@pytest.mark.parametrize("write", ["{}", "file://{}"])
+def test_a_path_and_a_url_are_read_anew_each_time(tmp_path: Path, write: str) -> None:
+    path = tmp_path / "mixes.json"
+    followed = FollowedFile(write.format(path))
+    assert (followed.name, followed.short_name) == (write.format(path), "mixes.json")
+    for file in (ONE, TWO, ONE):
+        path.write_bytes(text_of(file))
+        os.utime(path, ns=(0, 0))  # No stamp tells that it changed.
+        assert followed.read() == file
+
+
+def test_any_url_of_fsspec_s_will_do() -> None:
+    memory = fsspec.filesystem("memory")
+    followed = FollowedFile("memory://follow/mixes.json")
+    memory.pipe_file("/follow/mixes.json", text_of(ONE))
+    assert followed.read() == ONE
+    memory.pipe_file("/follow/mixes.json", text_of(TWO))
+    assert followed.read() == TWO
+    memory.rm("/follow", recursive=True)
+    with pytest.raises(MixFileError, match=r"^it cannot be read \(FileNotFoundError"):
+        followed.read()
+
+
+@pytest.mark.parametrize(
+    ("location", "name", "short"),
+    [
+        ("/etc/superpose/mixes.json", "/etc/superpose/mixes.json", "mixes.json"),
+        ("mixes.json", "mixes.json", "mixes.json"),
+        ("what?.json", "what?.json", "what?.json"),
+        ("https://me:secret@h:1/a/m.json?sig=secret#secret", "https://h:1/a/m.json", "m.json"),
+        ("s3://bucket/mixes.json?versionId=secret", "s3://bucket/mixes.json", "mixes.json"),
+        ("simplecache::https://secret@h/m.json?secret", "simplecache::https://h/m.json", "m.json"),
+        ("ftp://h/a\nb", "ftp://h/a\\nb", "a\\nb"),
+    ],
+)
+def test_what_a_url_has_of_secrets_is_not_told(location: str, name: str, short: str) -> None:
+    followed = FollowedFile(location)
+    assert (followed.name, followed.short_name) == (name, short)
+
+
+@pytest.mark.parametrize("write", ["{}", "file://{}"])
+def test_what_cannot_be_read_is_told_in_one_line(tmp_path: Path, write: str) -> None:
+    followed = FollowedFile(write.format(tmp_path / "none.json"))
+    with pytest.raises(MixFileError, match=r"^it cannot be read \(No such file or directory\)$"):
+        followed.read()
+    with pytest.raises(MixFileError, match=r"^it cannot be read \(Is a directory\)$"):
+        FollowedFile(str(tmp_path)).read()
+
+
+def test_a_file_without_end_is_not_read_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "mixes.json"
+    with path.open("wb") as file:
+        file.truncate(MOST_BYTES << 12)  # sparse: takes no space
+    with pytest.raises(MixFileError, match=r"^it is larger than 4 MiB$"):
+        FollowedFile(str(path)).read()
+
+
+def test_a_package_that_a_url_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
+    known = sys.modules["fsspec.registry"]._registry
+    monkeypatch.delitem(known, "https", raising=False)
+    with pytest.raises(MixFileError, match=r"^a URL of https needs .*: pip install aiohttp$"):
+        FollowedFile("https://127.0.0.1:1/mixes.json").read()
+
+
+def test_a_scheme_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(MixFileError, match=r"^it cannot be read \(ValueError: .*nonesuch"):
+        FollowedFile("nonesuch://x/mixes.json").read()
+    # Its words have the whole URL, so that they stay here.
+    with pytest.raises(MixFileError, match=r"^it cannot be read \(ValueError\)$"):
+        FollowedFile("nonesuch://x/mixes.json?sig=secret").read()
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Path:
+    """A file that answers nothing until somebody writes."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    return path
+
+
+def test_what_does_not_answer_is_asked_once_and_waited_for_again(
+    pipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(followed_file, "PATIENCE", 0.05)
+    followed = FollowedFile(str(pipe))
+    for _ in range(3):
+        with pytest.raises(MixFileError, match=r"^it has not answered within 0\.05 s$"):
+            followed.read()
+    assert [thread.name for thread in threading.enumerate()].count("follow-read") == 1
+    monkeypatch.setattr(followed_file, "PATIENCE", 60)
+    with pipe.open("wb") as writer:
+        writer.write(text_of(ONE))
+    assert followed.read() == ONE
+
+
+def test_a_reading_ends_where_it_is_given_up(pipe: Path) -> None:
+    followed = FollowedFile(str(pipe))
+    ended = threading.Event()
+
+    def read() -> None:
+        with pytest.raises(CancelledError):
+            followed.read()
+        ended.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    followed.close()
+    assert ended.wait(60)
+    reader.join()
+    # And what comes after that is given up at once.
+    with pytest.raises(CancelledError):
+        FollowedFile.read(followed)
+    with pipe.open("wb") as writer:  # Lets the threads go that opened it.
+        writer.write(b"")
