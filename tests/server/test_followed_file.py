@@ -97,6 +97,26 @@ def test_a_scheme_that_nobody_knows_is_refused() -> None:
         FollowedFile("nonesuch://x/mixes.json?sig=secret").read()
 
 
+class Telling(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """A file system whose errors hold what it was asked for, in each place of an error's."""
+
+    protocol = "telling"
+    cachable = False
+
+    def _open(self, path: str, *_: object, **__: object) -> object:
+        kind = {"a": FileNotFoundError, "b": PermissionError, "c": ValueError}[path[-1]]
+        raise kind(*[f"telling://{path} is secret"] * (1 + path.count("2")))
+
+
+@pytest.mark.parametrize("path", ["1a", "2a", "22a", "1b", "2b", "1c", "2c"])
+def test_no_error_tells_the_secrets_of_a_url(path: str) -> None:
+    fsspec.register_implementation("telling", Telling, clobber=True)
+    followed = FollowedFile(f"telling://me:secret@h/{path}")
+    with pytest.raises(MixFileError, match=r"^it cannot be read \(\w+\)$") as caught:
+        followed.read()
+    assert "secret" not in str(caught.value)
+
+
 @pytest.fixture
 def pipe(tmp_path: Path) -> Path:
     """A file that answers nothing until somebody writes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from concurrent.futures import CancelledError, Future, InvalidStateError, wait
@@ -98,8 +99,9 @@ class FollowedFile:
             return (
                 f"a URL of {scheme} needs a package that is not here ({with_kind(error)}): {remedy}"
             )
-        if isinstance(error, OSError) and error.strerror:
-            return f"it cannot be read ({error.strerror})"
+        if isinstance(error, OSError) and isinstance(error.errno, int):
+            # Not `strerror`, in which a library may have put the URL.
+            return f"it cannot be read ({os.strerror(error.errno)})"
         # Others' words may have the whole URL in them.
         whole = self.name == self._location
         return f"it cannot be read ({escaped(with_kind(error)) if whole else type(error).__name__})"
