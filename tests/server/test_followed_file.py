@@ -140,7 +140,8 @@ def test_what_does_not_answer_is_asked_once_and_waited_for_again(
     assert followed.read() == ONE
 
 
-def test_a_reading_ends_where_it_is_given_up(pipe: Path) -> None:
+def test_a_reading_ends_where_it_is_given_up(pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(followed_file, "PATIENCE", 3600)
     followed = FollowedFile(str(pipe))
     ended = threading.Event()
 
@@ -151,11 +152,9 @@ def test_a_reading_ends_where_it_is_given_up(pipe: Path) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    followed.close()
-    assert ended.wait(60)
+    with pipe.open("wb"):  # Which waits until somebody has opened it to read.
+        followed.close()
+        assert ended.wait(60)
+        with pytest.raises(CancelledError):  # And so does what comes after that.
+            followed.read()
     reader.join()
-    # And what comes after that is given up at once.
-    with pytest.raises(CancelledError):
-        FollowedFile.read(followed)
-    with pipe.open("wb") as writer:  # Lets the threads go that opened it.
-        writer.write(b"")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from concurrent.futures import CancelledError, Future, InvalidStateError, wait
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,10 +68,15 @@ class FollowedFile:
             ).start()
         if self._closed:
             raise CancelledError
-        if not wait([reading], PATIENCE).done:
-            raise MixFileError(f"it has not answered within {PATIENCE:g} s")
+        try:
+            read = reading.result(PATIENCE)
+        except TimeoutError:  # Not the reading's own, which is a MixFileError by now.
+            raise MixFileError(f"it has not answered within {PATIENCE:g} s") from None
+        except MixFileError:
+            self._reading = None
+            raise
         self._reading = None
-        return reading.result()
+        return read
 
     def _settle(self, reading: Future[bytes]) -> None:
         with suppress(InvalidStateError):  # Nobody waits any more.
