@@ -93,4 +93,6 @@ class _Seen:
         self._counts[name] += len(x)
 
     def moments(self) -> dict[str, Tensor]:
-        return {name: total / max(1, self._counts[name]) for name, total in self._sums.items()}
+        means = {name: total / max(1, self._counts[name]) for name, total in self._sums.items()}
+        # Not every processor's product with itself is symmetric to the last bit.
+        return {name: (mean + mean.T) / 2 for name, mean in means.items()}

@@ -31,7 +31,8 @@ def inputs_of(seed: int, count: int, tokens: int = 40, width: int = 11) -> list[
 
 
 def moments_of(inputs: Sequence[Tensor]) -> list[Tensor]:
-    return [x.T @ x / len(x) for x in inputs]
+    # In float64 first: a product in float32 is not symmetric to the last bit on every processor.
+    return [(x.double().T @ x.double() / len(x)).float() for x in inputs]
 
 
 def by_definition(
