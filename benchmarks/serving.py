@@ -434,6 +434,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--no-grpc", action="store_true", help="leave the server process out, and HTTP with it"
     )
     parsed = parser.parse_args(arguments)
+    names = dict.fromkeys([*OURS, *(each.name for each in (*BARE_VARIANTS, *VARIANTS))])
+    for name in parsed.only:
+        if name not in names:
+            parser.error(f"--only {name!r}: use one of {', '.join(map(repr, names))}")
     options = read_options(parsed)
     with progress("serving", options.seconds) as tell:
         report, results = measure(
