@@ -60,7 +60,7 @@ class Superpose:
     def _fold(self, name: str, count: int) -> Measure:
         def measure() -> float:
             mix = self._local.bind(dict.fromkeys(self._names[:count], 1.0))
-            device = self._local.runtime.model.device
+            device = self._local.runtime.local.runner.model.device
             prepared: list[Any] = []
             seconds = timed(lambda: prepared.append(self._local.prepare(mix)), device)
             self.preparations.setdefault(name, []).append(seconds)
@@ -75,7 +75,7 @@ class Superpose:
     def _restore(self) -> float:
         self._fold("", 2)()
         base = self._local.prepare(self._local.bind({}))
-        return timed(lambda: self._local.fold(base), self._local.runtime.model.device)
+        return timed(lambda: self._local.fold(base), self._local.runtime.local.runner.model.device)
 
 
 class Peft:
@@ -157,7 +157,7 @@ def copy_contestant(sources: list[torch.Tensor]) -> Measure:
 
 def base_weights(local: Local, folder: Path) -> list[torch.Tensor]:
     """Return copies of the base parameters that the adapters in `folder` adapt."""
-    model = local.runtime.model
+    model = local.runtime.local.runner.model
     adapter = local.runtime.registry.get(folder.name).adapter
     plain: Any = AutoModelForCausalLM.from_pretrained(
         local.runtime.config.base, dtype=model.dtype

@@ -98,7 +98,7 @@ class Load:
         """Make whole checks, one after the other, until `end` has passed."""
         before = len(self.checks.done)
         while time.perf_counter() < end:
-            done = await asyncio.wrap_future(self._local.runtime.engine.check())
+            done = await asyncio.wrap_future(self._local.runtime.local.check())
             if not done.value.ok:
                 raise RuntimeError(f"the weights are damaged: {done.value}")
             self.checks.done.append(done)

@@ -76,8 +76,8 @@ class Local:
 
     def fold(self, prepared: PreparedMix) -> BoundMix:
         """Fold between two steps; return what is resident when the next step can run."""
-        resident = self.runtime.engine.fold(prepared).result(_PATIENCE)
-        synchronise(self.runtime.model.device)
+        resident = self.runtime.local.fold(prepared).result(_PATIENCE)
+        synchronise(self.runtime.local.runner.model.device)
         return resident
 
     def start(self, request: Streamed, mix: BoundMix, done: Callable[[], object]) -> Row:
@@ -121,7 +121,7 @@ class Local:
 
         Measured on the row that has its first token last, so that no prefill is in it.
         """
-        context = self.runtime.model.context_length
+        context = self.runtime.base.context_length
         enough = threading.Semaphore(0)
         ended = threading.Semaphore(0)
         requests: list[Streamed] = []

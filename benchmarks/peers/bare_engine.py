@@ -38,7 +38,7 @@ class Bare:
         self.local = Local(
             options, settings.model, None, max_batch=settings.rows, max_length=settings.length
         )
-        corrections = self.local.runtime.engine.runner._corrections
+        corrections = self.local.runtime.local.runner._corrections
         corrections.count = lambda rows, resident: 0  # type: ignore[method-assign]
         corrections.plan = lambda rows, resident: None  # type: ignore[method-assign]
         corrections.forget = lambda in_use=(): None  # type: ignore[method-assign]

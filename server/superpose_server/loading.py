@@ -1,4 +1,8 @@
-"""A base made ready as configured: whole, checked, on its device; or one line that says why not."""
+"""A base made ready as configured: whole, checked, on its device; or one line that says why not.
+
+In two parts, since what is quickly refused comes first: `read_base` reads it, and who asks can see
+to what belongs to this base before `ReadBase.make_model` takes minutes.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,6 @@ from superpose_adapters.fast_bfloat16 import has_fast_bfloat16
 from superpose_adapters.one_line import one_line
 from superpose_adapters.peft.folder import CONFIG_NAME
 from superpose_adapters.shared_objects import SharedObjects
-from superpose_adapters.store import AdapterStore
 from superpose_adapters.store_error import StoreError
 from superpose_adapters.text_encoder import TextEncoder, logits_of, vocabulary_of
 from superpose_server.config import ServerConfig
@@ -35,7 +38,7 @@ from superpose_server.model.kernels.build import CompilerError, load_kernels
 from superpose_server.model.kernels.family import FamilyError
 from superpose_server.model.memory import MIB, is_out_of_memory
 from superpose_server.model.model import KERNEL_DTYPES, Model
-from superpose_server.state_folder import check_state_folder, state_folder
+from superpose_server.state_folder import check_state_folder
 
 # Characters of a line that says why a server cannot start, as far as it is not ours alone.
 _LONGEST = 2000
@@ -43,30 +46,53 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LoadedBase:
-    """A base and what belongs to it.
+class ReadBase:
+    """A base as its checkpoint has it, on its device.
 
     Attributes:
-        model: On its device.
+        config: What it was read for.
+        module: The model of transformers.
+        kernels: Whether it is to run on kernels.
         facts: What else a reader of adapters needs to know of it.
         tokenizer: Of the base.
         texts: Makes token ids of texts by it.
-        expected: What the weights must give in the mode that serves; None: nobody asks.
-        store: Adapters that were pushed for it, held against other servers.
-        state_dir: Where the store and the default mix are.
+        digest: sha256 of the checkpoint.
     """
 
-    model: Model
+    config: ServerConfig
+    module: nn.Module
+    kernels: bool
     facts: BaseFacts
     tokenizer: Tokenizer
     texts: TextEncoder
-    expected: Expected | None
-    store: AdapterStore
-    state_dir: Path
+    digest: str
+
+    def make_model(self) -> tuple[Model, Expected | None]:
+        """Return the model that serves, and what its weights must give; None: nobody asks.
+
+        Raises:
+            Exception: As `read_base`.
+        """
+        config, module = self.config, self.module
+        device = next(module.parameters()).device
+        expected = None
+        if config.self_check:
+            _check_meaning(type(module), module.config, device, self.kernels)
+            expected = expect(module, config.max_length)
+        model = Model(
+            module,
+            base_digest=self.digest,
+            device=device,
+            max_batch=config.max_batch,
+            max_length=config.max_length,
+            cache_bytes=None if config.cache_mib is None else config.cache_mib * MIB,
+            kernels=self.kernels,
+        )
+        return model, expected
 
 
-def load_base(config: ServerConfig) -> LoadedBase:
-    """Load the base, check it and open its state, what is quickly refused first.
+def read_base(config: ServerConfig) -> ReadBase:
+    """Read a base and check what needs no run of it, what is quickly refused first.
 
     Raises:
         Exception: As many kinds as there are things that fail; `startup_error` says each in a line.
@@ -74,7 +100,6 @@ def load_base(config: ServerConfig) -> LoadedBase:
     folder = resolve_base(config.base)
     device = _device(config.device)
     _check_adapter_dir(config.adapter_dir)
-    shared = _shared_store(config.store)
     check_state_folder(config)
     dtype = _dtype(config.dtype, device)
     kernels = _has_kernels(config, device, dtype)
@@ -84,27 +109,7 @@ def load_base(config: ServerConfig) -> LoadedBase:
     _check_length(config, module)
     facts = read_facts(config.base, folder, module, texts.tokens_before)
     module = module.to(device)
-    base_digest = checkpoint_digest(folder)
-    state_dir = state_folder(config, base_digest)
-    store = AdapterStore(state_dir / "adapters", shared)
-    try:
-        expected = None
-        if config.self_check:
-            _check_meaning(type(module), module.config, device, kernels)
-            expected = expect(module, config.max_length)
-        model = Model(
-            module,
-            base_digest=base_digest,
-            device=device,
-            max_batch=config.max_batch,
-            max_length=config.max_length,
-            cache_bytes=None if config.cache_mib is None else config.cache_mib * MIB,
-            kernels=kernels,
-        )
-    except BaseException:
-        store.close()
-        raise
-    return LoadedBase(model, facts, tokenizer, texts, expected, store, state_dir)
+    return ReadBase(config, module, kernels, facts, tokenizer, texts, checkpoint_digest(folder))
 
 
 def startup_error(config: ServerConfig, error: Exception) -> StartupError:
@@ -167,7 +172,7 @@ def _check_adapter_dir(root: Path | None) -> None:
         )
 
 
-def _shared_store(url: str | None) -> SharedObjects | None:
+def shared_store(url: str | None) -> SharedObjects | None:
     """Return the store of `--store`; one that is away may not be needed, if all was copied."""
     if url is None:
         return None

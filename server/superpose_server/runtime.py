@@ -5,23 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+from prometheus_client import CollectorRegistry
 
 from superpose_adapters.adapter import Adapter, AdapterError
-from superpose_adapters.bundled import BUNDLES
+from superpose_adapters.bundled import BUNDLES, resolve_base
 from superpose_adapters.mix import BoundEntry, BoundMix
 from superpose_adapters.mix_syntax import RESERVED_NAMES
 from superpose_adapters.one_line import one_line
 from superpose_adapters.peft.folder import Limits as AdapterLimits
-from superpose_adapters.peft.folder import read_adapter
-from superpose_server.config import PREFILL_TOKENS_CPU, PREFILL_TOKENS_GPU, ServerConfig
+from superpose_adapters.peft.folder import parse_adapter, read_files
+from superpose_adapters.store import AdapterStore
+from superpose_adapters.text_encoder import TextEncoder
+from superpose_server.config import ServerConfig
 from superpose_server.control.actions import Operator
 from superpose_server.control.audit import Audit
 from superpose_server.control.checked_file import FileDamaged
@@ -36,21 +40,23 @@ from superpose_server.control.mix_file import MixFile
 from superpose_server.control.named_mixes import NamedMixes
 from superpose_server.control.registry import Registered, Registry, Source
 from superpose_server.engine.engine import Engine
+from superpose_server.engine.executor import Condition, Executor, ServedBase
 from superpose_server.engine.job import JobResult
-from superpose_server.engine.observer import EngineObserver, Observers
-from superpose_server.engine.residency import Residency
-from superpose_server.engine.scheduler import RETRY_AFTER_SECONDS, Scheduler
-from superpose_server.engine.weights_check import Expected, check_weights
+from superpose_server.engine.observer import EngineObserver
+from superpose_server.engine.scheduler import RETRY_AFTER_SECONDS
+from superpose_server.engine.tokenizer import Tokenizer
 from superpose_server.errors import (
     QueueFull,
     ShuttingDown,
     StartupError,
 )
-from superpose_server.loading import load_base, startup_error
+from superpose_server.loading import read_base, shared_store, startup_error
+from superpose_server.local import make_local_engine
 from superpose_server.metrics import Metrics
 from superpose_server.model.memory import MIB
 from superpose_server.model.threads import compute_with, thread_of_one_core
-from superpose_server.weights.resident import ResidentWeights, Verification
+from superpose_server.state_folder import state_folder
+from superpose_server.weights.resident import Verification
 
 T = TypeVar("T")
 # Characters of a line that says why a folder is left out.
@@ -67,6 +73,25 @@ class Limits:
     max_score_rows: int = 2048
 
 
+class Remote(Executor, Protocol):
+    """An executor whose engines are those of other processes, its replicas.
+
+    Attributes:
+        integrity: Tells of what ends this server; replicas look after their own weights.
+    """
+
+    integrity: Integrity
+
+    def base(self, folder: Path) -> ServedBase:
+        """Return what is served, its checkpoint being in `folder` here."""
+
+    async def conditions(self) -> list[Condition]:
+        """Return how every replica is that answers, in the order of their names."""
+
+    def scraped(self, own: CollectorRegistry) -> CollectorRegistry:
+        """Return what is scraped: of `own` what replicas do not count, and their metrics."""
+
+
 class Runtime:
     """The parts of one running server.
 
@@ -79,6 +104,7 @@ class Runtime:
         *,
         limits: Limits | None = None,
         observer: EngineObserver | None = None,
+        fleet: Remote | None = None,
     ) -> None:
         """Load base and adapters, restore the default mix, and start the engine.
 
@@ -86,6 +112,7 @@ class Runtime:
             config: What the command line says.
             limits: Caps.
             observer: Receives the engine's events too, after the metrics.
+            fleet: Replicas that run the rows; None: this process does.
 
         Raises:
             StartupError: Anything that keeps the server from starting.
@@ -96,6 +123,9 @@ class Runtime:
             max_rank=config.max_rank, max_bytes=config.max_adapter_mib * MIB
         )
         self.metrics = Metrics()
+        self._guard: Guard | None = None  # Replicas have guards of their own.
+        self.engine: Executor
+        self._fleet = fleet
         self.started = time.monotonic()
         self.grpc_address = ""  # Set once that door is open, for who came by another.
         self.ending = asyncio.Event()
@@ -118,55 +148,79 @@ class Runtime:
 
     def _load(self, observer: EngineObserver) -> None:
         try:
-            base = load_base(self.config)
+            self._shared = shared_store(self.config.store)
+            if self._fleet is None:
+                self._load_here(observer)
+            else:
+                self._load_from(self._fleet)
         except Exception as error:
             raise startup_error(self.config, error) from error
-        self.model, self._store = base.model, base.store
-        self._facts = base.facts
-        self.tokenizer, self.texts = base.tokenizer, base.texts
+
+    def _load_here(self, observer: EngineObserver) -> None:
+        """Serve by an engine of this process."""
+        read = read_base(self.config)
+        self.tokenizer, self.texts = read.tokenizer, read.texts
+        # Before what takes minutes: another server may hold it.
+        with self._state(read.digest) as state_dir:
+            local = make_local_engine(read, self.metrics, observer)
+            self.base, self.engine, self.integrity = local.base, local.engine, local.integrity
+            self.integrity.follow(self.metrics.intact)
+            self._start(state_dir)
+            local.engine.start()
+            self._guard = local.guard
+            self._guard.start()
+            _log.info(
+                "loaded base=%s digest=%s dtype=%s device=%s cache_mib=%.1f base_copy_mib=%.1f "
+                "slots=%d context=%d adapters=%d generation=%d",
+                self.config.base,
+                self.base.digest[:12],
+                self.base.dtype,
+                self.base.device,
+                local.cache_nbytes / MIB,
+                local.weights.base_nbytes / MIB,
+                self.base.max_batch,
+                self.base.context_length,
+                len(self.registry),
+                self.default_mix.state.generation,
+            )
+
+    def _load_from(self, fleet: Remote) -> None:
+        """Serve by the engines of replicas, whose base is read here for its texts alone."""
+        folder = resolve_base(self.config.base)
+        self.tokenizer = Tokenizer(folder)
+        self.base, self.engine = fleet.base(folder), fleet
+        self.texts = TextEncoder(
+            self.tokenizer.inner, self.base.vocabulary, logits=self.base.logits
+        )
+        with self._state(self.base.digest) as state_dir:
+            self.integrity = fleet.integrity
+            self._start(state_dir)
+
+    @contextmanager
+    def _state(self, base_digest: str) -> Generator[Path]:
+        """Hold the state folder of this base, for good unless what is done in it fails."""
+        folder = state_folder(self.config, base_digest)
+        self._store = AdapterStore(folder / "adapters", self._shared)
         try:
-            self._start(base.state_dir, observer, base.expected)
-        except BaseException as error:
+            yield folder
+        except BaseException:
             self._store.close()
-            if isinstance(error, Exception):
-                raise startup_error(self.config, error) from error
             raise
 
-    def _start(self, state_dir: Path, observer: EngineObserver, expected: Expected | None) -> None:
-        model = self.model
+    def _start(self, state_dir: Path) -> None:
+        """Serve the adapters and the default mix that were served when the last server stopped."""
         try:
             named_mixes = NamedMixes(state_dir)
         except FileDamaged as error:
             raise StartupError(str(error)) from error
-        limits = self.limits
-        self.registry = Registry(model.base_digest, limits.max_domains_in_mix, named_mixes)
+        self.registry = Registry(self.base.digest, self.limits.max_domains_in_mix, named_mixes)
         self._register_all()
-        self._weights = ResidentWeights(
-            model.module,
-            model.layout,
-            model.base_digest,
-            torch.device("cpu") if self.config.base_copy == "host" else None,
-        )
-        self.integrity = Integrity(self._weights)
-        self.integrity.follow(self.metrics.intact)
         for registered in self.registry.all():
-            self._weights.keep_base(registered.adapter)
+            self.engine.keep(registered.adapter)
         journal = Journal(state_dir)
         state = self._restore(journal)
-        scheduler = Scheduler(model.max_batch, self.config.max_queue, model.switch)
-        self.engine = Engine(
-            model,
-            self._weights,
-            scheduler,
-            Observers(self.metrics, self.integrity, observer),
-            prefill_tokens=self.config.prefill_tokens
-            or (PREFILL_TOKENS_GPU if model.device.type == "cuda" else PREFILL_TOKENS_CPU),
-            residency=Residency() if self.config.residency == "auto" else None,
-        )
-        if expected is not None:
-            check_weights(self.engine.runner, expected)
-        self._weights.fold(self._weights.prepare(state.mix))
-        self.default_mix = DefaultMix(journal, self._weights, self.engine, state)
+        self.engine.begin(state.mix, state.generation)
+        self.default_mix = DefaultMix(journal, self.engine, state)
         self.audit = Audit(state_dir)
         followed = None if self.config.follow is None else FollowedFile(self.config.follow)
         self.following: Following | None = None
@@ -176,8 +230,8 @@ class Runtime:
             self.registry,
             self.default_mix,
             self._store,
-            self._weights,
-            self._facts,
+            self.engine,
+            self.base,
             self.adapter_limits,
             self.audit,
             "" if followed is None else followed.short_name,
@@ -187,8 +241,8 @@ class Runtime:
         self._operator_thread = thread_of_one_core("operator")
         self.merger = Merger(
             thread_of_one_core("merger", yields=True),
-            model.layout,
-            self._facts,
+            self.base.layout,
+            self.base.facts,
             self.adapter_limits,
             self.config.max_queue,
         )
@@ -197,24 +251,6 @@ class Runtime:
         self.metrics.mix_changed(state)
         self.metrics.resident(self.engine.resident)
         self.default_mix.watch(self.metrics.mix_changed)
-        self.engine.start()
-        self.guard = Guard(self.engine, self.integrity, self.config.verify_every)
-        self.guard.start()
-        _log.info(
-            "loaded base=%s digest=%s dtype=%s device=%s cache_mib=%.1f base_copy_mib=%.1f "
-            "slots=%d context=%d "
-            "adapters=%d generation=%d",
-            self.config.base,
-            model.base_digest[:12],
-            model.dtype,
-            model.device,
-            model.cache.nbytes / MIB,
-            self._weights.base_nbytes / MIB,
-            model.max_batch,
-            model.context_length,
-            len(self.registry),
-            state.generation,
-        )
 
     def _register_all(self) -> None:
         bundle = BUNDLES.get(self.config.base)
@@ -249,7 +285,7 @@ class Runtime:
     def _pushed(self, domain: str, digest: str) -> Adapter:
         try:
             return self._store.load(
-                digest, self.model.layout, self.adapter_limits, base=self._facts
+                digest, self.base.layout, self.adapter_limits, base=self.base.facts
             )
         except AdapterError as error:
             raise StartupError(
@@ -257,12 +293,22 @@ class Runtime:
             ) from error
 
     def _read(self, folder: Path, root: Path) -> Adapter:
+        limits, base = self.adapter_limits, self.base
         try:
-            return read_adapter(
-                folder, self.model.layout, self.adapter_limits, base=self._facts, root=root
+            files = read_files(folder, limits, root)
+            adapter = parse_adapter(
+                files.config,
+                files.tensors,
+                base.layout,
+                limits,
+                base=base.facts,
+                training=files.training,
             )
         except AdapterError as error:
             raise StartupError(f"adapter {folder}: {error}") from error
+        if self._fleet is not None:  # Replicas have no such folder, and read what is stored.
+            self._store.put(files.config, files.tensors)
+        return adapter
 
     def _register(self, domain: str, adapter: Adapter, source: Source) -> None:
         if self.registry.named_mixes.find(domain) is not None:
@@ -296,7 +342,7 @@ class Runtime:
             record = journal.read()
         except FileDamaged as error:
             raise StartupError(str(error)) from error
-        base_digest = self.model.base_digest
+        base_digest = self.base.digest
         if record is None:
             return MixState(0, BoundMix(base_digest))
         if record.base_digest != base_digest:
@@ -349,6 +395,38 @@ class Runtime:
             f"{found}: put that adapter back, or delete {journal.path} to start from the base model"
         )
 
+    @property
+    def scraped(self) -> CollectorRegistry:
+        """What Prometheus reads; any thread but the event loop's may collect it."""
+        own = self.metrics.registry
+        return own if self._fleet is None else self._fleet.scraped(own)
+
+    async def replicas(self) -> list[Condition]:
+        """Return how every replica is that answers; none, if this process runs the rows."""
+        return [] if self._fleet is None else await self._fleet.conditions()
+
+    @property
+    def local(self) -> Engine:
+        """The engine of this process, for those who look into it.
+
+        Raises:
+            TypeError: Rows run in replicas.
+        """
+        if not isinstance(self.engine, Engine):
+            raise TypeError("rows run in replicas")
+        return self.engine
+
+    @property
+    def guard(self) -> Guard:
+        """The guard of this process's engine.
+
+        Raises:
+            TypeError: Rows run in replicas.
+        """
+        if self._guard is None:
+            raise TypeError("rows run in replicas")
+        return self._guard
+
     async def operate(self, action: Callable[[Operator], T]) -> T:
         """Run an operator's action after all earlier ones, to its end even if nobody waits.
 
@@ -388,7 +466,8 @@ class Runtime:
         self.merger.end()
         if self.following is not None:
             self.following.stop()
-        await asyncio.to_thread(self.guard.stop)
+        if self._guard is not None:
+            await asyncio.to_thread(self._guard.stop)
         deadline = time.monotonic() + grace
         if self._actions:
             await asyncio.wait(set(self._actions), timeout=grace)
@@ -397,7 +476,8 @@ class Runtime:
 
     def close(self) -> None:
         """End the threads and let another server have the state folder."""
-        self.guard.stop()
+        if self._guard is not None:
+            self._guard.stop()
         if self.following is not None:
             self.following.stop()
         # First the engine, for which an action may be waiting.

@@ -186,10 +186,10 @@ class Served:
 
     @property
     def weights(self) -> ResidentWeights:
-        return self.runtime._weights
+        return self.runtime.local._weights
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.runtime.model.module.named_parameters())
+        return dict(self.runtime.local.runner.model.module.named_parameters())
 
     def hashes(self) -> dict[str, str]:
         """Return a hash of every byte of every live parameter."""
@@ -277,7 +277,7 @@ def start(
 
 def _watch(runtime: Runtime, recorder: Recorder) -> None:
     """Let the recorder see what is asked of the engine."""
-    engine = runtime.engine
+    engine = runtime.local
     submit, fold = engine.submit, engine.fold
 
     def counted_submit(sequence: Sequence) -> None:

@@ -229,7 +229,7 @@ def test_a_fault_in_a_step_ends_its_rows_and_no_others(
     served: Served, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
     before = state_of(served)
-    runner = served.runtime.engine.runner
+    runner = served.runtime.local.runner
     real = runner.run
     faults = [RuntimeError("secret detail")]
 
@@ -250,7 +250,7 @@ def test_a_fault_outside_of_every_phase_hangs_nobody(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = state_of(served)
-    engine = served.runtime.engine
+    engine = served.runtime.local
     stream = served.client.stream(PROMPT, max_new_tokens=900, ignore_eos=True)
     next(stream)
     real = engine._do_slice
@@ -281,7 +281,7 @@ def test_an_engine_that_dies_ends_every_call_and_says_that_only_a_new_start_help
 
     with ThreadPoolExecutor(2) as pool, held(served.recorder) as goes_on:
         waiting = pool.submit(served.client.set, "base"), pool.submit(served.client.verify)
-        monkeypatch.setattr(served.runtime.engine, "_do_slice", dies)
+        monkeypatch.setattr(served.runtime.local, "_do_slice", dies)
         goes_on.set()
         with pytest.raises(InternalError, match=r"^internal error$"):
             list(stream)

@@ -91,7 +91,7 @@ def test_a_fit_that_is_left_stops_and_another_may_begin(served: Served) -> None:
         assert time.monotonic() < deadline, "the fit runs on"
         with contextlib.suppress(QueueFullError):
             fitted = result_of(served.client.fit(ROWS, ["a"], budget=2))
-    engine = served.runtime.engine
+    engine = served.runtime.local
     with engine._wake:
         assert engine._wake.wait_for(engine._idle, PATIENCE), "a score runs on"
 

@@ -57,7 +57,7 @@ def guarded(loop: LoopThread, gpt2: Family, tmp_path: Path) -> Any:
 
 def go_on_only_while_checked(served: Served) -> None:
     """Hold rows between checks, so that none ends of itself before one finds what is damaged."""
-    engine, recorder = served.runtime.engine, served.recorder
+    engine, recorder = served.runtime.local, served.recorder
 
     def gate(_: Step) -> None:
         wait_until(lambda: bool(engine._jobs) or recorder.gate is not gate, "a check is asked for")
@@ -80,7 +80,7 @@ class Finding:
 
 
 def test_a_bit_that_flips_while_16_streams_run_is_found_and_mended(guarded: Served) -> None:
-    served, recorder, engine = guarded, guarded.recorder, guarded.runtime.engine
+    served, recorder, engine = guarded, guarded.recorder, guarded.runtime.local
     expected, hashes = served.greedy(tokens=40), served.hashes()
     findings: list[Finding] = []  # Since the bit has flipped.
     enough = threading.Event()
@@ -170,7 +170,7 @@ def copy(served: Served) -> Tensor:
     next(held)
     go_on_only_while_checked(served)  # The factors are kept while the row runs.
     served.copies = held  # type: ignore[attr-defined]  # Runs on.
-    stack = served.runtime.engine.runner._corrections._stack
+    stack = served.runtime.local.runner._corrections._stack
     assert stack is not None
     return stack.a[ADAPTED][0]
 

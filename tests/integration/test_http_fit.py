@@ -105,7 +105,7 @@ def test_a_fit_ends_with_its_client_and_another_may_begin(served: Served, http: 
         return http.ask("POST", "/v1/mix/fit", asked).status == 200
 
     wait_until(another, "the fit that nobody waits for has ended")
-    engine = served.runtime.engine
+    engine = served.runtime.local
     with engine._wake:
         assert engine._wake.wait_for(engine._idle, PATIENCE), "a score runs on"
 

@@ -22,6 +22,7 @@ from tests.zoo import build
 
 import superpose_server.command as command
 import superpose_server.loading as loading_room
+import superpose_server.local as local_room
 import superpose_server.model.model as model_room
 import superpose_server.runtime as runtime_room
 from superpose_adapters.store import AdapterStore
@@ -159,7 +160,8 @@ def fail_at(place: str, error: Exception, patch: Patch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    patch.setattr(runtime_room if hasattr(runtime_room, place) else loading_room, place, fail)
+    room = next(room for room in (loading_room, local_room) if hasattr(room, place))
+    patch.setattr(room, place, fail)
 
 
 @pytest.mark.parametrize("case", ANYTHING)
@@ -504,9 +506,10 @@ def order(monkeypatch: Patch) -> list[str]:
 
     for name in ("resolve_base", "load_checkpoint", "Tokenizer", "checkpoint_digest"):
         note(loading_room, name)
-    for name in ("AdapterStore", "check_meaning", "expect", "Model"):
+    note(runtime_room, "AdapterStore")
+    for name in ("check_meaning", "expect", "Model"):
         note(loading_room, name)
-    note(runtime_room, "check_weights")
+    note(local_room, "check_weights")
     note(ResidentWeights, "fold")
     note(Engine, "start")
     return done
@@ -554,7 +557,7 @@ def test_the_checks_leave_no_trace(loop: LoopThread, gpt2: Family, tmp_path: Pat
     for self_check in (False, True):
         served = start(loop, gpt2.base, tmp_path / "state", self_check=self_check)
         try:
-            cache: Any = served.runtime.model.cache
+            cache: Any = served.runtime.local.runner.model.cache
             assert not any(store[:-1].any() for store in (*cache._keys, *cache._values))
             assert served.recorder.events == []
             metrics = served.runtime.metrics.registry
@@ -564,7 +567,9 @@ def test_the_checks_leave_no_trace(loop: LoopThread, gpt2: Family, tmp_path: Pat
                 for sample in family.samples
                 if not re.search("created|timestamp|seconds|process|memory", sample.name)
             }
-            assert not any(m._forward_hooks for m in served.runtime.model.module.modules())
+            assert not any(
+                m._forward_hooks for m in served.runtime.local.runner.model.module.modules()
+            )
             assert served.client.verify().ok
         finally:
             served.stop()
@@ -610,7 +615,7 @@ def test_without_a_compiler_a_server_serves_without_kernels_and_says_so(
 ) -> None:
     served = start(loop, gpt2.base, tmp_path / "state", device="cpu", compile="auto")
     try:
-        assert not served.server.runtime.model.packed
+        assert not served.server.runtime.local.runner.model.packed
         assert served.greedy()
     finally:
         served.stop()

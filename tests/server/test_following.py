@@ -43,6 +43,7 @@ from superpose_server.control.journal import Journal
 from superpose_server.control.mix_file import MixFile
 from superpose_server.control.named_mixes import NamedMixes
 from superpose_server.control.registry import Registered, Registry, Source
+from superpose_server.engine.executor import ServedBase
 from superpose_server.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -85,13 +86,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return make(tmp_path_factory.mktemp("made"))
 
 
-class Weights:
-    """In the place of resident weights: anything folds but what is huge."""
+class Engine:
+    """In the place of the engine: folds at once, or fails."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    def __init__(self) -> None:
+        self.fails = False
 
-    def keep_base(self, adapter: Adapter) -> None:
+    def keep(self, adapter: Adapter) -> None:
         pass
 
     def prepare(self, mix: BoundMix) -> BoundMix:
@@ -99,14 +100,7 @@ class Weights:
             raise FailedPrecondition("the fold would not be finite", "FOLD_NOT_FINITE")
         return mix
 
-
-class Engine:
-    """In the place of the engine: folds at once, or fails."""
-
-    def __init__(self) -> None:
-        self.fails = False
-
-    def fold(self, mix: BoundMix) -> Future[BoundMix]:
+    def commit(self, mix: BoundMix, generation: int) -> Future[BoundMix]:
         future: Future[BoundMix] = Future()
         if self.fails:
             future.set_exception(Internal("the fold failed", "FOLD_FAILED"))
@@ -128,19 +122,18 @@ class World:
         for domain, digest in self.store.names.items():
             adapter = self.store.load(digest, made.layout, limits, base=made.facts)
             self.registry.put(Registered(domain, adapter, Source.PUSHED))
-        weights: Any = Weights(made.layout)
         self.engine = Engine()
         self.journal = Journal(folder)
         engine: Any = self.engine
-        self.default = DefaultMix(self.journal, weights, engine, self._restored())
+        self.default = DefaultMix(self.journal, engine, self._restored())
         self.audit = Audit(folder)
         file = FollowedFile(str(location))
         self.operator = Operator(
             self.registry,
             self.default,
             self.store,
-            weights,
-            made.facts,
+            engine,
+            ServedBase(BASE, made.layout, made.facts, 9, 9, "float32", "cpu", 64, 4),
             limits,
             self.audit,
             file.short_name,

@@ -56,12 +56,12 @@ def test_the_operators_number_of_threads_does_not_become_the_engines(
     config = ServerConfig(base=str(base), state_dir=tmp_path, compile=compile, threads=threads)
     runtime = Runtime(config, observer=seen)
     try:
-        digest = runtime.model.base_digest
-        mix = bound((random_adapter(runtime.model.layout, 1), 1.0), base_digest=digest)
+        digest = runtime.base.digest
+        mix = bound((random_adapter(runtime.base.layout, 1), 1.0), base_digest=digest)
         # Before the engine has computed anything.
         counts = asyncio.run(runtime.operate(lambda operator: torch.get_num_threads()))
         prepared = asyncio.run(runtime.operate(lambda operator: operator.prepare(mix)))
-        runtime.engine.fold(prepared).result(60)
+        runtime.local.fold(prepared).result(60)
     finally:
         runtime.close()
     assert counts == 1

@@ -106,6 +106,33 @@ def read_adapter(
     Raises:
         AdapterError: It is refused; `reason` says why.
     """
+    files = read_files(folder, limits, root)
+    return parse_adapter(
+        files.config, files.tensors, layout, limits, base=base, training=files.training
+    )
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The files of an adapter, not looked into.
+
+    Attributes:
+        config: adapter_config.json.
+        tensors: adapter_model.safetensors.
+        training: training.json; None: there is none.
+    """
+
+    config: bytes
+    tensors: bytes
+    training: bytes | None = None
+
+
+def read_files(folder: Path, limits: Limits, root: Path | None = None) -> AdapterFiles:
+    """Read the files of a PEFT folder; see `read_adapter`.
+
+    Raises:
+        AdapterError: One is missing, too large, or not to be read.
+    """
     try:
         check_name(folder.name)
     except ValueError as error:
@@ -121,7 +148,7 @@ def read_adapter(
     training = None
     if record.is_file() and record.stat().st_size <= MAX_TRAINING_BYTES:
         training = _read_file(record, home, MAX_TRAINING_BYTES)
-    return parse_adapter(config, tensors, layout, limits, base=base, training=training)
+    return AdapterFiles(config, tensors, training)
 
 
 def parse_adapter(

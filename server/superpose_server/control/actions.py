@@ -9,7 +9,6 @@ import logging
 from collections.abc import Mapping
 
 from superpose_adapters.adapter import AdapterError
-from superpose_adapters.base.facts import BaseFacts
 from superpose_adapters.geometry import Analysis
 from superpose_adapters.mix import BoundEntry, BoundMix, Mix
 from superpose_adapters.mix_syntax import check_name, check_weight, format_mix
@@ -23,13 +22,14 @@ from superpose_server.control.merger import Merged
 from superpose_server.control.mix_file import MixFile
 from superpose_server.control.named_mixes import NamedMix
 from superpose_server.control.registry import Registered, Registry, Source
+from superpose_server.engine.executor import Executor, ServedBase
 from superpose_server.errors import (
     AlreadyExists,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
 )
-from superpose_server.weights.resident import PreparedMix, ResidentWeights
+from superpose_server.weights.resident import PreparedMix
 
 _log = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ class Operator:
         registry: Registry,
         default_mix: DefaultMix,
         store: AdapterStore,
-        weights: ResidentWeights,
-        base: BaseFacts,
+        engine: Executor,
+        base: ServedBase,
         limits: Limits,
         audit: Audit,
         follows: str = "",
@@ -55,7 +55,7 @@ class Operator:
         self._registry = registry
         self._default = default_mix
         self._store = store
-        self._weights = weights
+        self._engine = engine
         self._base = base
         self._limits = limits
         self._audit = audit
@@ -303,9 +303,9 @@ class Operator:
             adapter = parse_adapter(
                 config,
                 tensors,
-                self._weights.layout,
+                self._base.layout,
                 self._limits,
-                base=self._base,
+                base=self._base.facts,
                 training=training,
             )
         except AdapterError as error:
@@ -331,9 +331,9 @@ class Operator:
         if not same:
             self._check_wanted(registered)
         mix_before = self._default.state
-        self._weights.keep_base(adapter)
         try:
             digest = self._store.put(config, tensors)
+            self._engine.keep(adapter)  # Where rows run elsewhere, they read it from the store.
             self._store.set_name(domain, digest, adapter.warnings, adapter.provenance)
             try:
                 state = self._rebind(registered)
@@ -419,12 +419,12 @@ class Operator:
             _log.warning("adapters that are no longer used could not be removed", exc_info=True)
 
     def prepare(self, mix: BoundMix) -> PreparedMix:
-        """Make what a fold (merge) of `mix` needs; see `ResidentWeights.prepare`."""
-        return self._weights.prepare(mix)
+        """Make what a fold (merge) of `mix` needs; see `Executor.prepare`."""
+        return self._engine.prepare(mix)
 
     def analyze(self, prepared: PreparedMix) -> Analysis:
         """Return the geometry of a mix; see `geometry.analyze`."""
-        return self._weights.analyze(prepared)
+        return self._engine.analyze(prepared)
 
 
 def _check_name(name: str, field: str = "domain") -> None:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 from superpose_adapters.mix import BoundMix
 from superpose_server.control.journal import Journal, JournalEntry, Record
-from superpose_server.engine.engine import Engine
+from superpose_server.engine.executor import Executor
 from superpose_server.errors import FailedPrecondition, GenerationMismatch
-from superpose_server.weights.resident import ResidentWeights
 
 _log = logging.getLogger(__name__)
 
@@ -37,12 +36,9 @@ Watcher = Callable[[MixState], None]
 class DefaultMix:
     """Holds the default mix. `state` may be read by any thread, changes come from one at a time."""
 
-    def __init__(
-        self, journal: Journal, weights: ResidentWeights, engine: Engine, state: MixState
-    ) -> None:
+    def __init__(self, journal: Journal, engine: Executor, state: MixState) -> None:
         """Begin with `state`, which the weights already hold."""
         self._journal = journal
-        self._weights = weights
         self._engine = engine
         self._watchers: set[Watcher] = set()
         self.state = state
@@ -74,7 +70,7 @@ class DefaultMix:
         """
         if mix == self.state.mix:
             return self.state
-        prepared = self._weights.prepare(mix)
+        prepared = self._engine.prepare(mix)
         state = MixState(self.state.generation + 1, mix)
         try:
             self._journal.write(record_of(state))
@@ -86,7 +82,7 @@ class DefaultMix:
                 "JOURNAL_WRITE_FAILED",
             ) from error
         try:
-            self._engine.fold(prepared).result()
+            self._engine.commit(prepared, state.generation).result()
         except BaseException:
             self._take_back()
             raise

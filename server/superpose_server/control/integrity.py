@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Protocol
 
 from superpose_server.engine.observer import EngineObserver
-from superpose_server.weights.resident import Findings, ResidentWeights
+from superpose_server.weights.resident import Findings
+
+
+class Weights(Protocol):
+    """What may be damaged, as `ResidentWeights` may.
+
+    Attributes:
+        intact: Whether texts may be made of it.
+    """
+
+    intact: bool
+
 
 Follower = Callable[[bool], None]
 _log = logging.getLogger(__name__)
@@ -19,7 +31,7 @@ class Integrity(EngineObserver):
         hopeless: Why nothing but a new start helps; "" as long as something else may.
     """
 
-    def __init__(self, weights: ResidentWeights) -> None:
+    def __init__(self, weights: Weights) -> None:
         """Begin with weights that are what they should be."""
         self._weights = weights
         self._followers: tuple[Follower, ...] = ()

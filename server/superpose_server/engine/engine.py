@@ -24,6 +24,8 @@ from typing import Any, TypeVar, TypeVarTuple
 import torch
 from torch import Tensor
 
+from superpose_adapters.adapter import Adapter
+from superpose_adapters.geometry import Analysis
 from superpose_adapters.mix import BoundMix
 from superpose_server.engine.choosing import choose
 from superpose_server.engine.job import Job, JobResult
@@ -103,6 +105,26 @@ class Engine:
     def start(self) -> None:
         """Set the engine thread going."""
         self._thread.start()
+
+    def begin(self, mix: BoundMix, generation: int) -> None:
+        """Fold the mix of a start, which comes before that of the thread; it is no event."""
+        self._weights.fold(self._weights.prepare(mix))
+
+    def keep(self, adapter: Adapter) -> None:
+        """Keep the base of what `adapter` adapts; see `ResidentWeights.keep_base`."""
+        self._weights.keep_base(adapter)
+
+    def prepare(self, mix: BoundMix) -> PreparedMix:
+        """Make what a fold of `mix` needs; see `ResidentWeights.prepare`."""
+        return self._weights.prepare(mix)
+
+    def analyze(self, prepared: PreparedMix) -> Analysis:
+        """Return the geometry of a mix; see `ResidentWeights.analyze`."""
+        return self._weights.analyze(prepared)
+
+    def commit(self, prepared: PreparedMix, generation: int) -> Future[BoundMix]:
+        """Fold what was prepared; here no other engine needs to know of which generation it is."""
+        return self.fold(prepared)
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a row; its sink gets chunks on the engine thread.

@@ -69,7 +69,8 @@ class Sequence:
 
     `computed` counts the tokens, those of the prompt first, whose keys and values are in the cache.
     `begun_as` is how long the text was when its first token ran last.
-    `cancelled` is the exception: any thread may set it, and the row leaves at the next step.
+    `cancelled` is the exception: any thread may set it, and the row leaves at the next step. What
+    runs rows elsewhere is told by `on_cancel`.
     `ended` is set when the last chunk was handed out.
     """
 
@@ -82,6 +83,7 @@ class Sequence:
     computed: int = 0
     begun_as: int = 0
     cancelled: bool = False
+    on_cancel: Callable[[], object] | None = None
     ended: bool = False
     accepted: float = field(default_factory=time.monotonic)
     started: float = 0.0
@@ -98,6 +100,12 @@ class Sequence:
         if not self.params.ignore_eos:
             stops |= self.tokenizer.ends
         self.stop_token_ids = frozenset(stops).union(self.params.stop_token_ids)
+
+    def cancel(self) -> None:
+        """Let the row leave soon; to one that has ended this says nothing new."""
+        self.cancelled = True
+        if self.on_cancel is not None:
+            self.on_cancel()
 
     @property
     def length(self) -> int:

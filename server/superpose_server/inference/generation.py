@@ -32,7 +32,7 @@ class Generation:
 
     def cancel(self) -> None:
         """Let the row leave at the next step; to a row that has ended this says nothing new."""
-        self._row.cancelled = True
+        self._row.cancel()
 
     async def __aiter__(self) -> AsyncGenerator[Chunk]:
         """Return chunks as they are made, and then raise what went wrong, if anything did."""

@@ -63,7 +63,7 @@ class Inference:
         self._encoder = Encoder(
             runtime.texts,
             runtime.tokenizer,
-            runtime.model.context_length,
+            runtime.base.context_length,
             runtime.limits.max_score_items,
             runtime.limits.max_score_rows,
         )
@@ -97,7 +97,7 @@ class Inference:
         self._encoder.check(request, len(prompt))
         bound = bound or self.bind(request.mix)
         inbox = self._delivery.inbox()
-        options = request.options.within(self._runtime.model.context_length - len(prompt))
+        options = request.options.within(self._runtime.base.context_length - len(prompt))
         row = Row(prompt, bound.mix, options, inbox.put, self._runtime.tokenizer)
         self._runtime.engine.submit(row)
         return Generation(request.request_id or str(uuid.uuid4()), bound, row, inbox)

@@ -100,14 +100,14 @@ class MixService(mix_pb2_grpc.MixServiceServicer):
         """Compare the resident weights with a fresh fold, base and adapters with their hashes."""
         verified = await self._inference.verify()
         found = verified.found
-        model = self._runtime.model
+        base = self._runtime.base
         return pb.VerifyWeightsResponse(
             ok=found.ok,
             mix=mix_to_wire(verified.mix),
-            base_digest=model.base_digest,
+            base_digest=base.digest,
             resident_hash=found.resident_hash,
-            dtype=str(model.dtype).removeprefix("torch."),
-            device=str(model.device),
+            dtype=base.dtype,
+            device=base.device,
             damaged_resident=found.findings.damaged_resident,
             damaged_base=found.findings.damaged_base,
             damaged_adapters=found.findings.damaged_adapters,

@@ -104,7 +104,7 @@ class Completions:
         # More could never be accepted at once, however often they are sent.
         self._most = min(
             runtime.limits.max_score_items,
-            runtime.model.max_batch + runtime.config.max_queue,
+            runtime.base.max_batch + runtime.config.max_queue,
         )
 
     def endpoints(self) -> tuple[Endpoint, ...]:

@@ -69,7 +69,7 @@ class Models:
             "object": "model",
             "created": self._created,
             "owned_by": "superpose",
-            "max_model_len": self._runtime.model.context_length,
+            "max_model_len": self._runtime.base.context_length,
             "mix": _weights(bound),
             "mix_digest": bound.mix.digest,
         }
