@@ -13,7 +13,7 @@ OUTSIDE := .venv-outside
 export HF_HUB_OFFLINE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test check lint types imports stubs pytest chaos clients browser pictures proto format clean
+.PHONY: help setup demo test check lint types imports stubs pytest chaos clients cluster browser pictures proto format clean
 
 help:
 	@echo "make demo    serve the bundled model, mix its three domains, verify the weights (1 minute);"
@@ -25,6 +25,7 @@ help:
 	@echo "make setup   only the set-up of both, in .venv"
 	@echo "make pytest  only the tests, for example: make pytest ARGS='tests/server -k fold'"
 	@echo "make clients other people's clients against the HTTP door, in $(OUTSIDE)"
+	@echo "make cluster replicas that Ray Serve keeps, in $(OUTSIDE)"
 	@echo "make browser the mixer in Chromium, in $(OUTSIDE); needs npm, and root where Chromium is missing"
 	@echo "make pictures  of the mixer, for docs/, on smollm2"
 	@echo "make proto   generate the stubs anew after a change of a .proto file"
@@ -47,7 +48,7 @@ test: lint types imports stubs pytest
 
 # Checks that need more than .venv holds, such as clients of others, a browser or a cluster, are
 # targets of their own, each with its dependency group and environment, and are added here.
-check: test clients browser
+check: test clients cluster browser
 
 lint: setup
 	$(BIN)/ruff check .
@@ -77,6 +78,10 @@ chaos: setup
 clients: $(OUTSIDE)/.ready
 	$(OUTSIDE)/bin/python -m pytest tests/clients $(ARGS)
 
+# Ray, whose own dependencies are as many, and an S3 server.
+cluster: $(OUTSIDE)/.ready
+	$(OUTSIDE)/bin/python -m pytest tests/cluster $(ARGS)
+
 # The page's types, and the page in a browser. Chromium is Debian's where there is none yet.
 MIXER := server/superpose_server/door/http/mixer
 browser: $(OUTSIDE)/.ready $(OUTSIDE)/node_modules
@@ -92,7 +97,7 @@ $(OUTSIDE)/.ready: pyproject.toml constraints.txt
 	$(OUTSIDE)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(OUTSIDE)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt torch
 	$(OUTSIDE)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --group outside \
-		--editable ".[server,http,smollm2]"
+		--editable ".[server,http,smollm2,cluster]"
 	touch $@
 
 $(OUTSIDE)/node_modules: $(OUTSIDE)/.ready

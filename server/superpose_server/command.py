@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,12 +22,14 @@ from superpose_server.control.followed_file import FollowedFile
 from superpose_server.control.mix_file import MixFileError
 from superpose_server.door.access.access import Access
 from superpose_server.door.tls import Tls
+from superpose_server.ending import take_back_signals
 from superpose_server.errors import BeyondRepair, StartupError
 from superpose_server.starting import start_or_die
 from superpose_server.state_folder import check_state_folder
 
-# Of the extra `http`, by the names that they are imported by.
+# Of the extras, by the names that they are imported by.
 _HTTP_PACKAGES = ("starlette", "uvicorn", "httptools", "python_multipart")
+_CLUSTER_PACKAGES = ("ray",)
 _BEYOND_REPAIR = 3
 _log = logging.getLogger(__name__)
 
@@ -40,12 +42,10 @@ def _check(config: ServerConfig) -> None:
             certificate or a file to follow that cannot be used, or a door whose packages are not
             installed.
     """
-    missing = [name for name in _HTTP_PACKAGES if find_spec(name) is None]
-    if config.serves_http and missing:
-        raise StartupError(
-            f"--http-listen {config.http_listen} needs {' and '.join(missing)}: pip install "
-            "'superpose[http]'"
-        )
+    if config.serves_http:
+        _check_installed(f"--http-listen {config.http_listen}", _HTTP_PACKAGES, "http")
+    if config.replicas is not None:
+        _check_installed(f"--replicas {config.replicas}", _CLUSTER_PACKAGES, "cluster")
     for flag, address in config.addresses.items():
         host, port = split_address(flag, address)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -78,6 +78,14 @@ def _check(config: ServerConfig) -> None:
     check_state_folder(config)
 
 
+def _check_installed(flag: str, packages: Sequence[str], extra: str) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise StartupError(
+            f"{flag} needs {' and '.join(missing)}: pip install 'superpose[{extra}]'"
+        )
+
+
 async def _serve(config: ServerConfig) -> None:
     # Imported here, so that nothing that is refused before waits for torch; and before the loop
     # takes the signals, since it hears of none while it imports.
@@ -85,7 +93,13 @@ async def _serve(config: ServerConfig) -> None:
     from superpose_server.runtime import Runtime
 
     async def start() -> Server:
-        runtime = await asyncio.to_thread(Runtime, config)
+        fleet = None
+        if config.replicas is not None:
+            from superpose_server.cluster.ray_replicas import start_fleet
+
+            fleet = await asyncio.to_thread(start_fleet, config, asyncio.get_running_loop())
+            take_back_signals()
+        runtime = await asyncio.to_thread(Runtime, config, fleet=fleet)
         try:
             server = Server(runtime)
             await server.start()

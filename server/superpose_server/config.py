@@ -7,7 +7,7 @@ import ipaddress
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
@@ -204,6 +204,19 @@ class ServerConfig:
     log_level: Literal["debug", "info", "warning", "error"] = field(
         default="info", metadata=_help("what stderr gets")
     )
+    replicas: int | None = field(
+        default=None,
+        metadata=_help(
+            "processes that run the rows, kept by Ray Serve on this machine (extra cluster), each "
+            "with a base of its own; without it this process runs them"
+        ),
+    )
+    replica_cpus: float = field(
+        default=1, metadata=_help("processors of each replica, which are its threads too")
+    )
+    replica_gpus: float = field(
+        default=0, metadata=_help("GPUs of each replica; 0.5: two replicas share one")
+    )
     reflection: bool = field(default=True, metadata=_help("do not serve gRPC reflection"))
     tls_cert: Path | None = field(
         default=None,
@@ -270,6 +283,12 @@ class ServerConfig:
             raise ValueError(
                 f"--verify-every is {every:g}: use seconds, or 0 for no checks of the weights"
             )
+        if self.replicas is not None and self.replicas < 1:
+            raise ValueError(f"--replicas is {self.replicas}: use at least 1")
+        for flag, least in (("cpus", 0.01), ("gpus", 0.0)):
+            share = getattr(self, f"replica_{flag}")
+            if not (math.isfinite(share) and share >= least):
+                raise ValueError(f"--replica-{flag} is {share:g}: use {least:g} or more")
         if not (math.isfinite(self.grace) and self.grace >= 0):
             raise ValueError(f"--grace is {self.grace:g}: use 0 or more seconds")
         for name in self.http_host:
@@ -397,6 +416,52 @@ def parse_config(arguments: Sequence[str] | None = None) -> ServerConfig:
         return ServerConfig(**values)
     except ValueError as error:
         parser.error(str(error))
+
+
+def config_of(values: Mapping[str, Any]) -> ServerConfig:
+    """Build the configuration from what a file has: {field: value}, paths as text.
+
+    Raises:
+        ValueError: A field that there is not, or a value that means nothing.
+    """
+    types = get_type_hints(ServerConfig)
+    for name in values:
+        if name not in types:
+            raise ValueError(f"{name} is no flag: use {', '.join(types)}")
+    if "base" not in values:
+        raise ValueError("base is needed: a folder, a Hub id, or mini or smollm2")
+    return ServerConfig(**{name: _read(name, types[name], value) for name, value in values.items()})
+
+
+def _read(name: str, kind: Any, value: Any) -> Any:
+    """Return a value of a file as the field `name` has it.
+
+    Raises:
+        ValueError: It is of another type, or none of the choices.
+    """
+    if get_origin(kind) is Literal:
+        kinds: tuple[Any, ...] = (str,)
+        if value not in get_args(kind):
+            raise ValueError(f"{name} is {value!r}: use one of {', '.join(get_args(kind))}")
+    elif get_origin(kind) is tuple:
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            raise ValueError(f"{name} is {value!r}: use a list of texts")
+        return tuple(value)
+    else:
+        kinds = get_args(kind) or (kind,)
+    if Path in kinds and isinstance(value, str):
+        return Path(value)
+    if float in kinds and type(value) is int:
+        return float(value)
+    if type(value) not in kinds:
+        raise ValueError(f"{name} is {value!r}: use {' or '.join(_word(each) for each in kinds)}")
+    return value
+
+
+def _word(kind: Any) -> str:
+    return {NoneType: "null", str: "a text", Path: "a path", bool: "true or false"}.get(
+        kind, "a number"
+    )
 
 
 def _add_repeated(parser: argparse.ArgumentParser, option: Field[Any]) -> None:

@@ -31,6 +31,16 @@ def ending_signals() -> list[signal.Signals]:
     return numbers
 
 
+def take_back_signals() -> None:
+    """Put this process's handlers in front again, after a library has put its own there.
+
+    Ray's core does, below Python: it writes a stack trace at a SIGTERM. Runs on the main thread.
+    """
+    for number in ending_signals():
+        signal.signal(number, signal.getsignal(number))
+        signal.siginterrupt(number, False)  # As asyncio has it.
+
+
 def die_of(number: int) -> NoReturn:
     """End the process as the signal does that nobody handles."""
     signal.signal(number, signal.SIG_DFL)

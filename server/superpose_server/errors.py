@@ -14,11 +14,15 @@ ServerError
 │   └── RateLimited      ... when the caller's token may be used again
 ├── WatchBehind          watch again
 ├── ShuttingDown         retry elsewhere
+├── Unavailable          retry: what was to run it is gone, and another will be there
+│   └── ReplicaUnfit     ... as a replica that begins anew
 ├── DataLoss             the weights fail their hash, or a fold could not be undone
 └── Internal             a fault of ours whose outcome is known and safe to tell
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from superpose_adapters.one_line import escaped
 
@@ -60,6 +64,19 @@ class ServerError(Exception):
         self.reason = reason
         self.field = field
         self.metadata = metadata or {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Go to another process as it is, whatever arguments its kind is made of."""
+        return _made_again, (type(self), self.args, self.__dict__.copy())
+
+
+def _made_again(
+    kind: type[ServerError], args: tuple[Any, ...], state: dict[str, Any]
+) -> ServerError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class InvalidArgument(ServerError):
@@ -169,6 +186,23 @@ class ShuttingDown(ServerError):
     def __init__(self) -> None:
         """Say so."""
         super().__init__("the server is shutting down: retry elsewhere", "SHUTTING_DOWN")
+
+
+class Unavailable(ServerError):
+    """What was to answer is not there, or not any more; nothing stands of the call."""
+
+
+class ReplicaUnfit(Unavailable):
+    """A replica cannot do what others can, and begins anew.
+
+    Attributes:
+        why: For the log alone.
+    """
+
+    def __init__(self, why: str) -> None:
+        """Hold why."""
+        super().__init__("a replica is not fit and begins anew: try again", "REPLICA_UNFIT")
+        self.why = why
 
 
 class DataLoss(ServerError):

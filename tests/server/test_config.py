@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from superpose_server.config import ServerConfig, parse_config, split_address
+from superpose_server.config import ServerConfig, config_of, parse_config, split_address
 
 
 @pytest.fixture(autouse=True)
@@ -216,3 +217,46 @@ def test_metrics_beyond_loopback_are_open_whatever_the_doors_have(
     asked = ("--base", "mini", "--metrics-listen", "0.0.0.0:0", *TLS, *TOKENS)
     assert "--metrics-listen 0.0.0.0:0 can be reached" in fails(capsys, *asked)
     parse_config((*asked, "--insecure"))
+
+
+def test_a_file_s_values_are_those_of_the_command_line() -> None:
+    config = config_of(
+        {
+            "base": "mini",
+            "state_dir": "state",
+            "max_batch": 4,
+            "grace": 5,
+            "http_host": ["a.example", "b.example"],
+            "strict": True,
+            "dtype": "float32",
+            "cache_mib": None,
+        }
+    )
+    assert config == ServerConfig(
+        base="mini",
+        state_dir=Path("state"),
+        max_batch=4,
+        grace=5.0,
+        http_host=("a.example", "b.example"),
+        strict=True,
+        dtype="float32",
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({}, "base is needed"),
+        ({"base": "mini", "max-batch": 4}, "max-batch is no flag"),
+        ({"base": "mini", "max_batch": "4"}, "max_batch is '4': use a number"),
+        ({"base": "mini", "max_batch": True}, "max_batch is True: use a number"),
+        ({"base": "mini", "strict": 1}, "strict is 1: use true or false"),
+        ({"base": "mini", "dtype": "int8"}, "dtype is 'int8': use one of auto"),
+        ({"base": "mini", "http_host": "a.example"}, "http_host is 'a.example': use a list"),
+        ({"base": 7}, "base is 7: use a text"),
+        ({"base": "mini", "max_batch": 0}, "--max-batch is 0"),
+    ],
+)
+def test_a_file_s_value_that_means_nothing_is_refused(values: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        config_of(values)

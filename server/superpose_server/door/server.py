@@ -96,7 +96,7 @@ class Server:
         config = self.runtime.config
         host, port = split_address("metrics-listen", config.metrics_listen)
         try:
-            metrics, _ = start_http_server(port, host, self.runtime.metrics.registry)
+            metrics, _ = start_http_server(port, host, self.runtime.scraped)
         except OSError as error:
             raise StartupError(
                 f"cannot listen on {config.metrics_listen} for metrics ({error.strerror}): choose "

@@ -26,6 +26,7 @@ from superpose_server.errors import (
     ServerError,
     ShuttingDown,
     Unauthenticated,
+    Unavailable,
     WatchBehind,
 )
 
@@ -40,6 +41,7 @@ _CODES: dict[type[ServerError], grpc.StatusCode] = {
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     WatchBehind: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ShuttingDown: grpc.StatusCode.UNAVAILABLE,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
     DataLoss: grpc.StatusCode.DATA_LOSS,
     ServerError: grpc.StatusCode.INTERNAL,
 }

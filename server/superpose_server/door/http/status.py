@@ -22,6 +22,7 @@ from superpose_server.errors import (
     ServerError,
     ShuttingDown,
     Unauthenticated,
+    Unavailable,
     WatchBehind,
 )
 
@@ -36,6 +37,7 @@ _STATUSES: dict[type[ServerError], int] = {
     QueueFull: 429,
     WatchBehind: 429,
     ShuttingDown: 503,
+    Unavailable: 503,
     DataLoss: 500,
     ServerError: 500,
 }
