@@ -184,6 +184,24 @@ def _status(session: Session) -> "ServerInfo":
     return session.client.info()
 
 
+@command("top")
+def _top(
+    session: Session,
+    every: Annotated[
+        float, typer.Option("--every", metavar="SECONDS", min=0.1, help="Between two looks.")
+    ] = 1.0,
+) -> None:
+    """Show what the server is doing, again and again, until Ctrl-C."""
+    from superpose_client.load_view import looks, show_looks
+
+    found = looks(session.client.info, every)
+    if session.json:
+        for look in found:
+            session.show(look.info)
+    else:
+        show_looks(found)
+
+
 @command("list")
 def _list(session: Session) -> Shown:
     """List the adapters."""

@@ -378,6 +378,24 @@ class Limits(FromMessage, message=server_pb2.Limits):
 
 
 @dataclass(frozen=True)
+class Replica(FromMessage, message=server_pb2.Replica):
+    """A process that runs rows of a server.
+
+    `generation` and `digest` are those of the mix that it holds; before its first change, None and
+    the digest of the base alone.
+    """
+
+    name: str
+    node: str
+    generation: int | None
+    digest: str
+    running: int
+    waiting: int
+    generated_tokens: int
+    weights_intact: bool
+
+
+@dataclass(frozen=True)
 class FollowedFile(FromMessage, message=server_pb2.FollowedFile):
     """A file that says what the default mix is; `problem` is why the server is not at that."""
 
@@ -391,7 +409,7 @@ class ServerInfo(FromMessage, message=server_pb2.GetServerInfoResponse):
     """The server, its base and what it is doing.
 
     `mix` is the default mix; `generated_tokens` are those of all rows since the start; `followed`
-    is None if the server follows no file.
+    is None if the server follows no file; `replicas` are those that answer, where it has any.
     """
 
     version: str
@@ -411,6 +429,7 @@ class ServerInfo(FromMessage, message=server_pb2.GetServerInfoResponse):
     chat_template: bool
     grpc_address: str
     followed: FollowedFile | None
+    replicas: tuple[Replica, ...]
 
 
 @dataclass(frozen=True)

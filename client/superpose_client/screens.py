@@ -37,6 +37,7 @@ from superpose_client.results import (
     PairAnalysis,
     Provenance,
     PushResult,
+    Replica,
     ScoreResult,
     ServerInfo,
     TopLogprobs,
@@ -129,23 +130,40 @@ def screen(result: Any) -> RenderableType:
 
 @screen.register
 def _(info: ServerInfo) -> RenderableType:
-    limits = info.limits
+    limits, engines = info.limits, max(1, len(info.replicas))
     sound: str | Text = "no fault found"
     if not info.weights_intact:
         sound = Text("DAMAGED: a verification failed; see adapterctl verify", style="bold red")
-    return _fields(
+    fields = _fields(
         ("server", f"superpose {info.version}, up {timedelta(seconds=int(info.uptime_seconds))}"),
         ("base", info.base),
         ("base digest", info.base_digest),
         ("parameters", f"{info.dtype} on {info.device}"),
         ("weights", sound),
         ("context", f"{info.context_length:,} tokens"),
-        ("running", f"{info.running} of {limits.max_batch}"),
-        ("waiting", f"{info.waiting} of {limits.max_queue}"),
+        ("running", f"{info.running} of {limits.max_batch * engines}"),
+        ("waiting", f"{info.waiting} of {limits.max_queue * engines}"),
         ("adapters", str(info.adapters)),
         *_followed_fields(info.followed),
         *_mix_fields(info.mix),
     )
+    return Group(fields, "", _replicas(info.replicas)) if info.replicas else fields
+
+
+def _replicas(replicas: Sequence[Replica]) -> Rows:
+    table = Rows("REPLICA", "NODE", ">GENERATION", "DIGEST", ">RUNNING", ">WAITING", ">TOKENS", "")
+    for replica in replicas:
+        table.add_row(
+            replica.name,
+            replica.node,
+            "-" if replica.generation is None else str(replica.generation),
+            _short(replica.digest),
+            str(replica.running),
+            str(replica.waiting),
+            f"{replica.generated_tokens:,}",
+            "" if replica.weights_intact else "DAMAGED",
+        )
+    return table
 
 
 def _followed_fields(followed: FollowedFile | None) -> list[tuple[str, str | Text]]:

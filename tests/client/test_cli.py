@@ -42,6 +42,7 @@ Code = grpc.StatusCode
 
 COMMANDS = [
     "status",
+    "top",
     "list",
     "show",
     "push",
@@ -109,6 +110,35 @@ def test_status_of_a_damaged_server(ctl: Ctl, server: FakeServer) -> None:
     info: Any = server.answers["GetServerInfo"]
     info.weights_intact = False
     assert "DAMAGED" in ctl("status").stdout
+
+
+def test_status_shows_replicas(ctl: Ctl, server: FakeServer) -> None:
+    info: Any = server.answers["GetServerInfo"]
+    info.replicas.add(name="q1w2", node="n0", generation=7, digest="ef" * 32, running=2, waiting=1)
+    info.replicas.add(name="e3r4", node="n1", digest="00" * 32, generated_tokens=12345)
+    lines = [line.split() for line in ctl("status").stdout.splitlines()]
+    assert ["running", "3", "of", "16"] in lines
+    assert ["q1w2", "n0", "7", "efefefefefef", "2", "1", "0", "DAMAGED"] in lines
+    assert ["e3r4", "n1", "-", "000000000000", "0", "0", "12,345", "DAMAGED"] in lines
+    assert [each["name"] for each in printed(ctl("status", "--json"))["replicas"]] == [
+        "q1w2",
+        "e3r4",
+    ]
+
+
+def test_top_goes_on_until_the_server_does_not(ctl: Ctl, server: FakeServer) -> None:
+    info: Any = server.answers["GetServerInfo"]
+    asked = 0
+
+    def answer(_request: object) -> Any:
+        nonlocal asked
+        asked += 1
+        return Failure(Code.INTERNAL) if asked == 3 else info
+
+    server.answers["GetServerInfo"] = answer
+    result = ctl("top", "--json", "--every=0.1")
+    assert result.exit_code == 1
+    assert [each["base"] for each in map(json.loads, result.stdout.splitlines())] == ["mini"] * 2
 
 
 def test_status_of_a_server_that_follows_a_file(ctl: Ctl, server: FakeServer) -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from superpose_proto.v1 import mix_pb2 as superpose__proto_dot_v1_dot_mix__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsuperpose_proto/v1/server.proto\x12\x0csuperpose.v1\x1a\x1csuperpose_proto/v1/mix.proto\"\x16\n\x14GetServerInfoRequest\"\xa6\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12$\n\x06limits\x18\x07 \x01(\x0b\x32\x14.superpose.v1.Limits\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x0f\n\x07waiting\x18\t \x01(\r\x12#\n\x03mix\x18\n \x01(\x0b\x32\x16.superpose.v1.MixState\x12\x10\n\x08\x61\x64\x61pters\x18\x0b \x01(\r\x12\x16\n\x0euptime_seconds\x18\x0c \x01(\x01\x12\x16\n\x0eweights_intact\x18\r \x01(\x08\x12\x18\n\x10generated_tokens\x18\x0e \x01(\x04\x12\x15\n\rchat_template\x18\x0f \x01(\x08\x12\x14\n\x0cgrpc_address\x18\x10 \x01(\t\x12,\n\x08\x66ollowed\x18\x11 \x01(\x0b\x32\x1a.superpose.v1.FollowedFile\">\n\x0c\x46ollowedFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07reached\x18\x02 \x01(\x08\x12\x0f\n\x07problem\x18\x03 \x01(\t\"\xa8\x01\n\x06Limits\x12\x11\n\tmax_batch\x18\x01 \x01(\r\x12\x11\n\tmax_queue\x18\x02 \x01(\r\x12\x10\n\x08max_rank\x18\x03 \x01(\r\x12\x19\n\x11max_adapter_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12max_domains_in_mix\x18\x05 \x01(\r\x12\x17\n\x0fmax_score_items\x18\x06 \x01(\r\x12\x16\n\x0emax_score_rows\x18\x07 \x01(\r2n\n\rServerService\x12]\n\rGetServerInfo\x12\".superpose.v1.GetServerInfoRequest\x1a#.superpose.v1.GetServerInfoResponse\"\x03\x90\x02\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsuperpose_proto/v1/server.proto\x12\x0csuperpose.v1\x1a\x1csuperpose_proto/v1/mix.proto\"\x16\n\x14GetServerInfoRequest\"\xcf\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12$\n\x06limits\x18\x07 \x01(\x0b\x32\x14.superpose.v1.Limits\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x0f\n\x07waiting\x18\t \x01(\r\x12#\n\x03mix\x18\n \x01(\x0b\x32\x16.superpose.v1.MixState\x12\x10\n\x08\x61\x64\x61pters\x18\x0b \x01(\r\x12\x16\n\x0euptime_seconds\x18\x0c \x01(\x01\x12\x16\n\x0eweights_intact\x18\r \x01(\x08\x12\x18\n\x10generated_tokens\x18\x0e \x01(\x04\x12\x15\n\rchat_template\x18\x0f \x01(\x08\x12\x14\n\x0cgrpc_address\x18\x10 \x01(\t\x12,\n\x08\x66ollowed\x18\x11 \x01(\x0b\x32\x1a.superpose.v1.FollowedFile\x12\'\n\x08replicas\x18\x12 \x03(\x0b\x32\x15.superpose.v1.Replica\"\xb1\x01\n\x07Replica\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x17\n\ngeneration\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x0f\n\x07waiting\x18\x06 \x01(\r\x12\x18\n\x10generated_tokens\x18\x07 \x01(\x04\x12\x16\n\x0eweights_intact\x18\x08 \x01(\x08\x42\r\n\x0b_generation\">\n\x0c\x46ollowedFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07reached\x18\x02 \x01(\x08\x12\x0f\n\x07problem\x18\x03 \x01(\t\"\xa8\x01\n\x06Limits\x12\x11\n\tmax_batch\x18\x01 \x01(\r\x12\x11\n\tmax_queue\x18\x02 \x01(\r\x12\x10\n\x08max_rank\x18\x03 \x01(\r\x12\x19\n\x11max_adapter_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12max_domains_in_mix\x18\x05 \x01(\r\x12\x17\n\x0fmax_score_items\x18\x06 \x01(\r\x12\x16\n\x0emax_score_rows\x18\x07 \x01(\r2n\n\rServerService\x12]\n\rGetServerInfo\x12\".superpose.v1.GetServerInfoRequest\x1a#.superpose.v1.GetServerInfoResponse\"\x03\x90\x02\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,11 +37,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFOREQUEST']._serialized_start=79
   _globals['_GETSERVERINFOREQUEST']._serialized_end=101
   _globals['_GETSERVERINFORESPONSE']._serialized_start=104
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=526
-  _globals['_FOLLOWEDFILE']._serialized_start=528
-  _globals['_FOLLOWEDFILE']._serialized_end=590
-  _globals['_LIMITS']._serialized_start=593
-  _globals['_LIMITS']._serialized_end=761
-  _globals['_SERVERSERVICE']._serialized_start=763
-  _globals['_SERVERSERVICE']._serialized_end=873
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=567
+  _globals['_REPLICA']._serialized_start=570
+  _globals['_REPLICA']._serialized_end=747
+  _globals['_FOLLOWEDFILE']._serialized_start=749
+  _globals['_FOLLOWEDFILE']._serialized_end=811
+  _globals['_LIMITS']._serialized_start=814
+  _globals['_LIMITS']._serialized_end=982
+  _globals['_SERVERSERVICE']._serialized_start=984
+  _globals['_SERVERSERVICE']._serialized_end=1094
 # @@protoc_insertion_point(module_scope)

@@ -4,7 +4,9 @@ isort:skip_file
 """
 
 import builtins
+import collections.abc
 import google.protobuf.descriptor
+import google.protobuf.internal.containers
 import google.protobuf.message
 import superpose_proto.v1.mix_pb2
 import sys
@@ -48,6 +50,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     CHAT_TEMPLATE_FIELD_NUMBER: builtins.int
     GRPC_ADDRESS_FIELD_NUMBER: builtins.int
     FOLLOWED_FIELD_NUMBER: builtins.int
+    REPLICAS_FIELD_NUMBER: builtins.int
     version: builtins.str
     base: builtins.str
     """As given to --base."""
@@ -79,6 +82,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     def followed(self) -> Global___FollowedFile:
         """Absent if the server follows no file."""
 
+    @property
+    def replicas(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Replica]:
+        """Processes that run the rows, where the server does not so itself; those that answer."""
+
     def __init__(
         self,
         *,
@@ -99,11 +106,54 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         chat_template: builtins.bool = ...,
         grpc_address: builtins.str = ...,
         followed: Global___FollowedFile | None = ...,
+        replicas: collections.abc.Iterable[Global___Replica] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["followed", b"followed", "limits", b"limits", "mix", b"mix"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapters", b"adapters", "base", b"base", "base_digest", b"base_digest", "chat_template", b"chat_template", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "followed", b"followed", "generated_tokens", b"generated_tokens", "grpc_address", b"grpc_address", "limits", b"limits", "mix", b"mix", "running", b"running", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting", b"waiting", "weights_intact", b"weights_intact"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapters", b"adapters", "base", b"base", "base_digest", b"base_digest", "chat_template", b"chat_template", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "followed", b"followed", "generated_tokens", b"generated_tokens", "grpc_address", b"grpc_address", "limits", b"limits", "mix", b"mix", "replicas", b"replicas", "running", b"running", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting", b"waiting", "weights_intact", b"weights_intact"]) -> None: ...
 
 Global___GetServerInfoResponse: typing_extensions.TypeAlias = GetServerInfoResponse
+
+@typing.final
+class Replica(google.protobuf.message.Message):
+    """One of a server's replicas, which hold one mix: the server's default mix."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    NODE_FIELD_NUMBER: builtins.int
+    GENERATION_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    RUNNING_FIELD_NUMBER: builtins.int
+    WAITING_FIELD_NUMBER: builtins.int
+    GENERATED_TOKENS_FIELD_NUMBER: builtins.int
+    WEIGHTS_INTACT_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    node: builtins.str
+    """The machine that it runs on."""
+    generation: builtins.int
+    """Of the default mix that it holds, and of no change yet: the generation is absent."""
+    digest: builtins.str
+    running: builtins.int
+    waiting: builtins.int
+    generated_tokens: builtins.int
+    weights_intact: builtins.bool
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        node: builtins.str = ...,
+        generation: builtins.int | None = ...,
+        digest: builtins.str = ...,
+        running: builtins.int = ...,
+        waiting: builtins.int = ...,
+        generated_tokens: builtins.int = ...,
+        weights_intact: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_generation", b"_generation", "generation", b"generation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_generation", b"_generation", "digest", b"digest", "generated_tokens", b"generated_tokens", "generation", b"generation", "name", b"name", "node", b"node", "running", b"running", "waiting", b"waiting", "weights_intact", b"weights_intact"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_generation", b"_generation"]) -> typing.Literal["generation"] | None: ...
+
+Global___Replica: typing_extensions.TypeAlias = Replica
 
 @typing.final
 class FollowedFile(google.protobuf.message.Message):
