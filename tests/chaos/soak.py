@@ -31,7 +31,7 @@ from superpose_server.config import ServerConfig
 
 MINUTES, SHORT_MINUTES = 30.0, 1.0
 SHARE, CHANGES_A_SECOND, CANCELLED = 0.8, 10.0, 0.01
-BATCH, QUEUE, TOKENS = 8, 64, 24
+BATCH, TOKENS = 8, 24
 # Of the whole time; until then pools and caches fill.
 WARM_UP = 0.2
 # After the warm-up, as the slope of all samples; a short run cannot tell a slope from noise.
@@ -251,8 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     record = Record("soak", {"minutes": minutes, "seed": asked.seed, "verifying": verifying()})
     # Who asks computes on this machine, too: torch's threads would wait for one that has no core.
     threads = max(1, (os.cpu_count() or 1) - 1)
-    flags = [f"--max-batch={BATCH}", f"--max-queue={QUEUE}", f"--threads={threads}"]
-    flags.append("--log-level=warning")
+    flags = [f"--max-batch={BATCH}", f"--threads={threads}", "--log-level=warning"]
     with victim() as target, target.serving(record, *flags, *verifying()) as server:
         target.push_all(server)
         asyncio.run(soak(server, record, 60 * minutes, asked.seed))
