@@ -141,7 +141,7 @@ class Objects:
         for digest in removed:
             # Out of sight by one rename first, so that no half of an object is found later.
             self._temporary.mkdir(exist_ok=True)
-            doomed = self._temporary / f"removed-{digest}"
+            doomed = self._temporary / f"removed-{digest}-{uuid4().hex}"
             (self._objects / digest).rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
         return removed

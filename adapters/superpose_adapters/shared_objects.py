@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
-from threading import BoundedSemaphore, Thread
+from threading import Semaphore, Thread
 from typing import Any, TypeVar
 
 from superpose_adapters.objects import Objects, damage, is_digest
 from superpose_adapters.peft.folder import CONFIG_NAME, TENSORS_NAME, files_digest
 from superpose_adapters.store_error import StoreError
+from superpose_adapters.without_secrets import without_secrets
 
 T = TypeVar("T")
 
@@ -33,6 +35,9 @@ _SLOWEST = 1 << 20
 _MOST_QUESTIONS = 4
 # No file of an adapter can be larger: one came as a message of at most this.
 _LARGEST = 2 << 30
+_GIVEN_UP = ("given up", "this server ends, so ask another one")
+# Schemes whose first part of a path is a bucket; without it every object is merely not found.
+_BUCKETS = {"s3", "s3a", "gs", "gcs"}
 # They write heads of requests, with tokens, into a log of DEBUG.
 _TALKATIVE = ("fsspec", "s3fs", "aiobotocore", "botocore", "gcsfs", "google", "urllib3", "httpx")
 
@@ -50,11 +55,16 @@ class SharedStoreError(StoreError):
         self.why = why
 
 
+class SharedObjectDamaged(SharedStoreError):
+    """An object of the shared store is there, and is not what its digest says."""
+
+
 class SharedObjects:
     """The adapters in a shared store, by digest. Any number of threads, processes and machines.
 
     Attributes:
         url: Where it is, without user, password and query.
+        folder: The folder that it is; None: it is elsewhere.
     """
 
     def __init__(self, url: str, *, patience: float = PATIENCE) -> None:
@@ -70,7 +80,7 @@ class SharedObjects:
         """
         self.url = without_secrets(url)
         self._patience = patience
-        self._questions = BoundedSemaphore(_MOST_QUESTIONS)
+        self._questions = Semaphore(_MOST_QUESTIONS)
         self._given_up: Future[None] = Future()
         for name in _TALKATIVE:
             library = logging.getLogger(name)
@@ -84,12 +94,14 @@ class SharedObjects:
             )
         self._fs, root = self._ask(lambda: _file_system(url, self.url))
         self._root = root.rstrip("/")
-        self._folder = Path(root) if _is_folder(self._fs) else None
+        self._in_bucket = url.partition("://")[0] in _BUCKETS
+        self.folder = Path(root) if _is_folder(self._fs) else None
 
     def give_up(self) -> None:
         """Let every call that waits, and every later one, fail at once."""
         if not self._given_up.done():
             self._given_up.set_result(None)
+            self._questions.release()  # For who waits to ask; each lets the next one go.
 
     def __contains__(self, digest: object) -> bool:
         """Tell whether an object of this digest is stored.
@@ -102,25 +114,35 @@ class SharedObjects:
     def put(self, config: bytes, tensors: bytes) -> str:
         """Store an adapter's two files, which the loader has accepted, and return their digest.
 
-        Durable when it returns. What is stored already may be written again, with the same effect.
+        Durable when it returns. What is stored already is left as it is, unless it is damaged: then
+        it is replaced.
 
         Raises:
-            SharedStoreError: The store refuses; the object is not there, or was before.
+            SharedStoreError: The store refuses; the object is not there, or is as it was.
             AdapterError: The files are not an adapter's.
         """
         digest = files_digest(config, tensors)
-        self._ask(lambda: self._write(digest, config, tensors), len(config) + len(tensors))
+        # Not over what is whole: there are stores where a write cuts a file short first.
+        if not self._is_whole(digest):
+            self._ask(lambda: self._write(digest, config, tensors), len(config) + len(tensors))
         return digest
 
+    def _is_whole(self, digest: str) -> bool:
+        try:
+            self.files(digest)
+        except (KeyError, SharedObjectDamaged):
+            return False
+        return True
+
     def _write(self, digest: str, config: bytes, tensors: bytes) -> None:
-        if self._folder is None:
+        if self.folder is None:
             self._fs.pipe_file(self._path(digest, TENSORS_NAME), tensors)
             self._fs.pipe_file(self._path(digest, CONFIG_NAME), config)
             return
         # Never made here: where nothing is mounted, it would be the wrong disk.
-        self._folder.stat()
+        self.folder.stat()
         try:
-            Objects(self._folder).put(config, tensors)
+            Objects(self.folder).put(config, tensors)
         except StoreError as error:  # Of what the disk said, which is said in words of ours.
             raise error.__cause__ or error from None
 
@@ -129,7 +151,8 @@ class SharedObjects:
 
         Raises:
             KeyError: No object of this digest is stored.
-            SharedStoreError: The object is damaged, or the store cannot be read.
+            SharedObjectDamaged: The object is not what was put.
+            SharedStoreError: The store cannot be read.
         """
         config = self._read(digest, CONFIG_NAME) if is_digest(digest) else None
         if config is None:
@@ -161,12 +184,27 @@ class SharedObjects:
             try:
                 size: int = self._fs.info(path)["size"]
             except FileNotFoundError:
-                if self._folder is not None:
-                    self._folder.stat()  # If that is not there, nobody knows.
+                self._check_place()
                 return None
             return size
 
         return self._ask(ask)
+
+    def _check_place(self) -> None:
+        """Look for the folder or bucket: what is in one that is not there, nobody knows.
+
+        Raises:
+            FileNotFoundError: It is not there.
+        """
+        if self.folder is not None:
+            self.folder.stat()
+        elif self._in_bucket:
+            try:
+                self._fs.info(self._root.partition("/")[0])
+            except FileNotFoundError:
+                raise
+            except Exception:  # Who may use what is in it may not ask for the bucket itself.
+                return
 
     def _path(self, digest: str, name: str) -> str:
         return f"{self._root}/objects/{digest}/{name}"
@@ -193,6 +231,7 @@ class SharedObjects:
             TimeoutError: It takes longer.
             SharedStoreError: The store was given up.
         """
+        deadline = time.monotonic() + patience
         answer: Future[T] = Future()
 
         def run() -> None:
@@ -203,38 +242,30 @@ class SharedObjects:
             finally:
                 self._questions.release()
 
-        if not self._given_up.done():
-            if not self._questions.acquire(timeout=patience):
-                raise TimeoutError
+        if not self._given_up.done() and not self._questions.acquire(timeout=patience):
+            raise TimeoutError
+        if self._given_up.done():
+            self._questions.release()  # For the next that waits.
+            raise SharedStoreError(self.url, *_GIVEN_UP)
+        try:
             Thread(target=run, name="shared-store", daemon=True).start()
-            either: tuple[Future[Any], ...] = (answer, self._given_up)
-            wait(either, patience, FIRST_COMPLETED)
+        except BaseException:
+            self._questions.release()
+            raise
+        either: tuple[Future[Any], ...] = (answer, self._given_up)
+        wait(either, max(0.0, deadline - time.monotonic()), FIRST_COMPLETED)
         if answer.done():
             return answer.result()
         if self._given_up.done():
-            raise SharedStoreError(self.url, "given up", "this server ends, so ask another one")
+            raise SharedStoreError(self.url, *_GIVEN_UP)
         raise TimeoutError
 
-    def _damaged(self, digest: str, why: str) -> SharedStoreError:
-        return SharedStoreError(
+    def _damaged(self, digest: str, why: str) -> SharedObjectDamaged:
+        return SharedObjectDamaged(
             f"{self.url}/objects/{digest}",
             f"damaged ({why})",
             "restore it, or remove it there and push the adapter again",
         )
-
-
-def without_secrets(url: str) -> str:
-    """Return a URL without what may be secret in it: user and password, and the query.
-
-    Passwords that should have been quoted, and were not, are taken off too.
-    """
-    scheme, mark, rest = url.partition("://")
-    if not mark:
-        return url
-    place = rest.partition("/")[0]
-    if "@" in place or ":" in place:
-        rest = rest.rpartition("@")[2]
-    return f"{scheme}://{rest.partition('?')[0]}".rstrip("/")
 
 
 def _file_system(url: str, told: str) -> tuple[Any, str]:

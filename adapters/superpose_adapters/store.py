@@ -11,14 +11,16 @@ one rename. What a crash left unfinished is removed when the store is next opene
 that it left without a name when `collect` is next called.
 
 With a shared store the objects here are copies, which are fetched again where they are missing or
-damaged: every digest in `names.json` has a whole object there.
+damaged: whatever was put since there is one has a whole object there. What was put before is here
+alone, until it is put again.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -58,6 +60,14 @@ class Named:
     provenance: Provenance | None = None
 
 
+_NAMES, _LOCK = "names.json", "lock"
+
+
+def is_adapter_store(folder: Path) -> bool:
+    """Tell whether a server keeps names of adapters in a folder, and removes what has none."""
+    return (folder / _NAMES).exists() or (folder / _LOCK).exists()
+
+
 class AdapterStore:
     """A content-addressed store of adapters. One process, and in it one thread, at a time."""
 
@@ -77,10 +87,10 @@ class AdapterStore:
         self._shared = shared
         local = Objects(folder)
         self._objects = local if shared is None else CachedObjects(local, shared)
-        self._index = folder / "names.json"
+        self._index = folder / _NAMES
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise cannot_write(folder, error) from error
         try:
@@ -163,6 +173,23 @@ class AdapterStore:
         if digest not in self:
             raise KeyError(digest)
         self._write_names({**self._names, domain: Named(digest, tuple(warnings), provenance)})
+
+    @contextmanager
+    def naming(self, named: Mapping[str, Named]) -> Generator[None]:
+        """Let domains name stored adapters, durably, while something is done that needs it.
+
+        If that raises, all names are as they were; else they stay.
+
+        Raises:
+            StoreError: The disk refuses; the names are as they were, or could not be taken back.
+        """
+        before = self._names
+        self._write_names({**before, **named})
+        try:
+            yield
+        except BaseException:
+            self._write_names(before)
+            raise
 
     def delete_name(self, domain: str) -> None:
         """Remove a name. The object stays until `collect`: a running row may use it still.

@@ -25,6 +25,7 @@ from superpose_adapters.fast_bfloat16 import has_fast_bfloat16
 from superpose_adapters.one_line import one_line
 from superpose_adapters.peft.folder import CONFIG_NAME
 from superpose_adapters.shared_objects import SharedObjects
+from superpose_adapters.store import is_adapter_store
 from superpose_adapters.store_error import StoreError
 from superpose_adapters.text_encoder import TextEncoder, logits_of, vocabulary_of
 from superpose_server.config import ServerConfig
@@ -173,7 +174,12 @@ def _check_adapter_dir(root: Path | None) -> None:
 
 
 def shared_store(url: str | None) -> SharedObjects | None:
-    """Return the store of `--store`; one that is away may not be needed, if all was copied."""
+    """Return the store of `--store`; one that is away may not be needed, if all was copied.
+
+    Raises:
+        SharedStoreError: The URL means nothing.
+        StartupError: It is where a server keeps adapters of its own, and removes others.
+    """
     if url is None:
         return None
     shared = SharedObjects(url)
@@ -181,6 +187,12 @@ def shared_store(url: str | None) -> SharedObjects | None:
         _ = "0" * 64 in shared  # No adapter's, to see whether there is an answer.
     except StoreError as error:
         _log.warning("until the shared store is back, what is pushed is refused: %s", error)
+        return shared
+    if shared.folder is not None and is_adapter_store(shared.folder):
+        raise StartupError(
+            f"--store {shared.url} is a server's own folder of adapters, in its --state-dir, which "
+            "removes what it has no name for: name another folder"
+        )
     return shared
 
 

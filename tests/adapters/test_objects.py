@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +78,15 @@ def test_leftovers_of_a_kill_are_cleaned(tmp_path: Path) -> None:
     assert objects.collect(()) == [DIGESTS[0]]
     objects.put(*files(1))
     assert objects.files(DIGESTS[1]) == files(1)
+
+
+def test_what_could_not_be_removed_is_in_nobody_s_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = Objects(tmp_path)
+    for _ in range(2):
+        objects.put(*files(0))
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+            assert objects.collect(()) == [DIGESTS[0]]
+    assert len(list((tmp_path / "temporary").iterdir())) == 2

@@ -6,18 +6,23 @@ import errno
 import logging
 import sys
 import threading
+from concurrent.futures import wait
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from uuid import uuid4
 
 import fsspec
 import pytest
 from tests.failing_store import failing
 from tests.full_disk import files_of_at_most
+from tests.instants import watching
 from tests.tiny_adapters import DIGESTS, files
 
+from superpose_adapters import shared_objects
 from superpose_adapters.adapter import AdapterError
 from superpose_adapters.peft.folder import CONFIG_NAME, TENSORS_NAME
-from superpose_adapters.shared_objects import SharedObjects, SharedStoreError, without_secrets
+from superpose_adapters.shared_objects import SharedObjectDamaged, SharedObjects, SharedStoreError
 
 KINDS = ("folder", "file", "memory", "failing")
 
@@ -102,7 +107,7 @@ def test_a_damaged_object_is_an_error_and_a_put_mends_it(url: str, name: str, da
     }[damage]
     assert spoiled != data
     write(url, DIGESTS[0], name, spoiled)
-    with pytest.raises(SharedStoreError, match=r"damaged \(.*\): .* push the adapter") as caught:
+    with pytest.raises(SharedObjectDamaged, match=r"damaged \(.*\): .* push the adapter") as caught:
         shared.files(DIGESTS[0])
     assert DIGESTS[0] in line(caught, url)
     assert shared.put(*files(0)) == DIGESTS[0]
@@ -247,25 +252,6 @@ def test_what_a_library_says_is_not_repeated(error: Exception, said: str) -> Non
         assert caught.value.__context__ is None
 
 
-@pytest.mark.parametrize(
-    ("url", "told"),
-    [
-        ("/srv/a@b:c?d", "/srv/a@b:c?d"),
-        ("file:///srv/adapters/", "file:///srv/adapters"),
-        ("s3://bucket/path", "s3://bucket/path"),
-        ("hf://datasets/user/name@main/path", "hf://datasets/user/name@main/path"),
-        ("sftp://host:22/path", "sftp://host:22/path"),
-        ("sftp://user@host/path", "sftp://host/path"),
-        ("sftp://user:secret@host:22/path", "sftp://host:22/path"),
-        ("s3://key:secret/secret@bucket/path", "s3://bucket/path"),
-        ("s3://key:secret@secret@bucket/path?secret=1", "s3://bucket/path"),
-        ("https://host/path?signature=secret", "https://host/path"),
-    ],
-)
-def test_a_url_is_told_without_its_secrets(url: str, told: str) -> None:
-    assert without_secrets(url) == told
-
-
 def test_a_store_that_does_not_answer_is_given_up_in_time() -> None:
     url, let_go = f"failing://{uuid4().hex}", threading.Event()
     shared = SharedObjects(url, patience=0.05)
@@ -311,6 +297,97 @@ def test_who_waits_is_let_go_when_the_store_is_given_up() -> None:
     shared.give_up()
     with pytest.raises(SharedStoreError, match="given up"):
         shared.files(DIGESTS[0])
+
+
+def test_who_waits_to_ask_is_let_go_too_when_the_store_is_given_up() -> None:
+    shared = SharedObjects(f"failing://{uuid4().hex}", patience=3600)
+    asked, let_go, said = threading.Semaphore(0), threading.Event(), []
+
+    def hang(call: str, path: str) -> None:
+        asked.release()
+        let_go.wait()
+
+    def put() -> None:
+        with pytest.raises(SharedStoreError) as caught:
+            shared.put(*files(0))
+        said.append(str(caught.value))
+
+    class Waiting(threading.Semaphore):
+        """Tells of those that will have to wait."""
+
+        def acquire(self, *args: Any, **kwargs: Any) -> bool:
+            if self._value == 0:
+                asked.release()
+            return super().acquire(*args, **kwargs)
+
+    shared._questions = Waiting(4)
+    with failing(hang):
+        waiting = [threading.Thread(target=put) for _ in range(7)]
+        for some in (waiting[:4], waiting[4:]):  # Those that ask, and those that wait to.
+            for thread in some:
+                thread.start()
+            for _ in some:
+                assert asked.acquire(timeout=60)
+        shared.give_up()
+        for thread in waiting:
+            thread.join(60)
+        let_go.set()
+    assert len(said) == 7
+    assert all("given up" in each for each in said)
+
+
+def test_both_waits_have_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That for a free question, and that for its answer."""
+    shared, now = SharedObjects(f"failing://{uuid4().hex}", patience=10), [0.0]
+    waits: list[float] = []
+
+    class Slow(threading.Semaphore):
+        def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            waits.append(timeout)
+            now[0] += 7
+            return super().acquire()
+
+    def wait_for(futures: Any, timeout: float, when: str) -> Any:
+        waits.append(timeout)
+        return wait(futures, 60, when)
+
+    shared._questions = Slow(4)
+    monkeypatch.setattr(shared_objects, "wait", wait_for)
+    monkeypatch.setattr(shared_objects, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    assert DIGESTS[0] not in shared
+    assert waits == [10, 3]
+
+
+def test_a_thread_that_cannot_be_started_holds_no_question(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shared = SharedObjects(f"failing://{uuid4().hex}", patience=60)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for _ in range(9):
+            with pytest.raises(SharedStoreError, match=r"it fails \(RuntimeError\)"):
+                DIGESTS[0] in shared  # noqa: B015  # asks
+    assert DIGESTS[0] not in shared
+
+
+def test_what_is_whole_is_not_written_again(url: str) -> None:
+    """A write may cut a file short first, so a put that fails would leave a half."""
+    shared = SharedObjects(url)
+    shared.put(*files(0))
+
+    def cut(call: str, path: str) -> None:
+        assert call != "pipe_file"
+
+    def refuse(event: str, subject: Any) -> None:
+        raise AssertionError(f"{event} of {subject}")
+
+    with failing(cut), watching(refuse):
+        assert shared.put(*files(0)) == DIGESTS[0]
 
 
 def test_many_put_and_read_one_object_at_a_time(url: str) -> None:

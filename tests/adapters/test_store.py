@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from tests.tiny_adapters import DIGESTS, LAYOUT, files
 
 from superpose_adapters.adapter import AdapterError
 from superpose_adapters.peft.folder import CONFIG_NAME, TENSORS_NAME
-from superpose_adapters.store import AdapterStore
+from superpose_adapters.store import AdapterStore, Named
 from superpose_adapters.store_error import StoreError
 
 
@@ -309,6 +310,29 @@ def test_a_first_name_that_is_not_durable_is_no_name(
                 store.set_name("math", DIGESTS[0])
         assert store.names == {}
         assert not (folder / "names.json").exists()
+
+
+def test_names_that_are_given_while_something_is_done_go_with_it_if_it_fails(folder: Path) -> None:
+    with AdapterStore(folder) as store:
+        old, new = (store.put(*files(seed)) for seed in (0, 1))
+        store.set_name("math", old, ["said"])
+        named = {"math": Named(new), "law": Named(new, ("warned",))}
+
+        def fail() -> None:
+            with store.naming(named):
+                assert json.loads(tree(folder)["names.json"])["math"] == new
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            fail()
+        assert json.loads(tree(folder)["names.json"]) == {"math": [old, "said"]}
+        assert store.names == {"math": old}
+        assert store.named("math") == Named(old, ("said",))
+        with store.naming(named):
+            pass
+    with AdapterStore(folder) as store:
+        assert store.names == {"math": new, "law": new}
+        assert store.named("law") == named["law"]
 
 
 class StoreAgainstDict(RuleBasedStateMachine):

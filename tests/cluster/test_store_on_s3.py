@@ -117,8 +117,30 @@ def test_copies_serve_without_the_store_and_are_mended_from_it(url: str, tmp_pat
 
 def test_a_bucket_that_is_not_there_is_told(url: str) -> None:
     shared = SharedObjects("s3://no-such-bucket/adapters")
-    with pytest.raises(SharedStoreError, match=r"^s3://no-such-bucket/adapters: it is not there"):
-        shared.put(*files(0))
+    for ask in (
+        lambda: shared.put(*files(0)),
+        lambda: shared.files(DIGESTS[0]),
+        lambda: DIGESTS[0] in shared,
+    ):
+        with pytest.raises(SharedStoreError, match=r"^s3://no-such-bucket/adapters: it is not th"):
+            ask()
+
+
+def test_a_bucket_that_may_not_be_asked_for_may_be_used(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = SharedObjects(url)
+    bucket, info = url.removeprefix("s3://").partition("/")[0], shared._fs.info
+
+    def refuse(path: str) -> object:
+        if path == bucket:
+            raise PermissionError("secret")
+        return info(path)
+
+    monkeypatch.setattr(shared._fs, "info", refuse)
+    assert DIGESTS[0] not in shared
+    shared.put(*files(0))
+    assert DIGESTS[0] in shared
 
 
 def test_no_credentials_are_told(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.instants import Instants, plant
 from tests.integration.harness import (
     PATIENCE,
     PROMPT,
@@ -139,7 +140,7 @@ def test_a_change_of_the_file_is_one_change_of_the_mix(begin: Start, path: Path)
         (lambda path: write(path, {"a": 1e4, "b": 1e5}), r"weight of b is 100000.0"),
         (
             lambda path: write(path, {"b": 1}, adapters={"b": "0" * 64}),
-            r"b is adapter [0-9a-f]{12} here, and is to be 000000000000: push that one",
+            r"b is adapter [0-9a-f]{12} here, which is served from --adapter-dir and is read only",
         ),
     ],
     ids=["gone", "damaged", "unknown", "weight", "digest"],
@@ -151,13 +152,14 @@ def test_what_cannot_be_reached_leaves_what_is_served_and_shows(
     served = begin()
     client, http = served.client, Http(served.server.http_address)
     before = served.fingerprint()
-    assert client.info().followed == FollowedFile(str(path), True, "")
+    # Where it lies is for the log and the record.
+    assert client.info().followed == FollowedFile("mixes.json", True, "")
     assert metric(served) == 1
     damage(path)
     look(served)
     followed = client.info().followed
     assert followed is not None
-    assert (followed.name, followed.reached) == (str(path), False)
+    assert (followed.name, followed.reached) == ("mixes.json", False)
     assert re.match(words, followed.problem.removeprefix("mix: ")), followed.problem
     assert http.ask("GET", "/v1/server").json["followed"]["problem"] == followed.problem
     assert metric(served) == 0
@@ -166,7 +168,7 @@ def test_what_cannot_be_reached_leaves_what_is_served_and_shows(
     assert http.ask("GET", "/readyz").status == 200
     write(path, {"a": 1, "b": 0.25})
     look(served)
-    assert client.info().followed == FollowedFile(str(path), True, "")
+    assert client.info().followed == FollowedFile("mixes.json", True, "")
     assert client.mix().generation == before.generation + 1
     served.stop()
 
@@ -235,6 +237,65 @@ def test_a_domain_that_is_pushed_later_is_reached_then(
     served.client.push("d", gpt2.adapters["b"])
     look(served)
     assert (served.client.mix().generation, served.client.mix().weights) == (1, {"d": 1.0})
+
+
+def test_what_is_pinned_comes_from_the_store_and_no_kill_leaves_a_half(
+    loop: LoopThread, gpt2: Family, tmp_path: Path, path: Path
+) -> None:
+    store, state_dir = tmp_path / "store", tmp_path / "state"
+    store.mkdir()
+    other = start(loop, gpt2.base, tmp_path / "other", store=str(store))
+    gpt2.push_all(other.client)
+    digests = {each.domain: each.digest for each in other.client.adapters()}
+    digests["a2"] = other.client.push("next", gpt2.adapters["a2"]).adapter.digest
+    expected = {each: other.greedy({each: 1.0}) for each in ("a", "next")}
+    other.stop()
+
+    def follow(folder: Path) -> Served:
+        return start(
+            loop,
+            gpt2.base,
+            folder,
+            store=str(store),
+            follow=str(path),
+            follow_every=3600,
+            self_check=False,
+        )
+
+    # A new server has everything from there.
+    write(path, {"a": 1}, adapters={name: digests[name] for name in ("a", "b")})
+    served = follow(state_dir)
+    before = served.client.mix()
+    assert (before.generation, served.greedy()) == (1, expected["a"])
+    assert [each.domain for each in served.client.adapters()] == ["a", "b"]
+    write(path, {"a": 1}, adapters={"a": digests["a2"], "c": digests["c"]})
+    instants = Instants(state_dir)
+    with instants.collected():
+        look(served)
+        instants.next()
+    after = served.client.mix()
+    assert (after.generation, served.greedy()) == (2, expected["next"])
+    assert [each.domain for each in served.client.adapters()] == ["a", "b", "c"]
+    served.stop()
+
+    seen = set()
+    for number, instant in enumerate(instants.found):
+        copy = tmp_path / f"copy-{number}"
+        plant(instant.state, copy)
+        again = start(loop, gpt2.base, copy, store=str(store), self_check=False)
+        try:
+            mix, adapter = again.client.mix(), again.client.adapter("a")
+            assert again.client.verify().ok
+        finally:
+            again.stop()
+        assert mix in (before, after)
+        assert adapter.digest == mix.entries[0].adapter_digest
+        seen.add(mix.generation)
+        back = follow(copy)
+        assert back.client.mix() == after
+        assert [each.domain for each in back.client.adapters()] == ["a", "b", "c"]
+        back.stop()
+    assert seen == {1, 2}
 
 
 def test_the_command_refuses_a_file_before_it_loads_anything(

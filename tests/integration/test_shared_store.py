@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -26,9 +27,14 @@ from tests.integration.harness import (
     start,
 )
 
+from superpose_adapters.adapter import Adapter
 from superpose_adapters.bundled import MINI
+from superpose_adapters.mix import BoundMix
 from superpose_client import CallError, Client, FailedPreconditionError
+from superpose_server.control.integrity import Integrity
+from superpose_server.engine.executor import ServedBase
 from superpose_server.errors import StartupError
+from superpose_server.runtime import Runtime
 
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
@@ -126,6 +132,69 @@ def test_another_server_serves_by_digest_what_this_one_pushed(
         one.stop()
 
 
+def test_what_was_pushed_before_there_was_a_store_is_put_there_by_pushing_it_again(
+    loop: LoopThread, gpt2: Family, tmp_path: Path, store: Path
+) -> None:
+    state_dir = tmp_path / "state"
+    first = start(loop, gpt2.base, state_dir)
+    gpt2.push_all(first.client)
+    first.client.add("a")
+    first.stop()
+    with_store = start(loop, gpt2.base, state_dir, store=str(store))
+    assert not (store / "objects").exists()
+    adapters, changes = with_store.client.adapters(), with_store.client.changes()
+    gpt2.push_all(with_store.client)
+    assert with_store.client.changes() == changes  # Which is no change.
+    state, bits = with_store.client.mix(), with_store.score_bits()
+    with_store.stop()
+    assert objects(store) == {adapter.digest: FILES for adapter in adapters}
+
+    shutil.rmtree(copies(state_dir))
+    again = start(loop, gpt2.base, state_dir, store=str(store))
+    try:
+        assert again.client.adapters() == adapters
+        assert (again.client.mix(), again.score_bits()) == (state, bits)
+    finally:
+        again.stop()
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_damaged_object_of_the_store_is_mended_by_pushing_it_again(
+    loop: LoopThread, gpt2: Family, tmp_path: Path, store: Path, name: str
+) -> None:
+    served = start(loop, gpt2.base, tmp_path / "state", store=str(store))
+    try:
+        pushed = served.client.push("a", gpt2.adapters["a"])
+        damaged = store / "objects" / pushed.adapter.digest / name
+        whole = damaged.read_bytes()
+        for spoiled in (b"", whole[:-9]):
+            damaged.write_bytes(spoiled)
+            assert served.client.push("a", gpt2.adapters["a"]) == pushed
+            assert damaged.read_bytes() == whole
+        store.rename(store.with_name("elsewhere"))
+        with pytest.raises(FailedPreconditionError, match="it is not there") as caught:
+            served.client.push("a", gpt2.adapters["a"])
+        assert caught.value.reason == "STORE_WRITE_FAILED"
+        assert [each.digest for each in served.client.adapters()] == [pushed.adapter.digest]
+    finally:
+        served.stop()
+
+
+@pytest.mark.parametrize("write", [str, Path.as_uri])
+def test_a_server_s_own_folder_of_adapters_is_no_store(
+    loop: LoopThread, gpt2: Family, tmp_path: Path, write: Callable[[Path], str]
+) -> None:
+    """Whoever serves from it removes what it has no name for."""
+    one = start(loop, gpt2.base, tmp_path / "one")
+    try:
+        one.client.push("a", gpt2.adapters["a"])
+        url = write(tmp_path / "one" / "adapters")
+        with pytest.raises(StartupError, match=rf"^--store {url} is a server's own .*: name ano"):
+            start(loop, gpt2.base, tmp_path / "other", store=url)
+    finally:
+        one.stop()
+
+
 def gone(store: Path) -> Callable[[str, Any], None]:
     store.rename(store.with_name("elsewhere"))
     return lambda event, subject: None
@@ -208,6 +277,55 @@ def test_a_start_while_the_store_is_away_needs_whole_copies(
         start(loop, gpt2.base, state_dir, store=str(store))
     away.rename(store)
     start(loop, gpt2.base, state_dir, store=str(store)).stop()
+
+
+class Elsewhere:
+    """In the place of replicas, which read what is stored; rows run nowhere."""
+
+    running = waiting = 0
+
+    def __init__(self, base: ServedBase) -> None:
+        self._base = base
+        self.integrity = Integrity(self)
+        self.intact = True
+        self.resident = BoundMix(base.digest)
+
+    def base(self, folder: Path) -> ServedBase:
+        return self._base
+
+    def keep(self, adapter: Adapter) -> None:
+        pass
+
+    def begin(self, mix: BoundMix, generation: int) -> None:
+        self.resident = mix
+
+    def stop(self) -> None:
+        pass
+
+
+def test_a_start_with_replicas_needs_the_store_for_what_is_not_copied(
+    loop: LoopThread, gpt2: Family, tmp_path: Path, store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All that is served is put there for them, at every start."""
+    served = start(loop, gpt2.base, tmp_path / "other")
+    fleet: Any = Elsewhere(served.runtime.base)
+    served.stop()
+    config = replace(
+        served.runtime.config,
+        state_dir=tmp_path / "state",
+        adapter_dir=gpt2.adapters["a"].parent,
+        store=str(store),
+    )
+    Runtime(config, fleet=fleet).close()
+    stored = objects(store)
+    assert stored
+    store.rename(tmp_path / "away")
+    caplog.clear()
+    Runtime(config, fleet=fleet).close()
+    assert caplog.text.count("from copies alone") == len(stored)
+    shutil.rmtree(copies(tmp_path / "state"))
+    with pytest.raises(StartupError, match=rf"^{store}: it is not there"):
+        Runtime(config, fleet=fleet)
 
 
 def hanging() -> tuple[Callable[[str, str], None], threading.Event, threading.Event]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 import threading
 from concurrent.futures import CancelledError
 from pathlib import Path
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
@@ -42,7 +44,7 @@ def test_any_url_of_fsspec_s_will_do() -> None:
     memory.pipe_file("/follow/mixes.json", text_of(TWO))
     assert followed.read() == TWO
     memory.rm("/follow", recursive=True)
-    with pytest.raises(MixFileError, match=r"^it cannot be read \(FileNotFoundError"):
+    with pytest.raises(MixFileError, match=r"^it cannot be read \(FileNotFoundError\)$"):
         followed.read()
 
 
@@ -55,6 +57,9 @@ def test_any_url_of_fsspec_s_will_do() -> None:
         ("https://me:secret@h:1/a/m.json?sig=secret#secret", "https://h:1/a/m.json", "m.json"),
         ("s3://bucket/mixes.json?versionId=secret", "s3://bucket/mixes.json", "mixes.json"),
         ("simplecache::https://secret@h/m.json?secret", "simplecache::https://h/m.json", "m.json"),
+        ("sftp://me:p@ss@h/m.json", "sftp://h/m.json", "m.json"),
+        ("https://me:p/w@h/m.json", "https://h/m.json", "m.json"),
+        ("https://me:p?w@h/m.json", "https://...", "..."),
         ("ftp://h/a\nb", "ftp://h/a\\nb", "a\\nb"),
     ],
 )
@@ -90,11 +95,81 @@ def test_a_package_that_a_url_needs_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_scheme_that_nobody_knows_is_refused() -> None:
-    with pytest.raises(MixFileError, match=r"^it cannot be read \(ValueError: .*nonesuch"):
-        FollowedFile("nonesuch://x/mixes.json").read()
-    # Its words have the whole URL, so that they stay here.
-    with pytest.raises(MixFileError, match=r"^it cannot be read \(ValueError\)$"):
-        FollowedFile("nonesuch://x/mixes.json?sig=secret").read()
+    for more in ("", "?sig=secret"):
+        with pytest.raises(MixFileError, match=r"^its scheme nonesuch is unknown: use a path, \S+"):
+            FollowedFile(f"nonesuch://x/mixes.json{more}").read()
+
+
+def test_what_others_keep_is_not_followed(tmp_path: Path) -> None:
+    path = tmp_path / "mixes.json"
+    path.write_bytes(text_of(ONE))
+    with pytest.raises(MixFileError, match=r"^a URL with :: is not followed"):
+        FollowedFile(f"simplecache::file://{path}").read()
+    (tmp_path / "a::b").write_bytes(text_of(ONE))  # Which a path may have.
+    assert FollowedFile(str(tmp_path / "a::b")).read() == ONE
+
+
+class Keeping(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """A file system that keeps what it has seen, as those with listings do; one byte at a time."""
+
+    protocol = "keeping"
+    there: ClassVar[bytes] = b""
+    made: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        Keeping.made += 1
+        self._seen: bytes | None = None
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self._seen = None
+
+    def open(self, path: str, mode: str = "rb", **_: object) -> Any:
+        if path == "gone":
+            raise FileNotFoundError(path)
+        self._seen = Keeping.there if self._seen is None else self._seen
+        return Trickling(self._seen)
+
+
+class Trickling(io.BytesIO):
+    """A file that gives less than what it is asked for, as networks do."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        assert size is not None
+        assert size > 0
+        return super().read(1)
+
+
+def test_a_url_is_read_anew_and_whole_whatever_others_keep_of_it() -> None:
+    fsspec.register_implementation("keeping", Keeping, clobber=True)
+    Keeping.clear_instance_cache()
+    Keeping.made = 0
+    others = fsspec.filesystem("keeping")
+    Keeping.there = text_of(ONE)
+    assert others.open("mixes.json")
+    followed = FollowedFile("keeping://mixes.json")
+    for file in (TWO, ONE, TWO):
+        Keeping.there = text_of(file)
+        assert followed.read() == file
+    assert Keeping.made == 2  # That of the others, and one.
+
+
+def test_a_url_without_end_is_not_read_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("keeping", Keeping, clobber=True)
+    monkeypatch.setattr(followed_file, "MOST_BYTES", 1 << 10)
+    Keeping.there = b" " * (1 << 20)
+    assert len(FollowedFile("keeping://mixes.json")._bytes()) == (1 << 10) + 1
+
+
+def test_what_has_failed_is_made_anew() -> None:
+    """A connection may be broken for good, and a file system's is kept with it."""
+    fsspec.register_implementation("keeping", Keeping, clobber=True)
+    Keeping.made = 0
+    followed = FollowedFile("keeping://gone")
+    for made in (1, 2):
+        with pytest.raises(MixFileError, match=r"^it cannot be read \(FileNotFoundError\)$"):
+            followed.read()
+        assert Keeping.made == made
 
 
 class Telling(fsspec.AbstractFileSystem):  # type: ignore[misc]

@@ -33,6 +33,7 @@ from superpose_adapters.base.facts import BaseFacts, read_facts
 from superpose_adapters.layout import Layout, read_layout
 from superpose_adapters.mix import BoundEntry, BoundMix, Mix
 from superpose_adapters.peft.folder import CONFIG_NAME, TENSORS_NAME, Limits, parse_adapter
+from superpose_adapters.shared_objects import SharedObjects
 from superpose_adapters.store import AdapterStore
 from superpose_server.control.actions import Operator
 from superpose_server.control.audit import Audit
@@ -112,12 +113,16 @@ class Engine:
 class World:
     """A server's parts that a followed file has to do with, over one state folder."""
 
-    def __init__(self, made: Made, folder: Path, location: Path) -> None:
+    def __init__(
+        self, made: Made, folder: Path, location: Path, shared: Path | None = None
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self.made, self.folder = made, folder
         self.names = NamedMixes(folder)
         self.registry = Registry(BASE, 8, self.names)
-        self.store = AdapterStore(folder / "adapters")
+        self.store = AdapterStore(
+            folder / "adapters", None if shared is None else SharedObjects(str(shared))
+        )
         limits = Limits()
         for domain, digest in self.store.names.items():
             adapter = self.store.load(digest, made.layout, limits, base=made.facts)
@@ -202,13 +207,19 @@ class FollowingAgainstModel(RuleBasedStateMachine):
         said: What the file says; None: nothing that can be followed.
         known: What was read last of it, whether or not it could be reached.
         served: The default mix; `digests` are those of its adapters.
+        stored: Domains and versions whose adapters the shared store has, whoever put them there.
     """
 
     made: Made  # Once for all.
+    shares: bool  # A store, in which what is pinned may be.
 
     def __init__(self) -> None:
         super().__init__()
         self.root = Path(tempfile.mkdtemp())
+        self.shared = self.root / "shared" if self.shares else None
+        self.stored: set[tuple[str, int]] = set()
+        if self.shared is not None:
+            self.shared.mkdir()
         self.path = self.root / "mixes.json"
         self.here: dict[str, int] = {}
         self.said: Said | None = Said({}, None, {})
@@ -219,7 +230,7 @@ class FollowingAgainstModel(RuleBasedStateMachine):
         self.generation = 0
         self.problem = False
         self._write()
-        self.world = World(self.made, self.root / "state", self.path)
+        self.world = World(self.made, self.root / "state", self.path, self.shared)
         for domain in DOMAINS:
             self.push(domain, 0)
         self._start()
@@ -269,19 +280,23 @@ class FollowingAgainstModel(RuleBasedStateMachine):
         self.known = said = self.said
         every_mix = [said.mix, *(said.names or {}).values()]
         wanted, adapters = without_zeros(said.mix), dict[str, str]()
+        here = self.here | {
+            d: v for d, v in said.pins.items() if (d, v) in self.stored and d not in self.names
+        }
         if not all(
             (
-                set().union(*every_mix, said.pins) <= set(self.here),
-                not set(said.names or ()) & set(self.here),
-                all(self.here.get(d) == version for d, version in said.pins.items()),
+                set().union(*every_mix, said.pins) <= set(here),
+                not set(said.names or ()) & set(here),
+                all(here.get(d) == version for d, version in said.pins.items()),
             )
         ):
             return
-        adapters = {domain: self.made.digests[domain, self.here[domain]] for domain in wanted}
+        adapters = {domain: self.made.digests[domain, here[domain]] for domain in wanted}
         changes = (wanted, adapters) != (self.served, self.digests)
         if changes and (not folds or HUGE in wanted.values()):
             return
         self.problem = False
+        self.here = here
         self.generation += changes
         self.served, self.digests = wanted, adapters
         if said.names is not None:
@@ -313,7 +328,7 @@ class FollowingAgainstModel(RuleBasedStateMachine):
     def start_again(self) -> None:
         self._expect()
         self.world.close()
-        self.world = World(self.made, self.root / "state", self.path)
+        self.world = World(self.made, self.root / "state", self.path, self.shared)
         while self.problem:  # No start before the file can be reached; it changes nothing.
             with pytest.raises(StartupError, match=r"^--follow \S+/mixes\.json: .+") as caught:
                 self._start()
@@ -330,6 +345,7 @@ class FollowingAgainstModel(RuleBasedStateMachine):
     def push(self, domain: str, version: int) -> None:
         if self.here.get(domain) == version and domain not in self.names:
             self.world.push(domain, version)  # The same again.
+            self.stored |= {(domain, version)} if self.shares else set()
             return
         digest, pinned = self.made.digests[domain, version], self.known.pins
         digests = self.digests | {d: digest for d in self.served if d == domain}
@@ -349,9 +365,16 @@ class FollowingAgainstModel(RuleBasedStateMachine):
                 self.world.push(domain, version)
             return
         self.world.push(domain, version)
+        self.stored |= {(domain, version)} if self.shares else set()
         self.here[domain] = version
         self.generation += domain in self.served
         self.digests = digests
+
+    @precondition(lambda self: self.shares)
+    @rule(domain=st.sampled_from(DOMAINS), version=st.sampled_from(VERSIONS))
+    def another_server_is_pushed_to(self, domain: str, version: int) -> None:
+        SharedObjects(str(self.shared)).put(*self.made.files[domain, version])
+        self.stored.add((domain, version))
 
     @precondition(lambda self: self.known.pins)
     @rule(data=st.data())
@@ -411,6 +434,9 @@ class FollowingAgainstModel(RuleBasedStateMachine):
         assert {e.domain: e.adapter.digest for e in state.mix.entries} == self.digests
         assert state.generation == self.generation
         assert {n.name: dict(n.mix.entries) for n in self.world.names.all()} == self.names
+        here = {domain: self.made.digests[domain, v] for domain, v in self.here.items()}
+        assert {r.domain: r.adapter.digest for r in self.world.registry.all()} == here
+        assert self.world.store.names == here
 
     @invariant()
     def is_on_disk(self) -> None:
@@ -428,8 +454,12 @@ class FollowingAgainstModel(RuleBasedStateMachine):
         assert len(told.problem.splitlines()) <= 1
 
 
-def test_what_is_served_is_what_a_file_said_last_that_could_be(made: Made) -> None:
-    FollowingAgainstModel.made = made
+@pytest.mark.parametrize("shares", [False, True], ids=["alone", "shared store"])
+def test_what_is_served_is_what_a_file_said_last_that_could_be(
+    made: Made, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FollowingAgainstModel, "made", made, raising=False)
+    monkeypatch.setattr(FollowingAgainstModel, "shares", shares, raising=False)
     run_state_machine_as_test(
         FollowingAgainstModel,
         settings=settings(max_examples=60, stateful_step_count=25, deadline=None),
@@ -493,7 +523,7 @@ def test_a_fault_of_ours_is_a_problem_and_no_end(
 ) -> None:
     world.following.start()
     with monkeypatch.context() as patch:
-        patch.setattr(world.registry, "bind", lambda mix: 1 / 0)
+        patch.setattr(world.registry, "having", lambda registered: 1 / 0)
         world.following.look()
         assert world.following.state.problem == "internal error: the log says more"
     world.following.look()
@@ -578,6 +608,161 @@ def test_an_adapter_that_is_pinned_comes_in_the_place_of_another(
     with pytest.raises(FailedPrecondition, match="push it under another name"):
         world.push("a", 0)
     assert world.default.state.generation == 2
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    return folder
+
+
+def test_a_new_server_takes_what_is_pinned_from_the_shared_store(
+    made: Made, tmp_path: Path, path: Path, shared: Path
+) -> None:
+    keys = [("a", 1), ("b", 0), ("c", 0)]
+    for key in keys:
+        SharedObjects(str(shared)).put(*made.files[key])
+    pins = {domain: made.digests[domain, version] for domain, version in keys}
+    write(path, {"mix": {"a": 1, "b": 2}, "named_mixes": {"qa": {"c": 1}}, "adapters": pins})
+    world = World(made, tmp_path / "state", path, shared)
+    world.following.start()
+    state = world.default.state
+    assert state.generation == 1
+    assert [(e.domain, e.adapter.digest) for e in state.mix.entries] == [
+        ("a", pins["a"]),
+        ("b", pins["b"]),
+    ]
+    assert [change.what for change in world.audit.newest(9)] == [
+        "set a=1,b=2",
+        *(f"load {domain} {digest}" for domain, digest in pins.items()),
+        "name qa c=1",
+    ]
+    world.close()
+    # By the next start they are its own.
+    again = World(made, tmp_path / "state", path)
+    again.following.start()
+    assert again.default.state == state
+    again.close()
+
+
+def test_what_is_pinned_in_place_comes_from_the_shared_store_in_one_change(
+    made: Made, tmp_path: Path, path: Path, shared: Path
+) -> None:
+    old, new = (made.digests["a", version] for version in VERSIONS)
+    write(path, {"mix": {"a": 1}, "adapters": {"a": old}})
+    SharedObjects(str(shared)).put(*made.files["a", 0])
+    world = World(made, tmp_path / "state", path, shared)
+    world.following.start()
+    write(path, {"mix": {"a": 0.5}, "adapters": {"a": new}})
+    world.following.look()
+    assert f"a is adapter {old[:12]} here, and is to be {new[:12]}" in world.following.state.problem
+    assert world.default.state.generation == 1
+    SharedObjects(str(shared)).put(*made.files["a", 1])
+    world.engine.fails = True
+    world.following.look()
+    assert world.following.state.problem == "the fold failed"
+    assert world.store.names == {"a": old}
+    assert world.registry.get("a").adapter.digest == old
+    world.engine.fails = False
+    world.following.look()
+    assert world.following.state.reached
+    assert world.default.state.generation == 2
+    assert world.store.names == {"a": new}
+    world.close()
+
+
+def test_a_disk_that_refuses_names_leaves_everything(
+    made: Made, tmp_path: Path, path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(made, tmp_path / "state", path, shared)
+    world.following.start()
+    SharedObjects(str(shared)).put(*made.files["a", 0])
+    write(
+        path,
+        {
+            "mix": {"a": 1},
+            "named_mixes": {"qa": {"a": 1}},
+            "adapters": {"a": made.digests["a", 0]},
+        },
+    )
+
+    def refuse(data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.store._file, "write", refuse)
+        world.following.look()
+    assert "free space or mend --state-dir" in world.following.state.problem
+    assert world.default.state.generation == 0
+    assert world.registry.all() == []
+    assert world.names.all() == NamedMixes(world.folder).all() == []
+    world.following.look()
+    assert world.following.state.reached
+    world.close()
+
+
+def test_a_shared_store_that_is_away_is_asked_only_for_what_is_not_here(
+    made: Made, tmp_path: Path, path: Path, shared: Path
+) -> None:
+    world = World(made, tmp_path / "state", path, shared)
+    world.push("a", 0)
+    shared.rename(tmp_path / "elsewhere")
+    write(path, {"mix": {"a": 1}, "adapters": {"a": made.digests["a", 0]}})
+    world.following.start()
+    write(path, {"mix": {"b": 1}, "adapters": {"b": made.digests["b", 0]}})
+    world.following.look()
+    problem = world.following.state.problem
+    assert problem.startswith("the shared store of adapters cannot be used (it is not there")
+    assert str(shared) not in problem
+    world.close()
+
+
+def test_an_adapter_that_does_not_fit_is_not_loaded(
+    made: Made, tmp_path: Path, path: Path, shared: Path
+) -> None:
+    model = tiny_gpt2(n_layer=3)
+    other = make_adapter(model, tmp_path / "other", 1)
+    files = [(other / name).read_bytes() for name in (CONFIG_NAME, TENSORS_NAME)]
+    digest = SharedObjects(str(shared)).put(*files)
+    write(path, {"mix": {"a": 1}, "adapters": {"a": digest}})
+    world = World(made, tmp_path / "state", path, shared)
+    with pytest.raises(StartupError, match=r"^--follow \S+: a: .*") as caught:
+        world.following.start()
+    assert "start without" not in str(caught.value)
+    assert world.registry.all() == []
+    world.close()
+
+
+@pytest.mark.parametrize("source", [Source.BUNDLED, Source.DIRECTORY])
+def test_what_is_read_only_is_never_another_adapter(
+    made: Made, tmp_path: Path, path: Path, shared: Path, source: Source
+) -> None:
+    SharedObjects(str(shared)).put(*made.files["a", 1])
+    world = World(made, tmp_path / "state", path, shared)
+    adapter = parse_adapter(*made.files["a", 0], made.layout, base=made.facts)
+    world.registry.put(Registered("a", adapter, source))
+    write(path, {"mix": {"a": 1}, "adapters": {"a": made.digests["a", 1]}})
+    with pytest.raises(StartupError, match=r"read only, .*: let the file say another name"):
+        world.following.start()
+    assert world.registry.get("a").adapter == adapter
+    world.close()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"mix": {"nope": 1}},
+        {"mix": {}, "adapters": {"nope": BASE}},
+        {"mix": {}, "adapters": {"a": BASE}},
+    ],
+)
+def test_a_start_says_how_to_push_what_only_a_running_server_takes(
+    world: World, path: Path, body: object
+) -> None:
+    write(path, body)
+    with pytest.raises(StartupError, match=r"; start without --follow, push it, and start again$"):
+        world.following.start()
 
 
 def test_nothing_is_reached_after_the_end(made: Made, tmp_path: Path, path: Path) -> None:

@@ -6,15 +6,16 @@ Everything here runs on one thread, one action after the other, so that no two c
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager, nullcontext
 
-from superpose_adapters.adapter import AdapterError
+from superpose_adapters.adapter import Adapter, AdapterError
 from superpose_adapters.geometry import Analysis
 from superpose_adapters.mix import BoundEntry, BoundMix, Mix
 from superpose_adapters.mix_syntax import check_name, check_weight, format_mix
 from superpose_adapters.peft.folder import Limits, parse_adapter
 from superpose_adapters.shared_objects import SharedStoreError
-from superpose_adapters.store import AdapterStore
+from superpose_adapters.store import AdapterStore, Named
 from superpose_adapters.store_error import StoreError
 from superpose_server.control.audit import Audit
 from superpose_server.control.default_mix import DefaultMix, MixState
@@ -31,6 +32,11 @@ from superpose_server.errors import (
 )
 from superpose_server.weights.resident import PreparedMix
 
+# Of adapters that are read only.
+_ORIGINS = {
+    Source.BUNDLED: "comes with the bundled base",
+    Source.DIRECTORY: "is served from --adapter-dir",
+}
 _log = logging.getLogger(__name__)
 
 
@@ -134,51 +140,104 @@ class Operator:
     def reach(self, wanted: MixFile) -> MixState:
         """Go to what a followed file says: all of it or, if that cannot be, nothing.
 
-        The same again changes nothing.
+        What it says by digest, and what is not here under its domain, is taken from the store, if
+        that has it. The same again changes nothing.
 
         Raises:
             NotFound: A domain is not loaded.
             AlreadyExists: A mix is to have the name of a domain.
-            InvalidArgument: A mix has too many domains.
-            FailedPrecondition: A domain names another adapter, the fold would not be finite, there
-                are too many names, or the disk refuses.
+            InvalidArgument: A mix has too many domains, or holds a mix.
+            FailedPrecondition: A domain names another adapter, and the store has not the one that
+                it is to name, or one that is unfit; the fold would not be finite, there are too
+                many names, or the store or the disk refuses.
             Internal: The fold failed.
         """
         self._wanted = wanted
-        for domain, digest in wanted.adapters.items():
-            # Whoever has adapters by their digest could be asked for one that is not here.
-            found = self._registry.get(domain).adapter.digest
-            if found != digest:
-                raise FailedPrecondition(
-                    f"{domain} is adapter {found[:12]} here, and is to be {digest[:12]}: push that "
-                    "one in its place, or change the file",
-                    "ADAPTER_DIFFERS",
-                )
-        mix = self._of_domains(wanted.mix)
-        what, bound = f"set {format_mix(dict(mix.entries))}", self._registry.bind(mix)
-        if wanted.named_mixes is None:
-            return self._change(what, bound)
-        named = {name: self._of_domains(mix) for name, mix in wanted.named_mixes.items()}
-        for name in named:
-            if self._registry.find(name) is not None:
+        loaded = self._load(wanted.adapters)
+        registry = self._registry.having(loaded)
+        mix = _of_domains(registry, wanted.mix)
+        what, bound = f"set {format_mix(dict(mix.entries))}", registry.bind(mix)
+        named: dict[str, Mix] | None = None
+        if wanted.named_mixes is not None:
+            named = {n: _of_domains(registry, mix) for n, mix in wanted.named_mixes.items()}
+        for name in named or ():
+            if registry.find(name) is not None:
                 raise AlreadyExists(f"{name} is a domain: choose another name", "NAME_TAKEN")
         before = {each.name: each.mix for each in self._registry.named_mixes.all()}
-        with self._registry.named_mixes.replacing(named):
-            state = self._change(what, bound)
-        for name in sorted(before.keys() - named.keys()):
-            self._note(f"unname {name}")
-        for name, mix_of_name in sorted(named.items()):
-            if before.get(name) != mix_of_name:
-                self._note(f"name {name} {format_mix(dict(mix_of_name.entries))}")
+        with self._registry.named_mixes.replacing(before if named is None else named):
+            with self._naming(loaded):
+                state = self._change(what, bound)
+            self._registry.put(*loaded)
+        for registered in loaded:
+            self._note(f"load {registered.domain} {registered.adapter.digest}")
+            registered.log_warnings()
+        if named is not None:
+            for name in sorted(before.keys() - named.keys()):
+                self._note(f"unname {name}")
+            for name, mix_of_name in sorted(named.items()):
+                if before.get(name) != mix_of_name:
+                    self._note(f"name {name} {format_mix(dict(mix_of_name.entries))}")
+        if loaded:
+            self.collect()
         return state
 
-    def _of_domains(self, weights: Mapping[str, float]) -> Mix:
-        """Return a mix of a followed file, which is up to the file alone and so names no mixes."""
-        for domain in weights:
-            self._registry.get(domain)
-        mix = Mix.of(weights)
-        self._registry.check_size(len(mix))
-        return mix
+    def _load(self, wanted: Mapping[str, str]) -> list[Registered]:
+        """Return those of the adapters {domain: digest} that their domains do not name yet.
+
+        They are read from the store, and named by nobody yet.
+
+        Raises:
+            NotFound: A domain names nothing, and the store has not that adapter.
+            InvalidArgument: A mix has that name.
+            FailedPrecondition: A domain names another one, and the store has not that adapter, or
+                the domain is read only; the adapter is unfit, or the store cannot be read.
+        """
+        loaded = []
+        for domain, digest in wanted.items():
+            before = self._registry.find(domain)
+            if before is not None and before.adapter.digest == digest:
+                continue
+            if before is None:
+                _check_no_mix(self._registry, domain)
+            elif before.source is not Source.PUSHED:
+                raise FailedPrecondition(
+                    f"{domain} is adapter {before.adapter.digest[:12]} here, which "
+                    f"{_ORIGINS[before.source]} and is read only, and is to be {digest[:12]}: let "
+                    "the file say another name, and push that one under it",
+                    "ADAPTER_READ_ONLY",
+                )
+            try:
+                adapter = self._store.load(
+                    digest, self._base.layout, self._limits, base=self._base.facts
+                )
+            except KeyError:
+                here = self._registry.get(domain).adapter.digest
+                raise FailedPrecondition(
+                    f"{domain} is adapter {here[:12]} here, and is to be {digest[:12]}: push that "
+                    "one in its place, or change the file",
+                    "ADAPTER_DIFFERS",
+                ) from None
+            except StoreError as error:
+                raise _store_failed(error) from error
+            except AdapterError as error:
+                raise FailedPrecondition(f"{domain}: {error}", error.reason) from error
+            self._engine.keep(adapter)
+            loaded.append(Registered(domain, adapter, Source.PUSHED))
+        return loaded
+
+    @contextmanager
+    def _naming(self, registered: Iterable[Registered]) -> Generator[None]:
+        """Name stored adapters durably; not if what is done meanwhile raises.
+
+        Raises:
+            FailedPrecondition: The disk refuses.
+        """
+        named = {each.domain: _named(each.adapter) for each in registered}
+        try:
+            with self._store.naming(named) if named else nullcontext():
+                yield
+        except StoreError as error:
+            raise _store_failed(error) from error
 
     def _check_free(self, what: str) -> None:
         """Refuse a call that changes what a followed file says.
@@ -313,11 +372,10 @@ class Operator:
         before = self._registry.find(domain)
         same = before is not None and before.adapter == adapter
         if before is not None and same:
-            said_already = (
-                before.adapter.warnings == adapter.warnings
-                and before.adapter.provenance == adapter.provenance
-            )
-            if said_already or before.source is not Source.PUSHED:
+            if before.source is not Source.PUSHED:
+                return before, self._default.state
+            if _named(before.adapter) == _named(adapter):
+                self._put(config, tensors)  # It may be lost or damaged there, or never have been.
                 return before, self._default.state
         if before is not None and not same:
             _check_writable(before)
@@ -331,24 +389,26 @@ class Operator:
         if not same:
             self._check_wanted(registered)
         mix_before = self._default.state
-        try:
-            digest = self._store.put(config, tensors)
-            self._engine.keep(adapter)  # Where rows run elsewhere, they read it from the store.
-            self._store.set_name(domain, digest, adapter.warnings, adapter.provenance)
-            try:
-                state = self._rebind(registered)
-            except BaseException:
-                if before is not None:
-                    said = before.adapter
-                    self._store.set_name(domain, said.digest, said.warnings, said.provenance)
-                raise
-        except StoreError as error:
-            raise _store_failed(error) from error
+        self._put(config, tensors)
+        self._engine.keep(adapter)  # Where rows run elsewhere, they read it from the store.
+        with self._naming([registered]):
+            state = self._rebind(registered)
         self._registry.put(registered)
         self._note(f"{verb} {domain} {adapter.digest}{how}", mix_before)
         registered.log_warnings()
         self.collect()
         return registered, state
+
+    def _put(self, config: bytes, tensors: bytes) -> None:
+        """Let the store have an adapter, whole.
+
+        Raises:
+            FailedPrecondition: It refuses.
+        """
+        try:
+            self._store.put(config, tensors)
+        except StoreError as error:
+            raise _store_failed(error) from error
 
     def _rebind(self, registered: Registered) -> MixState:
         """Let the default mix hold the new adapter where it held the old one."""
@@ -453,14 +513,34 @@ def _store_failed(error: StoreError) -> FailedPrecondition:
     )
 
 
+def _named(adapter: Adapter) -> Named:
+    return Named(adapter.digest, adapter.warnings, adapter.provenance)
+
+
+def _of_domains(registry: Registry, weights: Mapping[str, float]) -> Mix:
+    """Return a mix of a followed file, which is up to the file alone and so names no mixes."""
+    for domain in weights:
+        _check_no_mix(registry, domain)
+        registry.get(domain)
+    mix = Mix.of(weights)
+    registry.check_size(len(mix))
+    return mix
+
+
+def _check_no_mix(registry: Registry, domain: str) -> None:
+    if registry.named_mixes.find(domain) is not None:
+        raise InvalidArgument(
+            f"{domain} is a named mix and no domain: use one of its domains",
+            "INVALID_MIX",
+            field="mix",
+        )
+
+
 def _check_writable(registered: Registered) -> None:
-    origin = {
-        Source.BUNDLED: "comes with the bundled base",
-        Source.DIRECTORY: "is served from --adapter-dir",
-    }.get(registered.source)
-    if origin is not None:
+    if registered.source is not Source.PUSHED:
         raise FailedPrecondition(
-            f"{registered.domain} {origin} and is read only: choose another name",
+            f"{registered.domain} {_ORIGINS[registered.source]} and is read only: choose another "
+            "name",
             "ADAPTER_READ_ONLY",
         )
 

@@ -8,15 +8,14 @@ import threading
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from superpose_adapters.one_line import escaped, with_kind
+from superpose_adapters.without_secrets import without_secrets
 from superpose_server.control.mix_file import MOST_BYTES, MixFile, MixFileError, parse_mix_file
 
 # Seconds that a disk or a network may take to answer.
 PATIENCE = 30.0
-# What a URL may hold that is not for everybody: a user and a password, and a signature.
-_USER = re.compile(r"//[^/@]*@")
-_QUERY = re.compile(r"[?#].*", re.DOTALL)
 
 
 class FollowedFile:
@@ -35,11 +34,12 @@ class FollowedFile:
         """Read nothing yet; `location` is a path, or a URL with `://`."""
         self._location = location
         self._is_url = "://" in location
-        shown = _QUERY.sub("", _USER.sub("//", location)) if self._is_url else location
+        shown = without_secrets(location)
         self.name = escaped(shown)
         self.short_name = escaped(re.split(r"[/\\]", shown.rstrip("/\\"))[-1])
         self._closed = False
         self._reading: Future[bytes] | None = None
+        self._remote: tuple[Any, str] | None = None  # A file system of fsspec's, the path there.
 
     def read(self) -> MixFile:
         """Return what the file says now.
@@ -82,31 +82,69 @@ class FollowedFile:
         with suppress(InvalidStateError):  # Nobody waits any more.
             try:
                 read = self._open_and_read()
+            except MixFileError as error:
+                reading.set_exception(error)
             except Exception as error:  # Of whatever library knows the URL.
-                reading.set_exception(MixFileError(self._why(error)))
+                reading.set_exception(MixFileError(_why(error)))
             else:
                 reading.set_result(read)
 
     def _open_and_read(self) -> bytes:
         if not self._is_url:
             with Path(self._location).open("rb") as file:
-                return file.read(MOST_BYTES + 1)
-        import fsspec
+                return _read(file)
+        if self._remote is None:
+            self._remote = _file_system(self._location)
+        file_system, path = self._remote
+        try:
+            file_system.invalidate_cache()  # Of what was there before.
+            with file_system.open(path, "rb") as opened:
+                return _read(opened)
+        except BaseException:
+            self._remote = None  # It may have a connection that is broken for good.
+            raise
 
-        with fsspec.open(self._location, "rb") as opened:
-            read: bytes = opened.read(MOST_BYTES + 1)
-            return read
 
-    def _why(self, error: Exception) -> str:
-        if isinstance(error, ImportError):
-            scheme = self.name.partition("://")[0]
-            remedy = "pip install aiohttp" if scheme in ("http", "https") else "install it"
-            return (
-                f"a URL of {scheme} needs a package that is not here ({with_kind(error)}): {remedy}"
-            )
-        if isinstance(error, OSError) and isinstance(error.errno, int):
-            # Not `strerror`, in which a library may have put the URL.
-            return f"it cannot be read ({os.strerror(error.errno)})"
-        # Others' words may have the whole URL in them.
-        whole = self.name == self._location
-        return f"it cannot be read ({escaped(with_kind(error)) if whole else type(error).__name__})"
+def _read(file: BinaryIO) -> bytes:
+    """Return what a file holds, or so much of it that it is too much."""
+    read = bytearray()
+    # In parts, since a network gives what has arrived, and not what was asked for.
+    while len(read) <= MOST_BYTES and (part := file.read(MOST_BYTES + 1 - len(read))):
+        read += part
+    return bytes(read)
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """Return fsspec's file system of a URL, and the path in it.
+
+    Raises:
+        MixFileError: There is none.
+    """
+    import fsspec
+
+    scheme = url.partition("://")[0]
+    if "::" in url:
+        raise MixFileError(
+            "a URL with :: is not followed, as what it reads may be kept: name the file alone"
+        )
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:  # In words that have nothing of the URL.
+        remedy = "pip install aiohttp" if scheme in ("http", "https") else "install it"
+        raise MixFileError(
+            f"a URL of {scheme} needs a package that is not here ({with_kind(error)}): {remedy}"
+        ) from None
+    except ValueError:
+        raise MixFileError(
+            f"its scheme {escaped(scheme)} is unknown: use a path, https://, s3:// or gs://"
+        ) from None
+    # An instance of its own: others keep what they, or anybody in this process, have seen.
+    file_system, path = fsspec.core.url_to_fs(url, skip_instance_cache=True)
+    return file_system, path
+
+
+def _why(error: Exception) -> str:
+    """Return why a file cannot be read, in words of ours: others' may have the whole URL."""
+    if isinstance(error, OSError) and isinstance(error.errno, int):
+        return f"it cannot be read ({os.strerror(error.errno)})"  # Not `strerror`, for the same.
+    return f"it cannot be read ({type(error).__name__})"

@@ -20,6 +20,8 @@ from superpose_server.errors import ServerError, ShuttingDown, StartupError
 
 CALLER = "follow"
 """Who makes the changes, in the record of them."""
+# Reasons of what a push mends, which a server that does not start takes from nobody.
+_PUSH_MENDS = {"DOMAIN_NOT_FOUND", "ADAPTER_DIFFERS"}
 _log = logging.getLogger(__name__)
 
 
@@ -28,7 +30,7 @@ class Followed:
     """A followed file, as of the last look at it.
 
     Attributes:
-        name: See `FollowedFile`.
+        name: What clients call it; see `FollowedFile.short_name`.
         problem: Why the server is not at what it says, in one line; "" if it is.
     """
 
@@ -66,7 +68,7 @@ class Following:
         self._context = copy_context()
         self._context.run(set_caller, Caller(CALLER, file.name))
         self._thread = threading.Thread(target=self._run, name="follow", daemon=True)
-        self.state = Followed(file.name, "nobody has looked at it yet")
+        self.state = Followed(file.short_name, "nobody has looked at it yet")
 
     def start(self) -> None:
         """Go to what the file says, and set the thread going.
@@ -74,10 +76,12 @@ class Following:
         Raises:
             StartupError: It cannot be reached.
         """
-        problem = self._look()
+        problem, reason = self._look()
         if problem:
+            if reason in _PUSH_MENDS:
+                problem += "; start without --follow, push it, and start again"
             raise StartupError(f"--follow {self._file.name}: {problem}")
-        self.state = Followed(self._file.name)
+        self.state = Followed(self._file.short_name)
         self._thread.start()
 
     def stop(self) -> None:
@@ -94,34 +98,37 @@ class Following:
     def look(self) -> None:
         """Read the file, go to what it says, and tell of it if that begins or ceases to fail."""
         with self._looking:
-            problem, before = self._look(), self.state.problem
+            (problem, _), before = self._look(), self.state.problem
             if self._stopping.is_set():
                 return
-            self.state = Followed(self._file.name, problem)
+            self.state = Followed(self._file.short_name, problem)
         if problem and not before:
-            _log.error("not at what %s says, and serving what was: %s", self.state.name, problem)
+            _log.error("not at what %s says, and serving what was: %s", self._file.name, problem)
         elif before and not problem:
-            _log.warning("at what %s says again", self.state.name)
+            _log.warning("at what %s says again", self._file.name)
 
     def _run(self) -> None:
         while not self._stopping.wait(self._every):
             self.look()
 
-    def _look(self) -> str:
-        """Return why the server is not at what the file says; "" if it is."""
+    def _look(self) -> tuple[str, str]:
+        """Return why the server is not at what the file says, and its reason for programs.
+
+        Both are "" if it is; the second one is if there is none.
+        """
         try:
             self._context.run(self._read_and_reach)
         except MixFileError as error:
-            return str(error)
+            return str(error), ""
         except (ShuttingDown, CancelledError):
-            return "the server is shutting down"
+            return "the server is shutting down", ""
         except ServerError as error:
-            return error.message
+            return error.message, error.reason
         except Exception:
             if not self._stopping.is_set():  # Or its parts end under it.
                 _log.exception("a look at %s failed", self._file.name)
-            return "internal error: the log says more"
-        return ""
+            return "internal error: the log says more", ""
+        return "", ""
 
     def _read_and_reach(self) -> None:
         wanted = self._file.read()

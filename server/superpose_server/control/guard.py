@@ -104,12 +104,14 @@ class Guard:
             ShuttingDown, CancelledError: The server ends.
         """
         mends = not self._integrity.intact
+        # Not under the lock: the engine has one of its own, under which it may wake this thread.
+        job = self._engine.mend() if mends else self._engine.check()
         with self._changed:
+            self._job = job
             if self._stopping:
-                raise CancelledError
-            self._job = self._engine.mend() if mends else self._engine.check()
+                job.cancel()
         try:
-            done = self._job.result()
+            done = job.result()
         except (ShuttingDown, CancelledError):
             raise
         except Exception:

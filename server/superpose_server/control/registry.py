@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from superpose_adapters.adapter import Adapter
@@ -84,10 +84,17 @@ class Registry:
             metadata={"domain": domain[:80]},
         )
 
-    def put(self, registered: Registered) -> None:
-        """Let a domain name an adapter, in place of what it named before."""
+    def put(self, *registered: Registered) -> None:
+        """Let domains name adapters, in place of what they named before."""
         # Readers hold the old mapping or the new one, never a half-changed one.
-        self._registered = {**self._registered, registered.domain: registered}
+        self._registered = {**self._registered, **{each.domain: each for each in registered}}
+
+    def having(self, registered: Iterable[Registered]) -> Registry:
+        """Return another registry: this one as it would be after `put`."""
+        other = Registry(self.base_digest, self.max_domains, self.named_mixes)
+        other._registered = self._registered
+        other.put(*registered)
+        return other
 
     def remove(self, domain: str) -> None:
         """Forget a domain; rows that hold its adapter keep it."""
