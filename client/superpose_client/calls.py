@@ -49,11 +49,18 @@ def generate(
     *,
     mix: MixLike | None = None,
     request_id: str = "",
+    min_generation: int | None = None,
     timeout: float | None = None,
     **options: Unpack[GenerateOptions],
 ) -> Call[Generation]:
-    """Return the text that follows the prompt. For the options see `GenerateOptions`."""
-    request = requests.generate(inference_pb2.GenerateRequest, prompt, mix, request_id, options)
+    """Return the text that follows the prompt. For the options see `GenerateOptions`.
+
+    With `min_generation` no server answers whose default mix has a lower generation: it is
+    UNAVAILABLE, which is tried again, and of several servers another one is asked.
+    """
+    request = requests.generate(
+        inference_pb2.GenerateRequest, prompt, mix, request_id, min_generation, options
+    )
     return Call("Inference.Generate", request, Generation.from_proto, timeout, WORK)
 
 
@@ -62,12 +69,13 @@ def stream(
     *,
     mix: MixLike | None = None,
     request_id: str = "",
+    min_generation: int | None = None,
     timeout: float | None = None,
     **options: Unpack[GenerateOptions],
 ) -> Call[GenerationChunk]:
     """Begin to generate; the chunks come as the text is made."""
     kind = inference_pb2.GenerateStreamRequest
-    request = requests.generate(kind, prompt, mix, request_id, options)
+    request = requests.generate(kind, prompt, mix, request_id, min_generation, options)
     return Call("Inference.GenerateStream", request, GenerationChunk.from_proto, timeout, UNLIMITED)
 
 
@@ -80,6 +88,7 @@ def score(
     logprobs: bool = False,
     mixes: Sequence[MixLike] | None = None,
     progress: Callable[[int], None] | None = None,
+    min_generation: int | None = None,
     timeout: float | None = None,
 ) -> Calls[ScoreResult]:
     """Return log-probabilities and perplexity of texts or (question, answer) pairs.
@@ -89,14 +98,15 @@ def score(
     256 at a time, or as many as make 2048 rows with the mixes, each request with its own timeout
     and all under the mix of the first; `progress` is told how many are scored. The scope "answer",
     for pairs only, leaves the question's tokens out of the sums. A text without a scored token
-    counts for nothing, and has 0 tokens and a perplexity of NaN.
+    counts for nothing, and has 0 tokens and a perplexity of NaN. For `min_generation` see
+    `generate`.
 
     Raises:
         InvalidArgumentError: A text cannot be scored; it is named as texts[i].
         ValueError: No mixes, or the default mix among them: write it out.
         MixChangedError: An adapter of the mix was replaced in between.
     """
-    batches = ScoreBatches(texts, mix, max_length, scope, logprobs, mixes)
+    batches = ScoreBatches(texts, mix, max_length, scope, logprobs, mixes, min_generation)
     for request in batches:
         try:
             done = yield Call("Inference.Score", request, batches.add, timeout, WORK)

@@ -156,10 +156,16 @@ def generate(
     prompt: Prompt,
     mix_value: MixLike | None,
     request_id: str,
+    min_generation: int | None,
     options: GenerateOptions,
 ) -> _Generate:
     """Return the request of `Generate` or `GenerateStream`, whose fields are the same."""
-    request = kind(mix=mix(mix_value), options=_options(options), request_id=request_id)
+    request = kind(
+        mix=mix(mix_value),
+        options=_options(options),
+        request_id=request_id,
+        min_generation=min_generation,
+    )
     if isinstance(prompt, str):
         request.prompt = prompt
     elif prompt and isinstance(prompt[0], Mapping):
@@ -205,6 +211,7 @@ class ScoreBatches:
         scope: Scope,
         logprobs: bool,
         mixes: Sequence[MixLike] | None = None,
+        min_generation: int | None = None,
     ) -> None:
         """Convert the texts; nothing is sent."""
         self._items = score_items(texts)
@@ -214,6 +221,7 @@ class ScoreBatches:
             scope=score_scope(scope),
             logprobs=logprobs,
             mixes=() if mixes is None else _mixes(mixes),
+            min_generation=min_generation,
         )
         rows_a_text = max(1, len(self._template.mixes))
         self._batch = max(1, min(MAX_SCORE_ITEMS, MAX_SCORE_ROWS // rows_a_text))

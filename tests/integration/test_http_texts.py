@@ -510,3 +510,18 @@ def test_a_base_without_chat_template_says_so(
     assert answer.outcome == (400, "NO_CHAT_TEMPLATE")
     assert answer.json["error"]["param"] == "messages"
     assert "no chat template" in answer.json["error"]["message"]
+
+
+def test_a_generation_that_is_not_reached_is_told(http: Http) -> None:
+    generation = int(complete(http, "x", max_tokens=1).headers["x-superpose-generation"])
+    assert complete(http, "x", max_tokens=1, min_generation=generation).status == 200
+    later = {"min_generation": generation + 1}
+    for answer in (
+        complete(http, "x", max_tokens=1, **later),
+        chat(http, [{"role": "user", "content": "x"}], max_tokens=1, **later),
+        http.ask("POST", "/v1/score", {"items": [{"text": "x y"}], **later}),
+    ):
+        assert answer.status == 503
+        assert answer.json["error"]["code"] == "GENERATION_NOT_REACHED"
+        assert answer.json["error"]["metadata"] == {"generation": str(generation)}
+    assert complete(http, "x", min_generation=-1).status == 400

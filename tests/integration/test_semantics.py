@@ -26,8 +26,10 @@ from tests.integration.harness import (
 
 from superpose_client import (
     AlreadyExistsError,
+    Client,
     DeadlineExceededError,
     FailedPreconditionError,
+    GenerateOptions,
     GenerationChunk,
     GenerationMismatchError,
     HealthStatus,
@@ -35,6 +37,7 @@ from superpose_client import (
     NotFoundError,
     QueueFullError,
     RequestCancelledError,
+    UnavailableError,
 )
 from superpose_client.client import Stream
 from superpose_server.control.watch import watch
@@ -537,6 +540,27 @@ def test_metrics_move_with_what_happens(served: Served) -> None:
         'superpose_domain_weight{domain="b"}': 0.5,
         'superpose_domain_weight{domain="c"}': -1.0,
     }
+
+
+def test_no_text_is_made_under_an_older_mix_than_the_client_knows_of(served: Served) -> None:
+    change = served.client.add("b")
+    known, later = change.generation, change.generation + 1
+    options: GenerateOptions = {"max_new_tokens": 2, "temperature": 0.0}
+    with Client(served.address, retries=0) as client:
+        for seen in (client.generate(PROMPT, min_generation=known, **options).mix, change):
+            assert (seen.generation, seen.digest) == (known, change.digest)
+        assert client.score(["x y"], min_generation=known).mix.generation == known
+        calls: list[Callable[[], object]] = [
+            lambda: client.generate(PROMPT, min_generation=later, **options),
+            lambda: list(client.stream(PROMPT, min_generation=later, **options)),
+            lambda: client.generate(PROMPT, mix="a", min_generation=later, **options),
+            lambda: client.score(["x y"], min_generation=later),
+            lambda: client.score(["x y"], mixes=["a", "b"], min_generation=later),
+        ]
+        for call in calls:
+            with pytest.raises(UnavailableError, match=f"generation {later} ") as refused:
+                call()
+            assert refused.value.reason == "GENERATION_NOT_REACHED"
 
 
 def test_the_server_info_tells_what_runs(served: Served, gpt2: Family) -> None:

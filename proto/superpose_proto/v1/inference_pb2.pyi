@@ -272,9 +272,14 @@ class GenerateRequest(google.protobuf.message.Message):
     MIX_FIELD_NUMBER: builtins.int
     OPTIONS_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    MIN_GENERATION_FIELD_NUMBER: builtins.int
     prompt: builtins.str
     request_id: builtins.str
     """Made by the server if empty. Returned with the response."""
+    min_generation: builtins.int
+    """Refused as UNAVAILABLE where the default mix has a lower generation: so a client that knows of a
+    change, by whichever server, is never answered as if it had not been made. 0 if absent.
+    """
     @property
     def token_ids(self) -> Global___TokenIds: ...
     @property
@@ -294,9 +299,12 @@ class GenerateRequest(google.protobuf.message.Message):
         mix: superpose_proto.v1.mix_pb2.Mix | None = ...,
         options: Global___GenerateOptions | None = ...,
         request_id: builtins.str = ...,
+        min_generation: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_mix", b"_mix", "chat", b"chat", "input", b"input", "mix", b"mix", "options", b"options", "prompt", b"prompt", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_mix", b"_mix", "chat", b"chat", "input", b"input", "mix", b"mix", "options", b"options", "prompt", b"prompt", "request_id", b"request_id", "token_ids", b"token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_min_generation", b"_min_generation", "_mix", b"_mix", "chat", b"chat", "input", b"input", "min_generation", b"min_generation", "mix", b"mix", "options", b"options", "prompt", b"prompt", "token_ids", b"token_ids"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_min_generation", b"_min_generation", "_mix", b"_mix", "chat", b"chat", "input", b"input", "min_generation", b"min_generation", "mix", b"mix", "options", b"options", "prompt", b"prompt", "request_id", b"request_id", "token_ids", b"token_ids"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_min_generation", b"_min_generation"]) -> typing.Literal["min_generation"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_mix", b"_mix"]) -> typing.Literal["mix"] | None: ...
     @typing.overload
@@ -400,8 +408,10 @@ class GenerateStreamRequest(google.protobuf.message.Message):
     MIX_FIELD_NUMBER: builtins.int
     OPTIONS_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    MIN_GENERATION_FIELD_NUMBER: builtins.int
     prompt: builtins.str
     request_id: builtins.str
+    min_generation: builtins.int
     @property
     def token_ids(self) -> Global___TokenIds: ...
     @property
@@ -419,9 +429,12 @@ class GenerateStreamRequest(google.protobuf.message.Message):
         mix: superpose_proto.v1.mix_pb2.Mix | None = ...,
         options: Global___GenerateOptions | None = ...,
         request_id: builtins.str = ...,
+        min_generation: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_mix", b"_mix", "chat", b"chat", "input", b"input", "mix", b"mix", "options", b"options", "prompt", b"prompt", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_mix", b"_mix", "chat", b"chat", "input", b"input", "mix", b"mix", "options", b"options", "prompt", b"prompt", "request_id", b"request_id", "token_ids", b"token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_min_generation", b"_min_generation", "_mix", b"_mix", "chat", b"chat", "input", b"input", "min_generation", b"min_generation", "mix", b"mix", "options", b"options", "prompt", b"prompt", "token_ids", b"token_ids"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_min_generation", b"_min_generation", "_mix", b"_mix", "chat", b"chat", "input", b"input", "min_generation", b"min_generation", "mix", b"mix", "options", b"options", "prompt", b"prompt", "request_id", b"request_id", "token_ids", b"token_ids"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_min_generation", b"_min_generation"]) -> typing.Literal["min_generation"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_mix", b"_mix"]) -> typing.Literal["mix"] | None: ...
     @typing.overload
@@ -537,11 +550,14 @@ class ScoreRequest(google.protobuf.message.Message):
     SCOPE_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
     MIXES_FIELD_NUMBER: builtins.int
+    MIN_GENERATION_FIELD_NUMBER: builtins.int
     max_length: builtins.int
     """Tokens kept of each item, cut on the right; the context length if absent."""
     scope: Global___ScoreScope.ValueType
     logprobs: builtins.bool
     """Return the log-probability of every scored token."""
+    min_generation: builtins.int
+    """As of GenerateRequest."""
     @property
     def items(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ScoreItem]:
         """1 to 256 items."""
@@ -563,11 +579,14 @@ class ScoreRequest(google.protobuf.message.Message):
         scope: Global___ScoreScope.ValueType = ...,
         logprobs: builtins.bool = ...,
         mixes: collections.abc.Iterable[superpose_proto.v1.mix_pb2.Mix] | None = ...,
+        min_generation: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_max_length", b"_max_length", "_mix", b"_mix", "max_length", b"max_length", "mix", b"mix"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_length", b"_max_length", "_mix", b"_mix", "items", b"items", "logprobs", b"logprobs", "max_length", b"max_length", "mix", b"mix", "mixes", b"mixes", "scope", b"scope"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_length", b"_max_length", "_min_generation", b"_min_generation", "_mix", b"_mix", "max_length", b"max_length", "min_generation", b"min_generation", "mix", b"mix"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_length", b"_max_length", "_min_generation", b"_min_generation", "_mix", b"_mix", "items", b"items", "logprobs", b"logprobs", "max_length", b"max_length", "min_generation", b"min_generation", "mix", b"mix", "mixes", b"mixes", "scope", b"scope"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_length", b"_max_length"]) -> typing.Literal["max_length"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_min_generation", b"_min_generation"]) -> typing.Literal["min_generation"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_mix", b"_mix"]) -> typing.Literal["mix"] | None: ...
 

@@ -165,7 +165,7 @@ class FollowedFile(google.protobuf.message.Message):
     REACHED_FIELD_NUMBER: builtins.int
     PROBLEM_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """The path or URL that was given to --follow, without user, password and query."""
+    """The last part of the path or URL that was given to --follow: where it lies is in the log."""
     reached: builtins.bool
     """Whether the server is at what the file says."""
     problem: builtins.str

@@ -23,6 +23,7 @@ from superpose_server.errors import (
     OutputNotFinite,
     PermissionDenied,
     ShuttingDown,
+    Unavailable,
 )
 from superpose_server.inference.delivery import Delivery
 from superpose_server.inference.encoding import Encoder
@@ -90,12 +91,13 @@ class Inference:
             InvalidArgument: The request is wrong, or does not fit the context.
             NotFound: Its mix holds a name that stands for no adapter and no mix.
             QueueFull: Too many requests wait.
+            Unavailable: The default mix has a lower generation than is asked for.
             DataLoss: The weights are damaged.
             ShuttingDown: The server is stopping.
         """
         prompt = await self.encode(request.prompt)
         self._encoder.check(request, len(prompt))
-        bound = bound or self.bind(request.mix)
+        bound = bound or self.bind(request.mix, request.min_generation)
         inbox = self._delivery.inbox()
         options = request.options.within(self._runtime.base.context_length - len(prompt))
         row = Row(prompt, bound.mix, options, inbox.put, self._runtime.tokenizer)
@@ -117,7 +119,8 @@ class Inference:
             NotFound, QueueFull, DataLoss, ShuttingDown: As `generate`.
         """
         rows = await asyncio.to_thread(self._encoder.score_rows, request)
-        mixes = (bound,) if bound else tuple(map(self.bind, request.mixes))
+        least = request.min_generation
+        mixes = (bound,) if bound else tuple(self.bind(mix, least) for mix in request.mixes)
         return await self._score_rows(rows, mixes)
 
     async def _score_rows(
@@ -262,16 +265,25 @@ class Inference:
         found = result.value
         return VerifiedWeights(MixState(generation, found.mix), found, result.longest_stall_seconds)
 
-    def bind(self, mix: Mix | None) -> MixState:
+    def bind(self, mix: Mix | None, min_generation: int = 0) -> MixState:
         """Resolve a request's mix now, unless nothing may run.
 
         Raises:
             NotFound: It names a domain that is not loaded.
+            Unavailable: The default mix has a lower generation than is asked for.
             DataLoss: The weights are damaged.
             ShuttingDown: The server is stopping.
         """
         self._check_serving()
-        return self.resolve(mix)
+        state = self.resolve(mix)
+        if state.generation < min_generation:
+            raise Unavailable(
+                f"generation {min_generation} or a later one was asked for, and the default mix is "
+                f"at {state.generation}: try again, or ask another server",
+                "GENERATION_NOT_REACHED",
+                metadata={"generation": str(state.generation)},
+            )
+        return state
 
     def _check_serving(self) -> None:
         if self._runtime.ending.is_set():

@@ -43,12 +43,14 @@ class GenerateRequest:
         mix: None: the default mix; empty: the base model. It may hold named mixes.
         options: What to generate, and how.
         request_id: Comes back with the answer; made by the server if empty.
+        min_generation: Of the default mix, or the request is refused.
     """
 
     prompt: Prompt
     mix: Mix | None = None
     options: SamplingParams = field(default_factory=SamplingParams)
     request_id: str = ""
+    min_generation: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class ScoreRequest:
         max_length: Tokens kept of each item, cut on the right; None: the context length.
         scope: Which tokens count; "answer" is for question-answer rows alone.
         top_logprobs: How many of the likeliest tokens are wanted in the place of each of them.
+        min_generation: Of the default mix, or the request is refused.
     """
 
     items: tuple[ScoreItem, ...]
@@ -80,6 +83,7 @@ class ScoreRequest:
     max_length: int | None = None
     scope: Scope = "all"
     top_logprobs: int = 0
+    min_generation: int = 0
 
 
 @dataclass(frozen=True)

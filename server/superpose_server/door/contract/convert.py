@@ -149,7 +149,9 @@ def generate_from_wire(
     elif request.HasField("chat"):
         prompt = Chat(tuple((turn.role, turn.content) for turn in request.chat.messages))
     options = params_from_wire(request.options)
-    return GenerateRequest(prompt, requested_mix(request), options, request.request_id)
+    return GenerateRequest(
+        prompt, requested_mix(request), options, request.request_id, request.min_generation
+    )
 
 
 def score_from_wire(request: inference_pb2.ScoreRequest) -> ScoreRequest:
@@ -168,7 +170,7 @@ def score_from_wire(request: inference_pb2.ScoreRequest) -> ScoreRequest:
     mixes = tuple(
         mix_from_wire(mix, f"mixes[{index}]") for index, mix in enumerate(request.mixes)
     ) or (requested_mix(request),)
-    return ScoreRequest(items, mixes, max_length, scope)
+    return ScoreRequest(items, mixes, max_length, scope, min_generation=request.min_generation)
 
 
 def _scope_from_wire(number: int) -> Scope:

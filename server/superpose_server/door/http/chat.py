@@ -22,7 +22,7 @@ from superpose_server.door.http.fields import (
     only,
 )
 from superpose_server.door.http.logprobs import ChatLogprobs
-from superpose_server.door.http.mix import MIX, MODEL, requested_mix
+from superpose_server.door.http.mix import MIN_GENERATION, MIX, MODEL, requested_mix
 from superpose_server.door.http.replies import CHAT, CHAT_EVENT
 from superpose_server.door.http.sampling import (
     GENERATION,
@@ -69,6 +69,7 @@ FORM = Form(
     (
         MODEL,
         MIX,
+        MIN_GENERATION,
         Field("messages", ListOf(_MESSAGE), "The conversation so far.", required=True),
         Field("logprobs", FLAG, "The log-probability of each new token, of the model's own."),
         Field("top_logprobs", COUNT, "So many of the likeliest tokens in each place; at most 20."),
@@ -137,7 +138,7 @@ class ChatCompletions:
         )
         turns = tuple((each["role"], each["content"]) for each in asked["messages"])
         ids = await self._inference.encode(Chat(turns))
-        bound = self._inference.bind(requested_mix(asked))
+        bound = self._inference.bind(requested_mix(asked), asked.get("min_generation", 0))
         request = GenerateRequest(ids, None, options, request_id)
         (generation,) = await accept(self._inference, [request], bound)
         choice = _Choice(

@@ -25,7 +25,7 @@ from superpose_server.door.http.fields import (
     refuse,
 )
 from superpose_server.door.http.logprobs import TextLogprobs
-from superpose_server.door.http.mix import MIX, MODEL, requested_mix
+from superpose_server.door.http.mix import MIN_GENERATION, MIX, MODEL, requested_mix
 from superpose_server.door.http.replies import COMPLETION, COMPLETION_EVENT
 from superpose_server.door.http.sampling import (
     GENERATION,
@@ -74,6 +74,7 @@ FORM = Form(
     (
         MODEL,
         MIX,
+        MIN_GENERATION,
         Field(
             "prompt",
             _Prompts(),
@@ -151,7 +152,7 @@ class Completions:
             top_logprobs=top or 0,
         )
         ids = [await self._inference.encode(prompt) for prompt in prompts]
-        bound = self._inference.bind(requested_mix(asked))
+        bound = self._inference.bind(requested_mix(asked), asked.get("min_generation", 0))
         requests = [GenerateRequest(each, None, options, request_id) for each in ids]
         generations = [] if most == 0 else await accept(self._inference, requests, bound)
         try:

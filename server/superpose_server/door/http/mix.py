@@ -8,7 +8,7 @@ from typing import Any
 from superpose_adapters.mix import Mix
 from superpose_adapters.mix_syntax import mix_from_json, parse_mix
 from superpose_proto.v1 import mix_pb2
-from superpose_server.door.http.fields import TEXT, Asked, Field, ListOf
+from superpose_server.door.http.fields import TEXT, Asked, Field, ListOf, integer
 from superpose_server.errors import InvalidArgument
 
 DEFAULT = "default"
@@ -32,6 +32,11 @@ _MIX_OBJECT = _MixObject()
 MIX = Field("mix", _MIX_OBJECT, 'A mix, such as {"math": 1, "medicine": 0.5}; {} is the base.')
 MIXES = Field(
     "mixes", ListOf(_MIX_OBJECT), "In place of a mix: several, which share passes of the model."
+)
+MIN_GENERATION = Field(
+    "min_generation",
+    integer(0, 2**53),  # Beyond that not every JSON reader has all integers.
+    "Refuse, as 503, where the default mix has a lower generation.",
 )
 MODEL = Field(
     "model",

@@ -13,7 +13,7 @@ from superpose_server.door.http.fields import FLAG, Asked, Field, Form
 from superpose_server.door.http.items import ITEMS, MAX_LENGTH, SCOPE, requested_items
 from superpose_server.door.http.json_text import json_answer
 from superpose_server.door.http.message import plain, schema
-from superpose_server.door.http.mix import MIX, MIXES, MODEL, requested_mixes
+from superpose_server.door.http.mix import MIN_GENERATION, MIX, MIXES, MODEL, requested_mixes
 from superpose_server.door.http.texts import mix_headers
 from superpose_server.inference.inference import Inference
 from superpose_server.inference.request import ScoreRequest
@@ -24,6 +24,7 @@ FORM = Form(
         MODEL,
         MIX,
         MIXES,
+        MIN_GENERATION,
         ITEMS,
         MAX_LENGTH,
         SCOPE,
@@ -64,6 +65,7 @@ class ScoreTexts:
             requested_mixes(asked),
             asked.get("max_length"),
             asked.get("scope", "all"),
+            min_generation=asked.get("min_generation", 0),
         )
         scores = await while_connected(request.receive, self._inference.score(wanted))
         message = scores_to_wire(
