@@ -21,11 +21,24 @@ from ray.serve.handle import DeploymentHandle
 
 from superpose_adapters.cache_folder import cache_folder
 from superpose_server.cluster.fleet import Fleet
-from superpose_server.cluster.ray_replicas import RayReplicas, begin_log, replica_deployment
+from superpose_server.cluster.ray_replicas import RayReplicas, begin_log, replicas_of
 from superpose_server.config import ServerConfig, config_of
 from superpose_server.door.door import CLOSING_SECONDS
 from superpose_server.door.server import Server
+from superpose_server.errors import Unavailable
 from superpose_server.runtime import Runtime
+
+_PAUSE_SECONDS = 0.5
+_PAUSES_SECONDS = 5
+
+
+async def _fleet(replicas: RayReplicas) -> Fleet:
+    """Return the fleet of replicas, once there is one: Ray Serve starts them and this together."""
+    while True:
+        try:
+            return await asyncio.to_thread(Fleet, replicas)
+        except Unavailable:
+            await asyncio.sleep(_PAUSE_SECONDS)
 
 
 class Doors:
@@ -42,7 +55,7 @@ class Doors:
         begin_log(config)
         self._grace = config.grace
         loop = asyncio.get_running_loop()
-        fleet = await asyncio.to_thread(Fleet, RayReplicas(replicas, loop))
+        fleet = await _fleet(RayReplicas(replicas, loop))
         runtime = await asyncio.to_thread(Runtime, config, fleet=fleet)
         try:
             self._server = Server(runtime)
@@ -80,11 +93,12 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     config = config_of(arguments)
     if config.store is None:
         raise ValueError("store is needed: the URL of a folder that every machine can read")
-    replicas = replica_deployment(config).bind(config, cache_folder() / "adapters")
+    replicas = replicas_of(config, cache_folder() / "adapters")
     # One: it holds the journal.
     doors = serve.deployment(Doors, name="doors").options(
         num_replicas=1,
         ray_actor_options={"num_cpus": 1},
-        graceful_shutdown_timeout_s=config.grace + CLOSING_SECONDS,
+        # Ray waits a moment before it lets go, and what closes takes one, too.
+        graceful_shutdown_timeout_s=config.grace + CLOSING_SECONDS + _PAUSES_SECONDS,
     )
     return doors.bind(config, replicas)

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from superpose_adapters.bundled import BUNDLES, resolve_base
+from superpose_server.cluster.private_ray import keep_ray_private
 from superpose_server.config import ServerConfig, parse_config, split_address
 from superpose_server.control.followed_file import FollowedFile
 from superpose_server.control.mix_file import MixFileError
@@ -95,6 +96,7 @@ async def _serve(config: ServerConfig) -> None:
     async def start() -> Server:
         fleet = None
         if config.replicas is not None:
+            keep_ray_private()
             from superpose_server.cluster.ray_replicas import start_fleet
 
             fleet = await asyncio.to_thread(start_fleet, config, asyncio.get_running_loop())

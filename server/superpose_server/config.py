@@ -84,6 +84,7 @@ class ServerConfig:
     )
     follow: str | None = field(
         default=None,
+        repr=False,  # As that of `store`.
         metadata=_help(
             "file, or URL that fsspec opens (https://, s3://), that says in JSON what the default "
             "mix is, and which mixes have names; the server is at what it says before it is ready, "
@@ -279,9 +280,10 @@ class ServerConfig:
                 "day"
             )
         every = self.verify_every
-        if every is not None and not (math.isfinite(every) and every >= 0):
+        if every is not None and not 0 <= every <= _DAY:
             raise ValueError(
-                f"--verify-every is {every:g}: use seconds, or 0 for no checks of the weights"
+                f"--verify-every is {every:g}: use seconds, at most a day, or 0 for no checks of "
+                "the weights"
             )
         if self.replicas is not None and self.replicas < 1:
             raise ValueError(f"--replicas is {self.replicas}: use at least 1")

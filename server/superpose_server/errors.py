@@ -15,6 +15,7 @@ ServerError
 ├── WatchBehind          watch again
 ├── ShuttingDown         retry elsewhere
 ├── Unavailable          retry: what was to run it is gone, and another will be there
+│   ├── AdapterAway      ... as an adapter that a replica cannot read now
 │   └── ReplicaUnfit     ... as a replica that begins anew
 ├── DataLoss             the weights fail their hash, or a fold could not be undone
 └── Internal             a fault of ours whose outcome is known and safe to tell
@@ -190,6 +191,19 @@ class ShuttingDown(ServerError):
 
 class Unavailable(ServerError):
     """What was to answer is not there, or not any more; nothing stands of the call."""
+
+
+class AdapterAway(Unavailable):
+    """A replica cannot read an adapter, which may be its store's fault or its own.
+
+    Attributes:
+        why: For the log alone.
+    """
+
+    def __init__(self, why: str) -> None:
+        """Hold why."""
+        super().__init__("a replica cannot read an adapter now: try again", "ADAPTER_AWAY")
+        self.why = why
 
 
 class ReplicaUnfit(Unavailable):

@@ -24,6 +24,7 @@ from superpose_adapters.one_line import one_line
 from superpose_adapters.peft.folder import Limits as AdapterLimits
 from superpose_adapters.peft.folder import parse_adapter, read_files
 from superpose_adapters.store import AdapterStore
+from superpose_adapters.store_error import StoreError
 from superpose_adapters.text_encoder import TextEncoder
 from superpose_server.config import ServerConfig
 from superpose_server.control.actions import Operator
@@ -307,7 +308,14 @@ class Runtime:
         except AdapterError as error:
             raise StartupError(f"adapter {folder}: {error}") from error
         if self._fleet is not None:  # Replicas have no such folder, and read what is stored.
-            self._store.put(files.config, files.tensors)
+            try:
+                self._store.put(files.config, files.tensors)
+            except StoreError as error:
+                try:
+                    self._store.files(adapter.digest)  # A whole copy will do.
+                except KeyError:
+                    raise error from None
+                _log.warning("replicas read %s from copies alone: %s", folder, error)
         return adapter
 
     def _register(self, domain: str, adapter: Adapter, source: Source) -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.cluster.conftest import Cluster, ended
+from tests.cluster.conftest import STARTS, Cluster, ended
 from tests.integration.harness import PATIENCE, wait_until
 
 from superpose_client import Client, GenerateOptions, UnavailableError
@@ -85,7 +85,9 @@ def test_a_controller_that_dies_changes_nothing(lasting: Cluster) -> None:
         text = client.generate("x", **SHORT).text
         [controller] = cluster.pids(b"ServeController")
         os.kill(controller, signal.SIGKILL)
-        wait_until(lambda: cluster.pids(b"ServeController") not in ([], [controller]), "a new one")
+        wait_until(
+            lambda: cluster.pids(b"ServeController") not in ([], [controller]), "a new one", STARTS
+        )
         assert client.mix().digest == state.digest
         assert client.generate("x", **SHORT).text == text
         after = client.add("medicine")
@@ -153,7 +155,7 @@ def test_a_base_that_cannot_be_loaded_is_refused_in_a_line(tmp_path: Path) -> No
     from tests.integration.harness import spawn
 
     process, errors = spawn(tmp_path / "base", tmp_path / "state", "--replicas=1")
-    assert process.wait(PATIENCE) == 1
+    assert process.wait(STARTS) == 1
     if process.stdout is not None:
         process.stdout.close()
     last = errors.read_text().splitlines()[-1]

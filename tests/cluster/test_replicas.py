@@ -7,11 +7,12 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from ipaddress import IPv6Address
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.cluster.conftest import Cluster
+from tests.cluster.conftest import Cluster, listening, pids_below
 from tests.integration.harness import ServerProcess, wait_until
 
 from superpose_adapters.bundled import MINI
@@ -161,9 +162,11 @@ def test_over_http_it_is_the_same(cluster: Cluster, client: Client) -> None:
 
 
 def test_a_client_that_goes_away_lets_go_of_its_row(cluster: Cluster, client: Client) -> None:
+    before = client.info().generated_tokens
     with client.stream("x", max_new_tokens=240, temperature=0, ignore_eos=True) as chunks:
         next(iter(chunks))
     wait_until(lambda: client.info().running == 0, "the row left its replica")
+    assert client.info().generated_tokens - before < 240
 
 
 def test_metrics_are_each_replica_s(cluster: Cluster, client: Client) -> None:
@@ -180,3 +183,17 @@ def test_metrics_are_each_replica_s(cluster: Cluster, client: Client) -> None:
     generations = families["superpose_mix_generation"].samples
     assert {sample.labels.get("replica") for sample in generations} == {None, *names}
     assert {sample.value for sample in generations} == {client.mix().generation}
+
+
+def test_ray_listens_to_this_machine_alone(cluster: Cluster) -> None:
+    """Whoever can call Ray runs code here."""
+    open_to_all = {}
+    for pid in pids_below(cluster.process.pid, b""):
+        title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        for address, port in listening(pid):
+            mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+            if not (mapped or address).is_loopback:
+                open_to_all[port] = title.strip().partition(".")[0]
+    # Ray Serve's own way from handle to replica, for which it takes no address; it asks for the
+    # token of this server.
+    assert sorted(open_to_all.values()) == ["ray::ServeReplica:superpose:replica"] * 2

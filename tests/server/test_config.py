@@ -92,6 +92,9 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--base", "mini", "--follow-every", "0"], "--follow-every is 0: use seconds"),
         (["--base", "mini", "--follow-every", "nan"], "--follow-every is nan: use seconds"),
         (["--base", "mini", "--follow-every", "86401"], "at most a day"),
+        (["--base", "mini", "--verify-every", "-1"], "--verify-every is -1: use seconds"),
+        (["--base", "mini", "--verify-every", "nan"], "--verify-every is nan: use seconds"),
+        (["--base", "mini", "--verify-every", "86401"], "--verify-every is 86401: use seconds, at"),
         (["--base", "mini", "--dtype", "int8"], "--dtype"),
         (["--base", "mini", "--compile", "always"], "--compile"),
         (["--base", "mini", "--residency", "never"], "--residency"),
@@ -260,3 +263,8 @@ def test_a_file_s_values_are_those_of_the_command_line() -> None:
 def test_a_file_s_value_that_means_nothing_is_refused(values: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         config_of(values)
+
+
+def test_what_may_hold_a_password_is_in_no_repr() -> None:
+    config = ServerConfig(base="mini", store="s3://me:secret@b", follow="https://me:secret@h/m")
+    assert "secret" not in repr(config)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,10 @@ from superpose_server.engine.sequence import Chunk, FinishReason
 from superpose_server.engine.sequence import Sequence as Row
 from superpose_server.engine.tokenizer import Tokenizer
 from superpose_server.errors import (
+    AdapterAway,
     FailedPrecondition,
+    Internal,
+    QueueFull,
     ReplicaUnfit,
     ServerError,
     ShuttingDown,
@@ -56,6 +61,8 @@ class Member:
     def __init__(self, name: str) -> None:
         self.name = name
         self.refuses: ServerError | None = None
+        self.damaged = False
+        self.served = SERVED
         self.resident = EMPTY.digest
         self.follower: Follower[str] = Follower(EMPTY, self._prepare, self._fold)
 
@@ -77,7 +84,7 @@ class Member:
         return self.follower.held.order.term
 
     def base(self) -> ServedBase:
-        return SERVED
+        return self.served
 
     def prepare(self, desired: Desired) -> Readiness:
         try:
@@ -92,7 +99,8 @@ class Member:
 
     def verify(self, desired: Desired) -> JobResult[RemoteVerification]:
         self.follower.reach(desired)
-        found = RemoteVerification(self.resident, f"hash of {self.resident}", Findings())
+        bits = f"{self.damaged} {self.resident}"
+        found = RemoteVerification(self.resident, f"hash of {bits}", Findings())
         return JobResult(found, 0.0, 0.0)
 
 
@@ -106,9 +114,12 @@ class Network:
         self.late: list[tuple[Member, str, tuple[Any, ...]]] = []
         self.chunks: list[Answer[Chunk]] = []
         self.hangs = False
+        self.fails: Exception | None = None
         self.closed: list[str] = []
 
-    async def all(self, method: str, *arguments: Any) -> list[Answer[Any]]:
+    async def all(self, method: str, *arguments: Any, patience: float) -> list[Answer[Any]]:
+        if self.fails is not None:
+            raise self.fails
         answers = []
         for member in tuple(self.members):
             fate = next(self.fates, "arrives")
@@ -130,6 +141,8 @@ class Network:
 
     async def stream(self, method: str, *arguments: Any) -> AsyncGenerator[Answer[Any]]:
         try:
+            if self.fails is not None:
+                raise self.fails
             for chunk in self.chunks:
                 yield chunk
             if self.hangs:
@@ -315,10 +328,59 @@ def test_hashes_that_differ_are_damage(loop: LoopThread) -> None:
     fleet, _ = led(loop, one, other)
     fleet.commit(fleet.prepare(mix_of("p")), 1).result(PATIENCE)
     assert fleet.verify().result(PATIENCE).value.ok
-    other.resident = "something else"
+    other.damaged = True
     found = fleet.verify().result(PATIENCE).value
     assert not found.ok
     assert [said.split(":")[0] for said in found.findings.damaged_resident] == ["1"]
+
+
+def test_hashes_of_different_mixes_are_no_damage(loop: LoopThread) -> None:
+    one, other = Member("0"), Member("1")
+    fleet, _ = led(loop, one, other)
+    fleet.commit(fleet.prepare(mix_of("p")), 1).result(PATIENCE)
+    other.resident = EMPTY.digest  # As --residency auto may have it.
+    with pytest.raises(FailedPrecondition) as refused:
+        fleet.verify().result(PATIENCE)
+    assert refused.value.reason == "MIX_KEEPS_CHANGING"
+
+
+def test_rows_are_as_long_as_the_replica_with_least_memory_holds(loop: LoopThread) -> None:
+    small = Member("1")
+    small.served = replace(SERVED, context_length=32, max_batch=2)
+    fleet, _ = led(loop, Member("0"), small)
+    base = fleet.base(Path("here"))
+    assert (base.context_length, base.max_batch, base.facts.folder) == (32, 2, Path("here"))
+
+
+def test_one_replica_that_cannot_does_not_refuse_for_all(loop: LoopThread) -> None:
+    one, other = Member("0"), Member("1")
+    fleet, network = led(loop, one, other)
+    one.refuses = AdapterAway("the store is away")
+    fleet.commit(fleet.prepare(mix_of("p")), 1).result(PATIENCE)
+    assert other.resident == mix_of("p").digest
+    one.refuses = None
+    assert fleet.verify().result(PATIENCE).value.ok
+    assert (one.resident, network.members) == (mix_of("p").digest, [one, other])
+
+
+def test_what_no_replica_can_do_is_refused(loop: LoopThread) -> None:
+    one, other = Member("0"), Member("1")
+    fleet, network = led(loop, one, other)
+    one.refuses = other.refuses = AdapterAway("the store is away")
+    with pytest.raises(AdapterAway):
+        fleet.prepare(mix_of("p"))
+    assert network.members == [one, other]
+
+
+def test_a_commit_that_fails_in_any_way_stands(loop: LoopThread) -> None:
+    member = Member("0")
+    fleet, network = led(loop, member)
+    prepared = fleet.prepare(mix_of("p"))
+    network.fails = RuntimeError("no connection")
+    fleet.commit(prepared, 1).result(PATIENCE)
+    network.fails = None
+    assert fleet.verify().result(PATIENCE).value.ok
+    assert member.resident == mix_of("p").digest
 
 
 class Sink(list[Chunk]):
@@ -375,6 +437,41 @@ def test_a_row_is_told_how_its_replica_failed(
         return sink
 
     assert isinstance(loop.run(go())[-1].error, kind)
+
+
+@pytest.mark.parametrize("error", [QueueFull(3, 1.0), RuntimeError("what nobody foresaw")])
+def test_a_row_that_no_replica_takes_is_told(loop: LoopThread, error: Exception) -> None:
+    fleet, network = led(loop, Member("0"))
+    network.fails = error
+
+    async def go() -> Sink:
+        sink = Sink()
+        fleet.submit(row(sink))
+        await sink.ended.wait()
+        return sink
+
+    [chunk] = loop.run(go())
+    assert chunk.error is error or isinstance(chunk.error, Internal)
+
+
+def test_the_end_waits_for_scores_too(loop: LoopThread) -> None:
+    fleet, network = led(loop, Member("0"))
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def one(method: str, *arguments: Any) -> Any:
+        begun.set()
+        await go_on.wait()
+        return Answer("0", method)
+
+    network.one = one  # type: ignore[method-assign]
+    score = fleet.score([], [])
+    loop.run(begun.wait())
+    with ThreadPoolExecutor(1) as thread:
+        drained = thread.submit(fleet.drain, PATIENCE)
+        assert not score.done()
+        loop.loop.call_soon_threadsafe(go_on.set)
+        drained.result(PATIENCE)
+    assert str(score.result()) == "score"
 
 
 def test_a_row_that_is_cancelled_ends_at_its_replica_too(loop: LoopThread) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from superpose_server.door.http.status import HttpError, to_answer
 from superpose_server.errors import (
+    AdapterAway,
     AlreadyExists,
     DataLoss,
     FailedPrecondition,
@@ -18,9 +19,11 @@ from superpose_server.errors import (
     PermissionDenied,
     QueueFull,
     RateLimited,
+    ReplicaUnfit,
     ServerError,
     ShuttingDown,
     Unauthenticated,
+    Unavailable,
     WatchBehind,
 )
 
@@ -39,6 +42,9 @@ CASES: list[tuple[Exception, int, str]] = [
     (RateLimited("m", 20.0), 429, "rate_limit_error"),
     (WatchBehind(3), 429, "rate_limit_error"),
     (ShuttingDown(), 503, "server_error"),
+    (Unavailable("m", "R"), 503, "server_error"),
+    (AdapterAway("why"), 503, "server_error"),
+    (ReplicaUnfit("why"), 503, "server_error"),
     (DataLoss("m", "R"), 500, "server_error"),
     (Internal("m", "R"), 500, "server_error"),
     (RuntimeError("secret"), 500, "server_error"),

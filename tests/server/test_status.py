@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import pickle
+from copy import copy
+
 import grpc
 import pytest
 from google.rpc import error_details_pb2
@@ -20,6 +23,7 @@ ERRORS: list[tuple[ServerError, grpc.StatusCode]] = [
     (errors.QueueFull(3, 1.0), grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.WatchBehind(3), grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.ShuttingDown(), grpc.StatusCode.UNAVAILABLE),
+    (errors.Unavailable("message", "REASON"), grpc.StatusCode.UNAVAILABLE),
     (errors.DataLoss("message", "REASON"), grpc.StatusCode.DATA_LOSS),
     (errors.Internal("message", "REASON"), grpc.StatusCode.INTERNAL),
 ]
@@ -37,6 +41,7 @@ def test_every_kind_of_error_is_checked_here() -> None:
 def test_an_error_and_what_derives_from_it_share_a_code(
     error: ServerError, code: grpc.StatusCode
 ) -> None:
+    error = copy(error)  # Whose kind changes.
     derived = type("Derived", (type("Between", (type(error),), {}),), {})
     for kind in (type(error), derived):
         error.__class__ = kind
@@ -47,6 +52,24 @@ def test_an_error_and_what_derives_from_it_share_a_code(
         assert status.details[0].Unpack(info)
         assert (info.reason, info.domain) == (error.reason, "superpose")
         assert dict(info.metadata) == error.metadata
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(error for error, _ in ERRORS),
+        errors.OutputNotFinite("mixes[1]", row=3),
+        errors.FitRunning(2.0),
+        errors.RateLimited("too much", 2.0),
+        errors.AdapterAway("why"),
+        errors.ReplicaUnfit("why"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_goes_to_another_process_as_it_is(error: ServerError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert (str(again), vars(again)) == (str(error), vars(error))
 
 
 def test_an_error_of_no_kind_is_internal_and_says_what_it_says() -> None:

@@ -20,7 +20,7 @@ class Answer(Generic[T]):
         replica: Who answers.
         value: What was asked for, unless there is an error.
         error: What keeps the replica from it.
-        unfit: Whether it is the replica that is at fault, which will begin anew, and not the call.
+        unfit: Whether the replica is at fault, and will begin anew.
     """
 
     replica: str

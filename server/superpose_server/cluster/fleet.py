@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry
 from superpose_adapters.adapter import Adapter
 from superpose_adapters.geometry import Analysis
 from superpose_adapters.mix import BoundMix
-from superpose_server.cluster.answer import Answer
+from superpose_server.cluster.answer import Answer, told
 from superpose_server.cluster.desired import Desired, MixOfDigests, Order
 from superpose_server.cluster.fleet_metrics import fleet_registry
 from superpose_server.cluster.replica import Readiness, RemoteRow, RemoteVerification
@@ -36,15 +36,17 @@ from superpose_server.engine.sequence import Chunk
 from superpose_server.engine.sequence import Sequence as Row
 from superpose_server.errors import (
     FailedPrecondition,
-    ServerError,
     ShuttingDown,
     Unavailable,
 )
 from superpose_server.weights.resident import Findings, PreparedMix, Verification
 
 T = TypeVar("T")
-# Seconds for what every replica is asked: to read an adapter, to fold. Who takes longer has died.
+# Seconds for what every replica is asked: to read an adapter, to fold; and for how it is.
 _PATIENCE = 60.0
+_A_LOOK = 5.0
+_A_LONG_LOOK = 3600.0  # Of all the weights, in slices between steps.
+_ATTEMPTS = 3  # At a verification under one mix.
 _log = logging.getLogger(__name__)
 
 
@@ -72,10 +74,11 @@ class Fleet:
             raise _nobody()
         # Greater than that of any server before this one, so that its changes are the later ones.
         self._term = 1 + max(terms)
-        self._base: ServedBase = self._wait(self._one("base"))
+        self._base = _common([answer.get() for answer in self._ask_all("base")])
         self._desired = Desired(Order(self._term, -1), MixOfDigests.of(BoundMix(self._base.digest)))
         self._mix = self._resident = BoundMix(self._base.digest)
         self._rows: set[asyncio.Task[None]] = set()
+        self._calls: set[Future[Any]] = set()
         self._ending = False
         self._idle = threading.Condition()
         self.integrity = Integrity(_Whole())
@@ -87,7 +90,7 @@ class Fleet:
     # The operator's, who waits.
 
     def _ask_all(self, method: str, *arguments: Any) -> list[Answer[Any]]:
-        return self._wait(self._replicas.all(method, *arguments))
+        return self._wait(self._replicas.all(method, *arguments, patience=_PATIENCE))
 
     def _wait(self, call: Coroutine[Any, Any, T]) -> T:
         """Wait for a call that the event loop makes, on any other thread."""
@@ -102,7 +105,7 @@ class Fleet:
         self.commit(self.prepare(mix), generation).result()
 
     def keep(self, adapter: Adapter) -> None:
-        """Have every replica read an adapter from the store; who cannot is taken out.
+        """Have every replica read an adapter from the store; who cannot tries again when it must.
 
         Raises:
             Unavailable: No replica can.
@@ -136,8 +139,8 @@ class Fleet:
         done: Future[BoundMix] = Future()
         try:
             answers = self._ask_all("commit", desired)
-        except ServerError as error:
-            _log.warning("generation %d is known to no replica yet: %s", generation, error)
+        except Exception as error:  # It is durable: whatever happened, it stands.
+            _log.warning("generation %d: not every replica has answered: %s", generation, error)
         else:
             behind = [answer.replica for answer in answers if answer.error is not None]
             if behind:
@@ -151,19 +154,22 @@ class Fleet:
         return analysis
 
     def _fit(self, answers: Sequence[Answer[T]]) -> list[T]:
-        """Return what those answered that are fit.
+        """Return what those answered that could.
 
         Raises:
-            ServerError: What any of them refuses, since all would.
-            Unavailable: None is fit.
+            FailedPrecondition: What any of them refuses, since all would.
+            ServerError: None could.
         """
-        fit = [answer for answer in answers if not answer.unfit]
         for answer in answers:
-            if answer.unfit:
-                _log.warning("replica %s is not fit and begins anew", answer.replica)
-        if not fit:
-            raise _nobody()
-        return [answer.get() for answer in fit]
+            if isinstance(answer.error, FailedPrecondition):
+                raise answer.error
+        could = [answer for answer in answers if answer.error is None]
+        if not could:
+            raise answers[0].error or _nobody() if answers else _nobody()
+        for answer in answers:
+            if answer.error is not None:
+                _log.warning("replica %s cannot do what others can", answer.replica)
+        return [answer.get() for answer in could]
 
     def _check_leading(self, held: Iterable[Order]) -> None:
         later = [order for order in held if order.term > self._term]
@@ -206,11 +212,11 @@ class Fleet:
                 ended = chunk.last
                 row.sink(chunk)
         except asyncio.CancelledError:
-            if not self._ending:
-                raise
+            if row.cancelled and not self._ending:
+                raise  # Nobody reads on.
             row.sink(row.abort())
-        except ServerError as error:
-            row.sink(Chunk(error=error))
+        except Exception as error:
+            row.sink(Chunk(error=told(error)))
         else:
             if not ended:
                 row.sink(Chunk(error=Unavailable("a replica has ended: try again", "REPLICA_LOST")))
@@ -242,18 +248,39 @@ class Fleet:
         if self._ending:
             call.close()
             raise ShuttingDown
-        return asyncio.run_coroutine_threadsafe(call, self._replicas.loop)
+        future = asyncio.run_coroutine_threadsafe(call, self._replicas.loop)
+        self._calls.add(future)
+        future.add_done_callback(self._called)
+        return future
+
+    def _called(self, future: Future[Any]) -> None:
+        with self._idle:
+            self._calls.discard(future)
+            self._idle.notify_all()
 
     def verify(self) -> Future[JobResult[Verification]]:
         """Have every replica verify its weights, and compare their hashes."""
         return self._later(self._verify())
 
     async def _verify(self) -> JobResult[Verification]:
-        answers = await self._replicas.all("verify", self._desired)
-        fit = [answer for answer in answers if not answer.unfit]
-        if not fit:
-            raise _nobody()
-        return self._compared({answer.replica: answer.get() for answer in fit})
+        """Verify until all replicas have done so under one mix, or a few times.
+
+        Raises:
+            FailedPrecondition: They have not: the mix changed again and again, or replicas choose
+                for themselves what is resident.
+        """
+        for _ in range(_ATTEMPTS):
+            answers = await self._replicas.all("verify", self._desired, patience=_A_LONG_LOOK)
+            results = {answer.replica: answer.get() for answer in answers if not answer.unfit}
+            if not results:
+                raise _nobody()
+            if len({result.value.digest for result in results.values()}) == 1:
+                return self._compared(results)
+        raise FailedPrecondition(
+            "the replicas were verified under different mixes each time: verify again when the mix "
+            "rests; with --residency auto each has its own",
+            "MIX_KEEPS_CHANGING",
+        )
 
     def _compared(
         self, results: dict[str, JobResult[RemoteVerification]]
@@ -267,11 +294,9 @@ class Fleet:
             base += [f"{replica}: {name}" for name in found.damaged_base]
             adapters += [f"{replica}: {name}" for name in found.damaged_adapters]
             lost += [f"{replica}: {name}" for name in found.lost]
-            if (result.value.digest, result.value.hash) != (first.digest, first.hash):
+            if result.value.hash != first.hash:
                 resident.append(
-                    f"{replica}: mix {result.value.digest[:12]} with hash "
-                    f"{result.value.hash[:12]}, where others have {first.digest[:12]} with "
-                    f"{first.hash[:12]}"
+                    f"{replica}: hash {result.value.hash[:12]}, where others have {first.hash[:12]}"
                 )
         empty = BoundMix(self._base.digest)
         mix = empty if first.digest == empty.digest else self._mix
@@ -283,12 +308,14 @@ class Fleet:
         )
 
     async def conditions(self) -> list[Condition]:
-        """Return how every replica is that answers."""
+        """Return how every replica is that answers; those that are behind are told to go on."""
         try:
-            answers = await self._replicas.all("condition", self._desired)
+            answers = await self._replicas.all("condition", patience=_A_LOOK)
         except Unavailable:
             return []
         found = [answer.get() for answer in answers if answer.error is None]
+        if any(each.digest != self._desired.mix.digest for each in found) and not self._ending:
+            self._later(self._replicas.all("commit", self._desired, patience=_PATIENCE))
         return sorted(found, key=lambda each: each.replica)
 
     def scraped(self, own: CollectorRegistry) -> CollectorRegistry:
@@ -297,7 +324,7 @@ class Fleet:
 
     async def _metrics(self) -> dict[str, str]:
         try:
-            answers = await self._replicas.all("metrics")
+            answers = await self._replicas.all("metrics", patience=_A_LOOK)
         except Unavailable:
             return {}
         return {answer.replica: answer.get() for answer in answers}
@@ -321,19 +348,39 @@ class Fleet:
         """Take no more rows, and wait at most `grace` seconds for the rest; then abort them."""
         self._ending = True
         with self._idle:
-            if not self._idle.wait_for(lambda: not self._rows, timeout=grace):
-                _log.warning("grace is over rows=%d", len(self._rows))
+            if not self._idle.wait_for(self._ended, timeout=grace):
+                _log.warning("grace is over rows=%d calls=%d", len(self._rows), len(self._calls))
                 self._replicas.loop.call_soon_threadsafe(self._abort)
-                self._idle.wait_for(lambda: not self._rows, timeout=_PATIENCE)
+                self._idle.wait_for(self._ended, timeout=_A_LOOK)
+
+    def _ended(self) -> bool:
+        return not self._rows and not self._calls
 
     def _abort(self) -> None:
         for task in tuple(self._rows):
             task.cancel()
+        for call in tuple(self._calls):
+            call.cancel()
 
     def stop(self) -> None:
         """End the replicas."""
         self._ending = True
         self._replicas.close()
+
+
+def _common(bases: Sequence[ServedBase]) -> ServedBase:
+    """Return what all replicas serve: rows are as long as the one with least memory holds.
+
+    Raises:
+        Unavailable: There is none.
+    """
+    if not bases:
+        raise _nobody()
+    return replace(
+        bases[0],
+        context_length=min(base.context_length for base in bases),
+        max_batch=min(base.max_batch for base in bases),
+    )
 
 
 def _nobody() -> Unavailable:

@@ -10,7 +10,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 # Of the server itself: what it counts at its doors, and the mix that it wants replicas to hold.
-_OWN = {"superpose_request_failure", "superpose_mix_generation", "superpose_mix_info"}
+_OWN = {
+    "superpose_request_failure",
+    "superpose_mix_generation",
+    "superpose_mix_info",
+    "superpose_follow_reached",
+}
 
 
 def fleet_registry(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -84,23 +86,19 @@ class RayReplicas:
         self._handle = handle
         self._method = cache(lambda name, stream: handle.options(method_name=name, stream=stream))
 
-    async def all(self, method: str, *arguments: Any) -> list[Answer[Any]]:
+    async def all(self, method: str, *arguments: Any, patience: float) -> list[Answer[Any]]:
         """See `Replicas`."""
         try:
             found = await self._handle.broadcast(method, *arguments).results_async(
-                return_exceptions=True
+                timeout_s=patience, return_exceptions=True
             )
-        except (RayError, RayServeException) as error:
+        except (RayError, RayServeException, TimeoutError) as error:
             raise _unavailable(error) from error
-        answers = []
         for each in found:
-            if isinstance(each, Answer):
-                answers.append(each)
-            elif isinstance(each, RayActorError):
-                _log.warning("a replica ended within %s", method)
-            else:
-                raise each
-        return answers
+            if isinstance(each, Exception):
+                # It ended, mostly. Whatever it was, it is no answer, and the others' count.
+                _log.warning("a replica did not answer %s: %s", method, one_line(each))
+        return [each for each in found if isinstance(each, Answer)]
 
     async def one(self, method: str, *arguments: Any) -> Any:
         """See `Replicas`."""
@@ -108,7 +106,7 @@ class RayReplicas:
         try:
             return await call
         except asyncio.CancelledError:
-            call.cancel()
+            _give_up(call)
             raise
         except (RayError, RayServeException) as error:
             raise _told(error) from error
@@ -119,15 +117,22 @@ class RayReplicas:
         try:
             async for answer in call:
                 yield answer
+        except (asyncio.CancelledError, GeneratorExit):
+            _give_up(call)
+            raise
         except (RayError, RayServeException) as error:
             raise _told(error) from error
-        finally:
-            call.cancel()
+
+
+def _give_up(call: Any) -> None:
+    """End a call, in whatever state it is: of one that was never assigned Ray raises why."""
+    with contextlib.suppress(RayError, RayServeException):
+        call.cancel()
 
 
 def _told(error: Exception) -> ServerError:
     if isinstance(error, BackPressureError):
-        return QueueFull(0, RETRY_AFTER_SECONDS)
+        return QueueFull(error.num_queued_requests, RETRY_AFTER_SECONDS)
     return _unavailable(error)
 
 
@@ -137,7 +142,9 @@ def _unavailable(error: Exception) -> Unavailable:
 
 
 def start_fleet(config: ServerConfig, loop: asyncio.AbstractEventLoop) -> Fleet:
-    """Start Ray on this machine alone, and replicas on it; runs on any thread but the loop's.
+    """Start a Ray of its own, and replicas on it; runs on any thread but the loop's.
+
+    See `private_ray` for what has to be said before this file is imported.
 
     Raises:
         StartupError: They cannot be started.
@@ -147,22 +154,42 @@ def start_fleet(config: ServerConfig, loop: asyncio.AbstractEventLoop) -> Fleet:
     except ValueError as error:
         raise StartupError(f"base {config.base} cannot be served: {error}") from error
     folder = state_folder(config, digest) / "adapters"
-    # On the loopback address: Ray's own ports ask for no token.
-    ray.init(
-        _node_ip_address="127.0.0.1",
-        include_dashboard=False,
-        namespace=APPLICATION,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        logging_level=logging.WARNING,
-    )
     try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            namespace=APPLICATION,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            logging_level=logging.WARNING,
+        )
+        _check_room(config)
         serve.start(proxy_location="Disabled", logging_config=_QUIET)
-        application = replica_deployment(config).bind(config, folder)
-        handle = serve.run(application, name=APPLICATION, route_prefix=None)
+        handle = serve.run(replicas_of(config, folder), name=APPLICATION, route_prefix=None)
         return Fleet(RayReplicas(handle, loop, _shut_down))
-    except (RuntimeError, RayError, ServerError) as error:
+    except Exception as error:
         _shut_down()
+        if isinstance(error, StartupError):
+            raise
         raise StartupError(f"the replicas did not start: {one_line(error)}") from error
+
+
+def _check_room(config: ServerConfig) -> None:
+    """Refuse replicas that this machine has no room for, which Ray Serve would wait for.
+
+    Raises:
+        StartupError: There are too many, or they are too large.
+    """
+    there = ray.cluster_resources()
+    for flag, resource, each in (
+        ("cpus", "CPU", config.replica_cpus),
+        ("gpus", "GPU", config.replica_gpus),
+    ):
+        needed, found = (config.replicas or 0) * each, there.get(resource, 0.0)
+        if needed > found:
+            raise StartupError(
+                f"--replicas {config.replicas} of --replica-{flag} {each:g} need {needed:g}, and "
+                f"this machine has {found:g}: use fewer, or smaller ones"
+            )
 
 
 def _shut_down() -> None:
@@ -170,15 +197,35 @@ def _shut_down() -> None:
     ray.shutdown()
 
 
-def replica_deployment(config: ServerConfig) -> serve.Deployment:
-    """Return what `RayReplica`s are kept by; a config file may change any of it."""
-    return serve.deployment(RayReplica, name="replica").options(
+def replicas_of(config: ServerConfig, folder: Path) -> serve.Application:
+    """Return the replicas of a server, whose adapters lie in `folder`.
+
+    A config file may change any option of the deployment.
+    """
+    # What is of the doors and of control alone may not be there, or not allowed, on their machines.
+    theirs = replace(
+        config,
+        adapter_dir=None,
+        state_dir=None,
+        follow=None,
+        tokens=None,
+        tls_cert=None,
+        tls_key=None,
+        tls_client_ca=None,
+        listen="127.0.0.1:0",
+        metrics_listen="127.0.0.1:0",
+        http_listen="none",
+        admin_listen="none",
+    )
+    deployment = serve.deployment(RayReplica, name="replica").options(
         num_replicas=config.replicas or 1,
         ray_actor_options={"num_cpus": config.replica_cpus, "num_gpus": config.replica_gpus},
         max_ongoing_requests=config.max_batch + config.max_queue + _BESIDE,
-        max_queued_requests=config.max_queue,
+        # Those that wait for one that has room; replicas have queues of their own.
+        max_queued_requests=max(1, (config.replicas or 1) * config.max_queue),
         health_check_period_s=_HEALTH_PERIOD_SECONDS,
         health_check_timeout_s=_HEALTH_TIMEOUT_SECONDS,
         graceful_shutdown_timeout_s=config.grace,
         logging_config=_QUIET,
     )
+    return deployment.bind(theirs, folder)

@@ -25,6 +25,7 @@ from superpose_adapters.cached_objects import CachedObjects
 from superpose_adapters.geometry import Analysis
 from superpose_adapters.mix import BoundMix
 from superpose_adapters.objects import Objects
+from superpose_adapters.one_line import one_line
 from superpose_adapters.peft.folder import Limits, parse_adapter
 from superpose_adapters.shared_objects import SharedObjects
 from superpose_adapters.store_error import StoreError
@@ -41,7 +42,7 @@ from superpose_server.engine.sampling import SamplingParams
 from superpose_server.engine.score import RowScore, ScoreRow
 from superpose_server.engine.sequence import Chunk
 from superpose_server.engine.sequence import Sequence as Row
-from superpose_server.errors import ReplicaUnfit, ServerError
+from superpose_server.errors import AdapterAway, ReplicaUnfit, Unavailable
 from superpose_server.inference.delivery import Delivery
 from superpose_server.inference.generation import Generation
 from superpose_server.loading import read_base
@@ -141,7 +142,7 @@ class Replica:
         """Return an adapter that somebody has stored and checked before.
 
         Raises:
-            ReplicaUnfit: It cannot be had here.
+            AdapterAway: It cannot be had here.
         """
         try:
             config, tensors = self._objects.files(digest)
@@ -149,7 +150,8 @@ class Replica:
             adapter = parse_adapter(config, tensors, base.layout, self._limits, base=base.facts)
         except (KeyError, StoreError, AdapterError) as error:
             why = "it is not in the store" if isinstance(error, KeyError) else str(error)
-            raise ReplicaUnfit(f"adapter {digest[:12]} cannot be had: {why}") from error
+            _log.error("adapter %s cannot be had: %s", digest[:12], why)
+            raise AdapterAway(f"adapter {digest[:12]} cannot be had: {why}") from error
         self._local.engine.keep(adapter)
         return adapter
 
@@ -166,15 +168,25 @@ class Replica:
         """Do something that changes what is held, after all earlier ones; say what came of it."""
         loop = asyncio.get_running_loop()
         try:
+            self._check_fit()
             return Answer(self.name, await loop.run_in_executor(self._changes, act))
         except Exception as error:
             return self._answer_of(error)
 
     def _answer_of(self, error: Exception) -> Answer[T]:
-        if isinstance(error, ReplicaUnfit):
+        if isinstance(error, ReplicaUnfit) and not self._unfit:
             _log.error("unfit: %s", error.why)
-            self._unfit = self._unfit or error.why
+            self._unfit = error.why
         return Answer(self.name, error=told(error), unfit=bool(self._unfit))
+
+    def _check_fit(self) -> None:
+        """Refuse every call from the first fault on, until Ray Serve has found out.
+
+        Raises:
+            ReplicaUnfit: This replica is at fault.
+        """
+        if self._unfit:
+            raise ReplicaUnfit(self._unfit)
 
     async def _reach(self, desired: Desired) -> None:
         """Hold what is desired, or something later.
@@ -182,6 +194,7 @@ class Replica:
         Raises:
             ServerError: It cannot.
         """
+        self._check_fit()
         if desired.order > self._follower.held.order:
             answer = await self._change(lambda: self._reach_now(desired))
             answer.get()
@@ -189,12 +202,11 @@ class Replica:
     def _reach_now(self, desired: Desired) -> Order:
         try:
             self._follower.reach(desired)
-        except Overruled as error:
-            # Of one order there are two mixes: whoever is right, this one may be wrong.
-            raise ReplicaUnfit(str(error)) from error
-        except ServerError as error:
-            # Others hold it, so it can be held.
-            raise ReplicaUnfit(f"{desired.order} cannot be reached: {error}") from error
+        except Exception as error:
+            # Others hold it, so it can be held; and of one order that has two mixes, whoever is
+            # right, this one may be wrong.
+            why = error.why if isinstance(error, AdapterAway) else one_line(error)
+            raise ReplicaUnfit(f"{desired.order} cannot be reached: {why}") from error
         held = self._follower.held
         self._metrics.mix_changed(MixState(held.order.generation, self._bind(held.mix)))
         return held.order
@@ -209,24 +221,20 @@ class Replica:
         """Return the number of the server whose change is held here; 0: none was made."""
         return Answer(self.name, self._follower.held.order.term)
 
-    async def condition(self, desired: Desired) -> Answer[Condition]:
-        """Return how this replica is, once it holds what is desired."""
-
-        async def look() -> Condition:
-            await self._reach(desired)
-            engine, held = self._local.engine, self._follower.held
-            return Condition(
-                self.name,
-                self._node,
-                held.order.generation,
-                held.mix.digest,
-                engine.running,
-                engine.waiting,
-                self._metrics.generated_tokens,
-                self._local.integrity.intact,
-            )
-
-        return await self._answered(look())
+    async def condition(self) -> Answer[Condition]:
+        """Return how this replica is now, be it behind or not."""
+        engine, held = self._local.engine, self._follower.held
+        condition = Condition(
+            self.name,
+            self._node,
+            held.order.generation,
+            held.mix.digest,
+            engine.running,
+            engine.waiting,
+            self._metrics.generated_tokens,
+            self._local.integrity.intact,
+        )
+        return Answer(self.name, condition)
 
     async def keep(self, digest: str) -> Answer[None]:
         """Read an adapter that calls may name from now on."""
@@ -255,6 +263,7 @@ class Replica:
         """Run a row; yields its chunks, several steps' in one for who is slow to take them."""
         try:
             await self._reach(desired)
+            self._check_room(len(row.prompt) + row.params.limit)
             mix = await self._bound(row.mix)
             if self._delivery is None:
                 self._delivery = Delivery(asyncio.get_running_loop())
@@ -275,6 +284,7 @@ class Replica:
 
         async def run() -> JobResult[list[RowScore]]:
             await self._reach(desired)
+            self._check_room(max((row.length for row in rows), default=0))
             bound = {mix: await self._bound(mix) for mix in {*mixes}}
             job = self._local.engine.score(rows, [bound[mix] for mix in mixes])
             return await asyncio.wrap_future(job)
@@ -324,10 +334,26 @@ class Replica:
         self._changes.shutdown(wait=True, cancel_futures=True)
 
     async def _bound(self, mix: MixOfDigests) -> BoundMix:
-        """Return a mix of adapters, read where they must be."""
-        if all(entry.digest in self._known for entry in mix.entries):
-            return self._bind(mix)
+        """Return a mix of adapters, read where they must be, beside the event loop."""
+        found = {entry.digest: self._known.find(entry.digest) for entry in mix.entries}
+        adapters = {digest: adapter for digest, adapter in found.items() if adapter is not None}
+        if len(adapters) == len(found):
+            return mix.bind(adapters.__getitem__)
         return (await self._change(lambda: self._bind(mix))).get()
+
+    def _check_room(self, tokens: int) -> None:
+        """Refuse a row that other replicas, which found more memory, have room for.
+
+        Raises:
+            Unavailable: It is longer than rows are here.
+        """
+        if tokens > self._local.base.context_length:
+            raise Unavailable(
+                f"a row of {tokens} tokens is longer than a replica holds, which has "
+                f"{self._local.base.context_length}: start the server with --max-length, so that "
+                "all of them hold as much",
+                "REPLICA_TOO_SMALL",
+            )
 
     async def _answered(self, call: Coroutine[Any, Any, T]) -> Answer[T]:
         try:

@@ -18,11 +18,11 @@ class Replicas(Protocol):
 
     loop: asyncio.AbstractEventLoop
 
-    async def all(self, method: str, *arguments: Any) -> list[Answer[Any]]:
+    async def all(self, method: str, *arguments: Any, patience: float) -> list[Answer[Any]]:
         """Call every replica that is known; return the answers of those that live to give one.
 
         Raises:
-            Unavailable: None is known.
+            Unavailable: None is known, or one has not answered within `patience` seconds.
         """
 
     async def one(self, method: str, *arguments: Any) -> Any:
