@@ -58,6 +58,8 @@ CODES = {
 _PARAMETER = re.compile(r"\{[^}]*\}")
 # The server's own faults, and what only a server that ends or is full says.
 FAULTS = {500, 501, 502, 503, 504}
+# What is UNAVAILABLE because the request asks for it: a generation that was never there.
+AHEAD = "GENERATION_NOT_REACHED"
 
 
 @dataclass
@@ -149,7 +151,7 @@ class GrpcDoor:
 
     def _wrong(self, error: grpc.RpcError) -> str | None:
         caught = from_rpc_error(error)
-        if error.code() not in CODES:
+        if error.code() not in CODES and caught.reason != AHEAD:
             return f"ended with {error.code().name}: {caught.message[:300]}"
         return _wrong_words(caught.message, caught.reason, self.secrets)
 
@@ -202,7 +204,7 @@ class HttpDoor:
         wrong = None
         if status == 0:
             wrong = "no answer" if whole else None
-        elif status in FAULTS and call.path != "/readyz":
+        elif status in FAULTS and call.path != "/readyz" and (error or {}).get("code") != AHEAD:
             wrong = f"status {status}: {reply.body[:300]!r}"
         elif error is not None:
             wrong = _wrong_words(str(error.get("message")), error.get("code"), self.secrets)
