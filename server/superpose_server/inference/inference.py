@@ -10,6 +10,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from typing import TypeVar
 
 from superpose_adapters.mix import BoundEntry, BoundMix, Mix
 from superpose_server.caller import caller
@@ -46,10 +47,15 @@ from superpose_server.inference.result import (
     Scores,
     VerifiedWeights,
 )
+from superpose_server.model.memory import give_back
 from superpose_server.runtime import Runtime
 
+Q = TypeVar("Q")
+R = TypeVar("R")
 # From this many characters on, a text is tokenised beside the event loop.
 _LONG_TEXT = 1 << 14
+# And from this many on its tokens take tens of MiB.
+_GIANT_TEXT = 1 << 18
 # Seconds after which another fit may have ended.
 _FIT_SECONDS = 10.0
 
@@ -77,7 +83,7 @@ class Inference:
             InvalidArgument: There are none, or too many, or some that the base does not have.
         """
         if _takes_long(prompt):
-            return await asyncio.to_thread(self._encoder.prompt, prompt)
+            return await asyncio.to_thread(_lean, self._encoder.prompt, prompt)
         return self._encoder.prompt(prompt)
 
     async def generate(self, request: GenerateRequest, bound: MixState | None = None) -> Generation:
@@ -118,7 +124,7 @@ class Inference:
             FailedPrecondition: The model's output is not finite under one of the mixes.
             NotFound, QueueFull, DataLoss, ShuttingDown: As `generate`.
         """
-        rows = await asyncio.to_thread(self._encoder.score_rows, request)
+        rows = await asyncio.to_thread(_lean, self._encoder.score_rows, request)
         least = request.min_generation
         mixes = (bound,) if bound else tuple(self.bind(mix, least) for mix in request.mixes)
         return await self._score_rows(rows, mixes)
@@ -328,6 +334,20 @@ def _check_domains(mix: BoundMix) -> None:
                 "DOMAIN_NOT_ALLOWED",
                 metadata={"domain": entry.domain},
             )
+
+
+def _lean(encode: Callable[[Q], R], request: Q) -> R:
+    """Encode; of a giant text give back what its tokens took, which malloc would keep for long."""
+    try:
+        return encode(request)
+    finally:
+        if _is_giant(request):
+            give_back()
+
+
+def _is_giant(request: object) -> bool:
+    texts = request.items if isinstance(request, ScoreRequest) else (request,)
+    return any(isinstance(text, str) and len(text) >= _GIANT_TEXT for text in texts)
 
 
 def _takes_long(prompt: Prompt) -> bool:
