@@ -24,7 +24,7 @@ from superpose_server.cluster.desired import Desired, MixOfDigests, Order
 from superpose_server.cluster.fleet import Fleet
 from superpose_server.cluster.follower import Follower, Overruled
 from superpose_server.cluster.replica import Readiness, RemoteRow, RemoteVerification
-from superpose_server.engine.executor import ServedBase
+from superpose_server.engine.executor import Condition, ServedBase
 from superpose_server.engine.job import JobResult
 from superpose_server.engine.sampling import SamplingParams
 from superpose_server.engine.sequence import Chunk, FinishReason
@@ -96,6 +96,11 @@ class Member:
     def commit(self, desired: Desired) -> Order:
         self.follower.reach(desired)
         return self.follower.held.order
+
+    def condition(self) -> Condition:
+        held = self.follower.held
+        generation, digest = held.order.generation, held.mix.digest
+        return Condition(self.name, "n", generation, digest, 0, 0, 0, intact=True)
 
     def verify(self, desired: Desired) -> JobResult[RemoteVerification]:
         self.follower.reach(desired)
@@ -342,6 +347,16 @@ def test_hashes_of_different_mixes_are_no_damage(loop: LoopThread) -> None:
     with pytest.raises(FailedPrecondition) as refused:
         fleet.verify().result(PATIENCE)
     assert refused.value.reason == "MIX_KEEPS_CHANGING"
+
+
+def test_a_look_shows_who_is_behind_and_tells_it_to_go_on(loop: LoopThread) -> None:
+    fleet, network = led(loop, Member("0"))
+    fleet.begin(BoundMix(BASE), 5)
+    late = Member("1")  # It has the mix already, as that is the base, but not the generation.
+    network.members.append(late)
+    assert [each.generation for each in loop.run(fleet.conditions())] == [5, -1]
+    fleet.drain(PATIENCE)
+    assert late.follower.held.order.generation == 5
 
 
 def test_rows_are_as_long_as_the_replica_with_least_memory_holds(loop: LoopThread) -> None:

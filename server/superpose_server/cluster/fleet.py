@@ -165,7 +165,7 @@ class Fleet:
                 raise answer.error
         could = [answer for answer in answers if answer.error is None]
         if not could:
-            raise answers[0].error or _nobody() if answers else _nobody()
+            raise next((answer.error for answer in answers if answer.error), _nobody())
         for answer in answers:
             if answer.error is not None:
                 _log.warning("replica %s cannot do what others can", answer.replica)
@@ -314,7 +314,10 @@ class Fleet:
         except Unavailable:
             return []
         found = [answer.get() for answer in answers if answer.error is None]
-        if any(each.digest != self._desired.mix.digest for each in found) and not self._ending:
+        # The generation too: a new replica holds the mix of a base that has none, and no order.
+        held = {(each.generation, each.digest) for each in found}
+        wanted = (self._desired.order.generation, self._desired.mix.digest)
+        if held - {wanted} and not self._ending:
             self._later(self._replicas.all("commit", self._desired, patience=_PATIENCE))
         return sorted(found, key=lambda each: each.replica)
 

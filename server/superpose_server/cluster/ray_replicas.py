@@ -193,7 +193,8 @@ def _check_room(config: ServerConfig) -> None:
 
 
 def _shut_down() -> None:
-    serve.shutdown()
+    if ray.is_initialized():  # Or Ray Serve would start one, to end it.
+        serve.shutdown()
     ray.shutdown()
 
 
