@@ -7,8 +7,8 @@ import logging
 import random
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -150,24 +150,17 @@ def test_names_of_what_is_nowhere_are_a_refusal_to_open(tmp_path: Path, url: str
 
 def test_one_folder_of_copies_serves_many_at_a_time(tmp_path: Path, url: str) -> None:
     SharedObjects(url).put(*files(0))
-    failed: list[BaseException] = []
 
     def act() -> None:
-        try:
-            objects = cached(tmp_path, url)
-            for _ in range(10):
-                assert objects.files(DIGESTS[0]) == files(0)
-                assert objects.put(*files(1)) == DIGESTS[1]
-                assert objects.files(DIGESTS[1]) == files(1)
-        except BaseException as error:
-            failed.append(error)
+        objects = cached(tmp_path, url)
+        for _ in range(10):
+            assert objects.files(DIGESTS[0]) == files(0)
+            assert objects.put(*files(1)) == DIGESTS[1]
+            assert objects.files(DIGESTS[1]) == files(1)
 
-    actors = [threading.Thread(target=act) for _ in range(4)]
-    for actor in actors:
-        actor.start()
-    for actor in actors:
-        actor.join()
-    assert failed == []
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(act) for _ in range(4)]:
+            done.result()
     assert sorted(path.name for path in (tmp_path / "objects").iterdir()) == sorted(DIGESTS[:2])
     assert list((tmp_path / "temporary").iterdir()) == []
 

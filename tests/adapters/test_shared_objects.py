@@ -6,7 +6,7 @@ import errno
 import logging
 import sys
 import threading
-from concurrent.futures import wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -392,23 +392,16 @@ def test_what_is_whole_is_not_written_again(url: str) -> None:
 
 def test_many_put_and_read_one_object_at_a_time(url: str) -> None:
     """None of them ever sees a half."""
-    failed: list[BaseException] = []
 
     def act() -> None:
-        try:
-            shared = SharedObjects(url)
-            for _ in range(10):
-                assert shared.put(*files(0)) == DIGESTS[0]
-                assert shared.files(DIGESTS[0]) == files(0)
-        except BaseException as error:
-            failed.append(error)
+        shared = SharedObjects(url)
+        for _ in range(10):
+            assert shared.put(*files(0)) == DIGESTS[0]
+            assert shared.files(DIGESTS[0]) == files(0)
 
-    actors = [threading.Thread(target=act) for _ in range(4)]
-    for actor in actors:
-        actor.start()
-    for actor in actors:
-        actor.join()
-    assert failed == []
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(act) for _ in range(4)]:
+            done.result()
 
 
 def test_libraries_do_not_log_what_they_send(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import socket
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
 
@@ -171,23 +171,15 @@ def test_a_server_that_never_answers_is_given_up_in_time(
 
 
 def test_many_put_and_read_one_object_at_a_time(url: str) -> None:
-    failed: list[BaseException] = []
-
     def act() -> None:
-        try:
-            shared = SharedObjects(url)
-            for _ in range(5):
-                shared.put(*files(0))
-                assert shared.files(DIGESTS[0]) == files(0)
-        except BaseException as error:
-            failed.append(error)
+        shared = SharedObjects(url)
+        for _ in range(5):
+            shared.put(*files(0))
+            assert shared.files(DIGESTS[0]) == files(0)
 
-    actors = [threading.Thread(target=act) for _ in range(4)]
-    for actor in actors:
-        actor.start()
-    for actor in actors:
-        actor.join()
-    assert failed == []
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(act) for _ in range(4)]:
+            done.result()
 
 
 def test_servers_share_what_is_pushed(url: str, tmp_path: Path) -> None:
